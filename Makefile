@@ -1,0 +1,116 @@
+# One command each; `make help` lists them. Everything is installed into .venv.
+
+# The first of these that runs and is new enough; PYTHON=/path/to/python3 overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# The exact versions: those of this Python's minor version, else those for 3.12 and newer.
+CONSTRAINTS := $(firstword $(wildcard constraints/python$(MINOR).txt constraints/python3.12.txt))
+
+# The build of JAX: what the machine has, unless ACCELERATOR=cpu|cuda|tpu says otherwise.
+ACCELERATOR ?= $(shell \
+	if nvidia-smi -L >/dev/null 2>&1; then echo cuda; \
+	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1 && [ -n "$$TPU_NAME$$TPU_WORKER_ID$$TPU_ACCELERATOR_TYPE" ]; then echo tpu; \
+	else echo cpu; fi)
+ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
+comma := ,
+RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
+DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
+DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
+
+# Compiled programs and fetched data are kept here.
+EQXLDM_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/eqxldm
+export JAX_COMPILATION_CACHE_DIR ?= $(EQXLDM_CACHE)/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+RUN = .venv/bin/python -m experiments.mnist
+# Options of sample-mnist, as make variables.
+SAMPLE = $(if $(LABEL),--label $(LABEL)) $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
+	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER)) \
+	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
+EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
+	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER))
+
+.DEFAULT_GOAL := help
+.PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
+	evaluate-fashion-mnist compare-mnist test lint format typecheck pins docs docs-serve clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
+	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
+
+train-mnist: $(RUNTIME) ## train on MNIST, sample, measure; goes on where it stopped
+	$(RUN) train $(ARGS)
+
+sample-mnist: $(RUNTIME) ## sample from the run: LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0
+	$(RUN) sample $(SAMPLE) $(ARGS)
+
+evaluate-mnist: $(RUNTIME) ## measure 10,000 samples of the run, or N
+	$(RUN) evaluate $(EVALUATE) $(ARGS)
+
+train-fashion-mnist: $(RUNTIME) ## the same on Fashion-MNIST
+	$(RUN) train --dataset fashion-mnist $(ARGS)
+
+sample-fashion-mnist: $(RUNTIME) ## as sample-mnist
+	$(RUN) sample --dataset fashion-mnist $(SAMPLE) $(ARGS)
+
+compare-mnist: $(RUNTIME) ## the comparison behind the defaults of the DiT (20 minutes)
+	.venv/bin/python -m experiments.mnist.compare $(ARGS)
+
+evaluate-fashion-mnist: $(RUNTIME) ## as evaluate-mnist
+	$(RUN) evaluate --dataset fashion-mnist $(EVALUATE) $(ARGS)
+
+test: $(DEV) ## run the tests
+	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) $(ARGS)
+
+lint: $(DEV) ## check style and format
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: $(DEV) ## fix style and format
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+typecheck: $(DEV) ## check types
+	.venv/bin/pyright
+
+pins: $(RUNTIME) ## renew constraints/ with the newest versions that fit pyproject.toml
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	for minor in 3.11 3.12; do .venv/bin/uv pip compile pyproject.toml --all-extras --universal --upgrade \
+		--python-version $$minor --no-header --no-annotate --no-emit-index-url --quiet \
+		--output-file constraints/python$$minor.txt; done
+	sed -i.bak -e "/python_full_version >= '3.12'/d" -e "s/ ; python_full_version .*//" constraints/python3.11.txt
+	rm constraints/*.bak
+
+docs: $(DOCS) ## build the documentation into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
+
+clean: ## delete the environment and all caches of the folder; runs/ stays
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3."; exit 1; }
+	$(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "Python's venv is missing (Debian: apt install python3-venv)."; exit 1; }
+
+INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	--constraint $(CONSTRAINTS) --editable
+
+$(RUNTIME): .venv/bin/python pyproject.toml $(CONSTRAINTS)
+	$(INSTALL) '.$(if $(ACCELERATOR_EXTRA),[$(ACCELERATOR_EXTRA)])'
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(INSTALL) '.[dev$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	@touch $@
+
+$(DOCS): $(RUNTIME)
+	$(INSTALL) '.[docs$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	@touch $@
