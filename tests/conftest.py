@@ -1,0 +1,47 @@
+"""Settings of the test session; they must be made before jax is imported."""
+
+import os
+from pathlib import Path
+
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+# Tests compile much and compute little; set it to 0 to test what the optimiser makes of the code.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A folder a worker: jax writes its entries in place, and a half-written one makes a warning.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+cache = Path(__file__).parents[1] / ".pytest_cache" / "jax" / worker
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "eqxldm",
+    deadline=None,
+    max_examples=25,
+    derandomize="CI" in os.environ,
+    # The x64 fixture holds no state between examples.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("eqxldm")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit promotion. Not for what trains: Adam takes a float to the power of its count."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

@@ -1,0 +1,125 @@
+"""Lists whose cross products the tests run over, and problems with a known answer."""
+
+from pathlib import Path
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eqxldm
+from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator
+
+LINEAR_BETAS = eqxldm.linear_betas(1000)
+ALPHA_BAR = eqxldm.alpha_bar_from_betas(LINEAR_BETAS)
+
+PATHS = {
+    "discrete": eqxldm.DiscreteVP(ALPHA_BAR),
+    "cosine": eqxldm.CosineVP(),
+    "linear": eqxldm.LinearFlow(),
+}
+VP_PATHS = {name: path for name, path in PATHS.items() if name != "linear"}
+PREDICTIONS = {
+    "eps": eqxldm.predict_eps,
+    "x0": eqxldm.predict_x0,
+    "v": eqxldm.predict_v,
+    "velocity": eqxldm.predict_velocity,
+}
+SOLVERS = {
+    "euler": eqxldm.Euler(),
+    "ddim": eqxldm.DDIM(),
+    "ddim_eta1": eqxldm.DDIM(1.0),
+    "ddpm_small": eqxldm.DDPM(),
+    "ddpm_large": eqxldm.DDPM(eqxldm.fixed_large),
+}
+
+
+def reference(name):
+    return np.load(Path(__file__).parent / "reference" / f"{name}.npz")
+
+
+def relative_error(actual, expected):
+    """The largest difference, relative to the largest value expected."""
+    expected = np.asarray(expected)
+    return np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected))
+
+
+def gaussian_denoiser(path, prediction, mean, std):
+    """The optimal denoiser of `x0 ~ N(mean, std^2)`: `E[out | x_t]`."""
+
+    def denoiser(x_t, t, cond=None, *, key=None):
+        at = path.coefficients(t)
+        alpha, sigma = at.alpha.astype(x_t.dtype), at.sigma.astype(x_t.dtype)
+        centred = (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        x0, eps = mean + alpha * std**2 * centred, sigma * centred
+        return eqxldm.target(prediction, at, x0, eps)
+
+    return denoiser
+
+
+def transported(path, mean, std, t, s, x_t):
+    """Where the probability-flow ODE of `N(mean, std^2)` carries `x_t` at `t` to at `s`."""
+
+    def spread(at):
+        return np.sqrt(at.alpha**2 * std**2 + at.sigma**2)
+
+    at_t, at_s = path.coefficients(t), path.coefficients(s)
+    return at_s.alpha * mean + spread(at_s) / spread(at_t) * (x_t - at_t.alpha * mean)
+
+
+class WithNoise(eqxldm.AbstractSolver):
+    """A solver whose noise is given, one array a step, instead of drawn from the key."""
+
+    solver: eqxldm.AbstractSolver
+    noise: np.ndarray
+
+    def tables(self, path, interval):
+        return self.solver.tables(path, interval), self.noise
+
+    def init(self, x):
+        return self.solver.init(x)
+
+    def step(self, predict, interval, table, x, carry, *, key):
+        table, noise = table
+        with mock.patch("jax.random.normal", lambda key, shape, dtype: noise.astype(dtype)):
+            return self.solver.step(predict, interval, table, x, carry, key=key)
+
+
+def small_dit(*, seed=0, **changes):
+    """A DiT of a size for tests, on a latent that is not square."""
+    sizes = dict(patch=2, depth=3, width=16, heads=2, num_classes=5, mlp_ratio=2.0)
+    return DiT((3, 4, 8), **{**sizes, **changes}, key=jax.random.key(seed))
+
+
+def small_autoencoder(*, seed=0, in_channels=1, latent_channels=2, **changes):
+    sizes = dict(channels=(8, 16), blocks=1, groups=4)
+    key = jax.random.key(seed)
+    return AutoencoderKL(in_channels, latent_channels, **{**sizes, **changes}, key=key)
+
+
+def small_discriminator(*, seed=0, in_channels=1, layers=1):
+    key = jax.random.key(seed)
+    return PatchDiscriminator(in_channels, channels=8, layers=layers, groups=4, key=key)
+
+
+def perturbed(model, *, seed=1, size=0.1):
+    """The model with noise on every parameter, so that nothing that starts at zero hides."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [p + size * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(treedef, noisy), static)
+
+
+def named_leaves(tree):
+    """`{path: array}` of the inexact leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def tree_error(actual, expected):
+    """The largest `relative_error` of a leaf, against the largest value of the whole tree."""
+    scale = max(float(jnp.max(jnp.abs(e))) for e in jax.tree.leaves(expected))
+    differences = jax.tree.map(lambda a, e: float(jnp.max(jnp.abs(a - e))), actual, expected)
+    return max(jax.tree.leaves(differences)) / scale
