@@ -1,0 +1,82 @@
+"""Convolutions and resampling, channels-last inside the network: `(h, w, c)`."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Conv(eqx.Module):
+    """A 2-D convolution of one channels-last image with zero padding.
+
+    `y[i, j, o] = b[o] + sum_{p, q, c} w[p, q, c, o] x[s i + p - pad, s j + q - pad, c]`.
+
+    **Arguments**: `size` is the kernel's side, `stride` the step. `padding` is `((top, bottom),
+    (left, right))`; the default keeps `h / stride`. Weights are `U(-a, a)`, `a =
+    sqrt(3 / fan_in)` times `gain`, so that a unit-variance input gives a variance of `gain^2`.
+
+    >>> Conv(3, 8, 3, stride=2, key=jax.random.key(0))(jnp.ones((4, 4, 3))).shape
+    (2, 2, 8)
+    """
+
+    weight: Float[Array, "size size in out"]
+    bias: Float[Array, " out"]
+    stride: int = eqx.field(static=True)
+    padding: tuple[tuple[int, int], tuple[int, int]] = eqx.field(static=True)
+
+    def __init__(self, in_channels, out_channels, size, *, stride=1, padding=None, gain=1.0, key):
+        bound = gain * math.sqrt(3 / (size * size * in_channels))
+        shape = (size, size, in_channels, out_channels)
+        self.weight = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(out_channels)
+        self.stride = stride
+        total = size - stride if size > stride else 0
+        side = (total // 2, total - total // 2)
+        self.padding = (side, side) if padding is None else padding
+
+    def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        y = jax.lax.conv_general_dilated(
+            x[None],
+            self.weight.astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y[0] + self.bias.astype(x.dtype)
+
+
+def space_to_depth(x: Float[Array, "H W c"], factor: int) -> Float[Array, "h w C"]:
+    """Folds each `factor x factor` square into channels; `depth_to_space` inverts it.
+
+    >>> space_to_depth(jnp.ones((4, 4, 3)), 2).shape
+    (2, 2, 12)
+    """
+    h, w, c = x.shape
+    if h % factor or w % factor:
+        raise ValueError(f"space_to_depth: {h} x {w} does not divide by {factor}.")
+    x = x.reshape(h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 2, 1, 3, 4).reshape(h // factor, w // factor, factor * factor * c)
+
+
+def depth_to_space(x: Float[Array, "h w C"], factor: int) -> Float[Array, "H W c"]:
+    """Unfolds channels into `factor x factor` squares; `space_to_depth` inverts it.
+
+    >>> depth_to_space(jnp.ones((2, 2, 12)), 2).shape
+    (4, 4, 3)
+    """
+    h, w, c = x.shape
+    if c % (factor * factor):
+        raise ValueError(f"depth_to_space: {c} channels do not divide by {factor * factor}.")
+    x = x.reshape(h, w, factor, factor, c // (factor * factor))
+    return x.transpose(0, 2, 1, 3, 4).reshape(h * factor, w * factor, -1)
+
+
+def upsample_nearest(x: Float[Array, "h w c"]) -> Float[Array, "H W c"]:
+    """Repeats every pixel 2 x 2.
+
+    >>> upsample_nearest(jnp.ones((2, 3, 1))).shape
+    (4, 6, 1)
+    """
+    return x.repeat(2, axis=0).repeat(2, axis=1)
