@@ -1,0 +1,25 @@
+"""Training as pure functions: states, averages, optimizers, steps."""
+
+from .autoencoder import (
+    AutoencoderState as AutoencoderState,
+    adaptive_weight as adaptive_weight,
+    l1_distance as l1_distance,
+    l2_distance as l2_distance,
+    make_autoencoder_step as make_autoencoder_step,
+)
+from .diffusion import (
+    drop_labels as drop_labels,
+    make_diffusion_loss as make_diffusion_loss,
+)
+from .ema import update_ema as update_ema
+from .latents import measure_latents as measure_latents
+from .optimizers import (
+    adamw as adamw,
+    decay_mask as decay_mask,
+)
+from .state import (
+    TrainState as TrainState,
+    apply_gradients as apply_gradients,
+    init_state as init_state,
+    make_train_step as make_train_step,
+)

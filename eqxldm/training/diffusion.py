@@ -1,0 +1,60 @@
+"""The diffusion loss of a batch: what `make_train_step` needs to train a denoiser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ..losses import TimeSampler, Weight, constant_weight, denoising_loss
+from ..paths import AbstractPath
+from ..predictions import Prediction
+from .state import LossFn
+
+Latents = tuple[Float[Array, "b zc zh zw"], Int[Array, " b"]]
+
+
+def drop_labels(
+    labels: Int[Array, " b"], null: Int[Array, ""], probability: float, *, key: Key[Array, ""]
+) -> Int[Array, " b"]:
+    """Replaces each label by `null` with this probability: trains the unconditional branch.
+
+    (Ho & Salimans 2022, algorithm 1)
+
+    >>> drop_labels(jnp.arange(3), jnp.array(10), 1.0, key=jax.random.key(0))
+    Array([10, 10, 10], dtype=int32)
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"drop_labels: probability must lie in [0, 1], got {probability}.")
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null, labels)
+
+
+def make_diffusion_loss(
+    path: AbstractPath,
+    prediction: Prediction,
+    time_sampler: TimeSampler,
+    *,
+    weight: Weight = constant_weight,
+    label_dropout: float = 0.1,
+    prepare: Callable[[Any, Key[Array, ""]], Latents] | None = None,
+) -> LossFn:
+    """`loss(model, batch, key)`: the mean denoising loss of a batch `(x0, labels)`.
+
+    `prepare(batch, key) -> (x0, labels)` runs first, inside jit; it may, for example, draw
+    latents from cached posteriors. The model must have a `null` label.
+    """
+
+    def loss_fn(model: Any, batch: Any, key: Key[Array, ""]):
+        prepare_key, time_key, drop_key, noise_key = jax.random.split(key, 4)
+        x0, labels = batch if prepare is None else prepare(batch, prepare_key)
+        t = time_sampler(time_key, x0.shape[0])
+        labels = drop_labels(labels, model.null, label_dropout, key=drop_key)
+        keys = jax.random.split(noise_key, x0.shape[0])
+
+        def one(x0, t, label, key):
+            return denoising_loss(model, path, prediction, weight, x0, t, label, key=key)
+
+        return jnp.mean(jax.vmap(one)(x0, t, labels, keys)), {}
+
+    return loss_fn
