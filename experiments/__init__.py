@@ -1,0 +1,1 @@
+"""Experiments: one readable script a run. `python -m experiments.mnist --help`."""

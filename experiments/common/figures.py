@@ -1,0 +1,57 @@
+"""Pictures: grids of images and curves of losses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from .run import replacing
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "n h w c"], columns: int, *, gap: int = 2, scale: int = 2
+) -> UInt8[np.ndarray, "H W c"]:
+    """Images row by row on a grey ground, each enlarged `scale` times."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 96, np.uint8)
+    for k, image in enumerate(images):
+        i, j = gap + k // columns * (h + gap), gap + k % columns * (w + gap)
+        grid[i : i + h, j : j + w] = image
+    return grid.repeat(scale, 0).repeat(scale, 1)
+
+
+def save_png(path: Path, image: UInt8[np.ndarray, "H W c"]) -> None:
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary)
+
+
+def save_curves(path: Path, entries: list[dict[str, Any]], stages: dict[str, list[str]]) -> None:
+    """One panel a stage: its named losses over the steps, from the log's entries."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.2), squeeze=False)
+    for axis, (stage, names) in zip(axes[0], stages.items(), strict=True):
+        rows = [e for e in entries if e.get("stage") == stage and "step" in e]
+        for name in names:
+            points = [(e["step"], e[name]) for e in rows if e.get(name)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axis.set_title(stage)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        values = [e[n] for e in rows for n in names if e.get(n)]
+        if values and min(values) > 0 and max(values) / min(values) > 20:
+            axis.set_yscale("log")
+        if rows:
+            axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,299 @@
+"""What can be set, the defaults, and what they are turned into."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+
+import eqxldm as ex
+from eqxldm.data import Digits
+from eqxldm.models import AutoencoderKL, ConvClassifier, DiT, PatchDiscriminator
+
+from ..common.terminal import UserError
+
+Dataset = Literal["mnist", "fashion-mnist"]
+PathName = Literal["flow", "cosine", "ddpm"]
+PredictionName = Literal["velocity", "eps", "v"]
+SolverName = Literal["euler", "ddim", "ddpm"]
+
+TIMESTEPS = 1000  # of the "ddpm" path's table
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The judge: a small classifier whose features and logits measure the samples."""
+
+    steps: int = 700
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The VAE and its discriminator."""
+
+    steps: int = 700
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    pad: int = 2
+    """Black pixels around the image: 28 + 2 * 2 = 32 divides by the factor and the patch."""
+    channels: tuple[int, ...] = (32, 64)
+    """The width of each level; each further one halves the resolution."""
+    patch: int = 2
+    """Space-to-depth before the first and after the last layer."""
+    blocks: int = 1
+    """Residual blocks a level."""
+    groups: int = 8
+    latent_channels: int = 4
+    attention: bool = False
+    kl_weight: float = 1e-2
+    ema_decay: float = 0.99
+    gan_weight: float = 0.25
+    """Times the adaptive weight; 0 trains without the discriminator."""
+    gan_start: int = 450
+    """The step at which the discriminator sets in."""
+    discriminator_channels: int = 32
+    discriminator_layers: int = 2
+    discriminator_learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The latent DiT."""
+
+    steps: int = 3200
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    warmup: int = 50
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.995
+    depth: int = 6
+    width: int = 128
+    heads: int = 4
+    patch: int = 2
+    label_dropout: float = 0.1
+    path: PathName = "cosine"
+    prediction: PredictionName = "v"
+    time_mean: float = 0.0
+    """Of the logit-normal training times; positive favours noise. The "ddpm" path has its own."""
+    time_stddev: float = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the finished model is sampled."""
+
+    solver: SolverName = "ddim"
+    steps: int = 20
+    guidance: float = 1.6
+    guidance_interval: tuple[float, float] = (0.0, 0.8)
+    """Guide only for t between these two (0 is data); outside, the conditional network alone."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run; the run folder belongs to it."""
+
+    dataset: Dataset = "mnist"
+    seed: int = 0
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The `Config` that a run folder's config.json describes."""
+    try:
+        parts = dict(values)
+        parts["classifier"] = ClassifierConfig(**parts["classifier"])
+        autoencoder = dict(parts["autoencoder"])
+        autoencoder["channels"] = tuple(autoencoder["channels"])
+        parts["autoencoder"] = AutoencoderConfig(**autoencoder)
+        parts["diffusion"] = DiffusionConfig(**parts["diffusion"])
+        return Config(**parts)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"config.json was written by another version: {error}") from None
+
+
+POSITIVE = {
+    "steps", "batch_size", "learning_rate", "patch", "blocks", "groups", "latent_channels",
+    "depth", "width", "heads", "clip_norm", "time_stddev", "discriminator_channels",
+    "discriminator_layers", "discriminator_learning_rate", "checkpoint_every", "samples", "n",
+}  # fmt: skip
+NOT_NEGATIVE = {"pad", "kl_weight", "gan_weight", "gan_start", "warmup", "weight_decay", "seed"}
+SHARES = {"ema_decay", "label_dropout"}
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Refuses numbers that make no sense, by the option's name."""
+    for f in dataclasses.fields(config):
+        value, option = getattr(config, f.name), f"--{prefix}{f.name}".replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check(value, f"{prefix}{f.name}.")
+        elif isinstance(value, (int, float)) and value != value:
+            raise UserError(f"{option} must be a number, got {value}.")
+        elif f.name in POSITIVE and not value > 0:
+            raise UserError(f"{option} must be positive, got {value}.")
+        elif f.name in NOT_NEGATIVE and value < 0:
+            raise UserError(f"{option} must not be negative, got {value}.")
+        elif f.name in SHARES and not 0 <= value < 1:
+            raise UserError(f"{option} must lie in [0, 1), got {value}.")
+    if isinstance(config, DiffusionConfig) and config.warmup >= config.steps:
+        raise UserError(
+            f"--diffusion.warmup {config.warmup} must be below --diffusion.steps {config.steps}."
+        )
+    if isinstance(config, SamplingConfig):
+        if not 0 <= config.guidance <= 100:
+            raise UserError(f"--{prefix}guidance must lie in [0, 100], got {config.guidance}.")
+        low, high = config.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"--{prefix}guidance-interval must be LOW HIGH with 0 <= LOW < HIGH <= 1, "
+                f"got {low} {high}."
+            )
+
+
+def image_shape(digits: Digits) -> tuple[int, int, int]:
+    """`(c, h, w)` of the images."""
+    h, w, c = digits.train_images.shape[1:]
+    return c, h, w
+
+
+def check_sizes(config: Config, digits: Digits, devices: int) -> None:
+    """Refuses sizes that do not fit each other, before anything is written or allocated."""
+    for stage in ("classifier", "autoencoder", "diffusion"):
+        batch = getattr(config, stage).batch_size
+        if batch > len(digits.train_images):
+            raise UserError(
+                f"--{stage}.batch-size {batch} is more than the {len(digits.train_images)} "
+                "training images."
+            )
+        if batch % devices:
+            raise UserError(f"--{stage}.batch-size {batch} does not divide over {devices} devices.")
+    c, h, w = image_shape(digits)
+    pad = 2 * config.autoencoder.pad
+    make_prediction(config.diffusion)
+
+    def build():
+        autoencoder = make_autoencoder(config, c)
+        discriminator = make_discriminator(config, c)
+        x = jax.numpy.zeros((c, h + pad, w + pad))
+        dit = make_dit(config, autoencoder.latent_shape(*x.shape[1:]), digits.num_classes)
+        return autoencoder.encode(x), discriminator(x), dit.patch_embedding
+
+    try:
+        logits = eqx.filter_eval_shape(build)[1]
+    except ValueError as error:
+        raise UserError(f"{h} x {w} images with a border of {pad // 2}: {error}") from None
+    if 0 in logits.shape:
+        raise UserError(
+            f"--autoencoder.discriminator-layers {config.autoencoder.discriminator_layers} leave "
+            f"nothing of a {h + pad} x {w + pad} image."
+        )
+
+
+def make_path(config: DiffusionConfig) -> ex.AbstractPath:
+    if config.path == "flow":
+        return ex.LinearFlow()
+    if config.path == "cosine":
+        return ex.CosineVP()
+    return ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(TIMESTEPS)))
+
+
+def make_prediction(config: DiffusionConfig) -> ex.Prediction:
+    if config.path != "ddpm" and config.prediction == "eps":
+        raise UserError(
+            f"--diffusion.prediction eps does not go with --diffusion.path {config.path}: at t = 1 "
+            "nothing of x0 is left in x_t, and eps says nothing of it either. Use velocity or v."
+        )
+    table = {"velocity": ex.predict_velocity, "eps": ex.predict_eps, "v": ex.predict_v}
+    return table[config.prediction]
+
+
+def make_time_sampler(config: DiffusionConfig):
+    if config.path == "ddpm":
+        return ex.discrete_time(TIMESTEPS)
+    return ex.logit_normal_time(config.time_mean, config.time_stddev)
+
+
+def make_solver(sampling: SamplingConfig) -> ex.AbstractSolver:
+    return {"euler": ex.Euler, "ddim": ex.DDIM, "ddpm": ex.DDPM}[sampling.solver]()
+
+
+def make_denoiser(dit: DiT, sampling: SamplingConfig) -> ex.Denoiser:
+    """The DiT with the guidance asked for."""
+    if sampling.guidance == 1:
+        return dit
+    return ex.guide(dit, dit.null, sampling.guidance, interval=sampling.guidance_interval)
+
+
+def make_times(config: DiffusionConfig, sampling: SamplingConfig):
+    """The time grid: the kept timesteps of the table, or evenly spaced times."""
+    if config.path != "ddpm":
+        return ex.uniform_times(sampling.steps)
+    if sampling.steps > TIMESTEPS:
+        raise UserError(f"--steps {sampling.steps}: the table has {TIMESTEPS} timesteps.")
+    return ex.timestep_times(TIMESTEPS, ex.respace(TIMESTEPS, [sampling.steps]))
+
+
+def make_classifier(config: Config, shape: tuple[int, int, int], num_classes: int):
+    return ConvClassifier(shape, num_classes, key=stage_key(config, "classifier", "model"))
+
+
+def make_autoencoder(config: Config, channels: int) -> AutoencoderKL:
+    c = config.autoencoder
+    return AutoencoderKL(
+        channels,
+        c.latent_channels,
+        channels=c.channels,
+        blocks=c.blocks,
+        patch=c.patch,
+        groups=c.groups,
+        attention=c.attention,
+        key=stage_key(config, "autoencoder", "model"),
+    )
+
+
+def make_discriminator(config: Config, channels: int) -> PatchDiscriminator:
+    c = config.autoencoder
+    return PatchDiscriminator(
+        channels,
+        channels=c.discriminator_channels,
+        layers=c.discriminator_layers,
+        groups=c.groups,
+        key=stage_key(config, "discriminator", "model"),
+    )
+
+
+def make_dit(config: Config, shape: tuple[int, int, int], num_classes: int) -> DiT:
+    c = config.diffusion
+    return DiT(
+        shape,
+        patch=c.patch,
+        depth=c.depth,
+        width=c.width,
+        heads=c.heads,
+        num_classes=num_classes,
+        remat=jax.checkpoint_policies.nothing_saveable,
+        key=stage_key(config, "diffusion", "model"),
+    )
+
+
+STREAMS = ("classifier", "autoencoder", "discriminator", "diffusion", "sampling", "floor")
+USES = ("model", "step", "data")
+
+
+def stage_key(config: Config, stream: str, use: str):
+    """An independent random stream for each use in each stage, all from the run's seed."""
+    number = len(USES) * STREAMS.index(stream) + USES.index(use)
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
+def data_seed(config: Config, stream: str) -> int:
+    """The same, as an integer for the shuffling of data."""
+    return int(jax.random.randint(stage_key(config, stream, "data"), (), 0, 2**31 - 1))
