@@ -2,21 +2,65 @@
 
 from jaxtyping import install_import_hook as _install_import_hook
 
+from . import _typecheck as _typecheck
+
 # Every function of the package checks its shapes and dtypes: at trace time under jit, so that a
 # compiled step costs nothing more.
-_install_import_hook("eqxldm", "beartype.beartype")
+_install_import_hook("eqxldm", "eqxldm._typecheck.check")
 
 from . import nn as nn
-from .guidance import guide as guide
+from .checks import (
+    check_finite as check_finite,
+    check_time as check_time,
+    checked as checked,
+)
+from .exact import (
+    GaussianMixture as GaussianMixture,
+)
+from .grids import (
+    karras_times as karras_times,
+    logsnr_times as logsnr_times,
+    shift_time as shift_time,
+    shifted_times as shifted_times,
+    timestep_times as timestep_times,
+    uniform_times as uniform_times,
+)
+from .guidance import (
+    AdaptiveScale as AdaptiveScale,
+    autoguide as autoguide,
+    bounded_scale as bounded_scale,
+    cosine_scale as cosine_scale,
+    guide as guide,
+    linear_scale as linear_scale,
+)
+from .likelihood import (
+    Bound as Bound,
+    StepTable as StepTable,
+    approximate_gaussian_log_likelihood as approximate_gaussian_log_likelihood,
+    discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
+    hybrid_loss as hybrid_loss,
+    normal_kl as normal_kl,
+    prior_bits as prior_bits,
+    step_bits as step_bits,
+    step_table as step_table,
+    variational_bound as variational_bound,
+)
 from .losses import (
     constant_weight as constant_weight,
+    convert_weight as convert_weight,
     denoising_loss as denoising_loss,
     discrete_time as discrete_time,
+    elbo_weight as elbo_weight,
     hinge_discriminator_loss as hinge_discriminator_loss,
     hinge_generator_loss as hinge_generator_loss,
     kl_to_standard_normal as kl_to_standard_normal,
     logit_normal_time as logit_normal_time,
+    min_snr_weight as min_snr_weight,
+    p2_weight as p2_weight,
+    sigmoid_weight as sigmoid_weight,
+    snr_weight as snr_weight,
     stratified_time as stratified_time,
+    truncated_snr_weight as truncated_snr_weight,
     uniform_time as uniform_time,
 )
 from .paths import (
@@ -25,37 +69,69 @@ from .paths import (
     CosineVP as CosineVP,
     DiscreteVP as DiscreteVP,
     LinearFlow as LinearFlow,
+    VarianceExploding as VarianceExploding,
+    posterior_coefficients as posterior_coefficients,
+    q_posterior as q_posterior,
     q_sample as q_sample,
+    time_at_logsnr as time_at_logsnr,
+    transition_coefficients as transition_coefficients,
 )
 from .predictions import (
     Denoiser as Denoiser,
+    Inverse as Inverse,
+    LearnedRange as LearnedRange,
     Prediction as Prediction,
+    convert as convert,
+    inverse as inverse,
     predict_eps as predict_eps,
+    predict_score as predict_score,
     predict_v as predict_v,
     predict_velocity as predict_velocity,
     predict_x0 as predict_x0,
+    split_output as split_output,
     target as target,
     to_x0_eps as to_x0_eps,
 )
-from .sampling import sample as sample, sample_trajectory as sample_trajectory
+from .sampling import (
+    Trajectory as Trajectory,
+    check_combination as check_combination,
+    ddim_invert as ddim_invert,
+    evaluations as evaluations,
+    sample as sample,
+    sample_trajectory as sample_trajectory,
+)
 from .schedules import (
     alpha_bar_from_betas as alpha_bar_from_betas,
     betas_from_alpha_bar as betas_from_alpha_bar,
     cosine_betas as cosine_betas,
+    leading_timesteps as leading_timesteps,
     linear_betas as linear_betas,
+    linspace_timesteps as linspace_timesteps,
+    parse_respacing as parse_respacing,
+    rescale_zero_terminal_snr as rescale_zero_terminal_snr,
     respace as respace,
-    shifted_times as shifted_times,
+    scaled_linear_betas as scaled_linear_betas,
+    shift_alpha_bar as shift_alpha_bar,
+    sigmoid_betas as sigmoid_betas,
     stride as stride,
-    timestep_times as timestep_times,
-    uniform_times as uniform_times,
+    trailing_timesteps as trailing_timesteps,
 )
 from .solvers import (
+    AbstractSolver as AbstractSolver,
     DDIM as DDIM,
     DDPM as DDPM,
-    AbstractSolver as AbstractSolver,
+    DPMSolverPP2M as DPMSolverPP2M,
+    Estimate as Estimate,
     Euler as Euler,
+    EulerMaruyama as EulerMaruyama,
+    Heun as Heun,
     Interval as Interval,
+    Plan as Plan,
     fixed_large as fixed_large,
     fixed_small as fixed_small,
-    posterior_coefficients as posterior_coefficients,
+    intervals as intervals,
+    learned_range as learned_range,
+    log_variance as log_variance,
+    one_call_a_step as one_call_a_step,
+    reverse_diffusion as reverse_diffusion,
 )

@@ -1,5 +1,11 @@
-"""Losses, one example at a time, and the samplers of training times."""
+"""Losses, one example at a time, their weights, and the samplers of training times.
 
+A weight multiplies the mean square error of what the network outputs. The named ones are defined
+in the literature for one prediction; here each takes the prediction that it is to be used with, and
+means the same loss for all of them.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +28,136 @@ def constant_weight(at: Coefficients) -> Float[Array, ""]:
     1.0
     """
     return jnp.ones_like(at.alpha)
+
+
+def _weighted(prediction: Prediction, of_x0: Callable[[Any, Any], Any]) -> Weight:
+    """The weight `of_x0(alpha^2, sigma^2) / sigma^2` of an x0 loss, as one of `prediction`'s.
+
+    An error `d` of the output is an error `-sigma / D d` of x0, so the weight of the output is
+    `of_x0 / D^2`, in which nothing is infinite that need not be: only D can be 0. There, where
+    alpha or sigma is exactly 0, it is taken just beside, which gives the limit.
+    """
+
+    def weight(at: Coefficients) -> Float[Array, ""]:
+        tiny = 1e-6
+        beside = Coefficients(
+            jnp.maximum(at.alpha, tiny), jnp.maximum(at.sigma, tiny), at.dalpha, at.dsigma
+        )
+        a, b = prediction(beside)
+        determinant = beside.alpha * b - beside.sigma * a
+        return of_x0(beside.alpha**2, beside.sigma**2) / determinant**2
+
+    return weight
+
+
+def snr_weight(prediction: Prediction) -> Weight:
+    """`w = SNR` of the x0 loss, `SNR = alpha^2 / sigma^2`, as a weight of `prediction`'s loss.
+
+    The same loss as `constant_weight` with eps (Salimans & Ho 2022, section 4).
+
+    >>> from eqxldm import LinearFlow, predict_eps
+    >>> float(snr_weight(predict_eps)(LinearFlow().coefficients(jnp.array(0.25))))
+    1.0
+    """
+    return _weighted(prediction, lambda a2, s2: a2)
+
+
+def truncated_snr_weight(prediction: Prediction) -> Weight:
+    """`w = max(SNR, 1)` of the x0 loss: the larger of the errors of x0 and of eps.
+
+    (Salimans & Ho 2022, section 4)
+
+    >>> from eqxldm import LinearFlow, predict_x0
+    >>> float(truncated_snr_weight(predict_x0)(LinearFlow().coefficients(jnp.array(0.75))))
+    1.0
+    """
+    return _weighted(prediction, jnp.maximum)
+
+
+def min_snr_weight(prediction: Prediction, gamma: float = 5.0) -> Weight:
+    """`w = min(SNR, gamma)` of the x0 loss: of eps `min(SNR, gamma) / SNR`, of v on a VP path
+    `min(SNR, gamma) / (SNR + 1)` (Hang et al. 2023, section 3.4).
+
+    >>> from eqxldm import LinearFlow, predict_x0
+    >>> float(min_snr_weight(predict_x0)(LinearFlow().coefficients(jnp.array(0.25))))
+    5.0
+    """
+    _check_positive("min_snr_weight", "gamma", gamma)
+    return _weighted(prediction, lambda a2, s2: jnp.minimum(a2, gamma * s2))
+
+
+def p2_weight(prediction: Prediction, gamma: float = 1.0, k: float = 1.0) -> Weight:
+    """`w = 1 / (k + SNR)^gamma` of the eps loss: less for the last, imperceptible noise.
+
+    (Choi et al. 2022, eq. 8)
+
+    >>> from eqxldm import LinearFlow, predict_eps
+    >>> float(p2_weight(predict_eps)(LinearFlow().coefficients(jnp.array(0.5))))
+    0.5
+    """
+    _check_positive("p2_weight", "gamma", gamma)
+    _check_positive("p2_weight", "k", k)
+    return _weighted(prediction, lambda a2, s2: a2 * (s2 / (k * s2 + a2)) ** gamma)
+
+
+def elbo_weight(prediction: Prediction) -> Weight:
+    """`w = -1/2 d logSNR / dt` of the eps loss: with uniform `t`, the variational bound.
+
+    The integral over `t` of this loss, times the number of dimensions, is the diffusion part of
+    the negative ELBO in nats (Kingma et al. 2021, eq. 17). Infinite at t = 0.
+
+    >>> from eqxldm import CosineVP, predict_eps
+    >>> round(float(elbo_weight(predict_eps)(CosineVP().coefficients(jnp.array(0.5)))), 4)
+    3.1416
+    """
+    return _logsnr_weighted(prediction, lambda logsnr: 1.0)
+
+
+def sigmoid_weight(prediction: Prediction, bias: float = 2.0) -> Weight:
+    """`w = -1/2 d logSNR / dt sigmoid(bias - logSNR)` of the eps loss.
+
+    The ELBO's weight, less for what is nearly clean (Kingma & Gao 2023, section 4; Hoogeboom et
+    al. 2024). For times that are not uniform, divide by their density.
+
+    >>> from eqxldm import CosineVP, predict_eps
+    >>> weight = sigmoid_weight(predict_eps, bias=0.0)
+    >>> round(float(weight(CosineVP().coefficients(jnp.array(0.5)))), 4)
+    1.5708
+    """
+    return _logsnr_weighted(prediction, lambda logsnr: jax.nn.sigmoid(bias - logsnr))
+
+
+def _logsnr_weighted(prediction: Prediction, of_logsnr: Callable[[Any], Any]) -> Weight:
+    def weight(at: Coefficients) -> Float[Array, ""]:
+        rate = at.dsigma / at.sigma - at.dalpha / at.alpha  # -1/2 d logSNR / dt
+        of_x0 = lambda a2, s2: a2 * rate * of_logsnr(jnp.log(a2) - jnp.log(s2))
+        return _weighted(prediction, of_x0)(at)
+
+    return weight
+
+
+def convert_weight(weight: Weight, source: Prediction, to: Prediction) -> Weight:
+    """The weight with which the loss of `to` equals that of `source` weighted by `weight`.
+
+    `w_to = w_source (D_to / D_source)^-2 = w_source (D_source / D_to)^2`, `D = alpha b - sigma a`:
+    an error of the output is `-D / sigma` times an error of x0.
+
+    >>> from eqxldm import LinearFlow, predict_eps, predict_x0
+    >>> weight = convert_weight(constant_weight, predict_eps, predict_x0)
+    >>> float(weight(LinearFlow().coefficients(jnp.array(0.25)))).__round__(4)
+    9.0
+    """
+
+    def converted(at: Coefficients) -> Float[Array, ""]:
+        of_source = _weighted(source, lambda a2, s2: 1.0)(at)
+        return weight(at) * _weighted(to, lambda a2, s2: 1.0)(at) / of_source
+
+    return converted
+
+
+def _check_positive(name: str, argument: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
 
 
 def denoising_loss(

@@ -5,13 +5,16 @@ gives float64 NumPy (what a solver's tables are made of), a JAX array gives JAX 
 """
 
 import abc
+import math
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
+from scipy.interpolate import PchipInterpolator
 
 from .schedules import Table, check_alpha_bar
 
@@ -22,7 +25,12 @@ else:
 
 
 class Coefficients(eqx.Module):
-    """`alpha`, `sigma` and their time derivatives `dalpha`, `dsigma` at one time or at many."""
+    """`alpha`, `sigma` and their time derivatives `dalpha`, `dsigma` at one time or at many.
+
+    >>> at = LinearFlow().coefficients(0.25)
+    >>> float(at.alpha), float(at.sigma), float(at.dalpha), float(at.dsigma)
+    (0.75, 0.25, -1.0, 1.0)
+    """
 
     alpha: Time
     sigma: Time
@@ -31,14 +39,23 @@ class Coefficients(eqx.Module):
 
     @property
     def logsnr(self) -> Time:
-        """`2 log(alpha / sigma)`; `inf` where sigma is 0."""
-        xp, _ = _as_array(self.alpha)
+        """`2 log(alpha / sigma)`; `inf` where sigma is 0, `-inf` where alpha is."""
+        xp = _namespace(self.alpha)
         with np.errstate(divide="ignore"):
             return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
 
 
 class AbstractPath(eqx.Module):
-    """A noising path. To add one, write `coefficients`."""
+    """A noising path. To add one, write `coefficients`.
+
+    On every path `alpha(0) = 1`, `sigma(0) = 0`, and logSNR strictly decreases from infinity.
+
+    >>> class Quadratic(AbstractPath):
+    ...     def coefficients(self, t):
+    ...         return Coefficients(1 - t**2, t, -2 * t, 1 + 0 * t)
+    >>> Quadratic().alpha(0.5)
+    0.75
+    """
 
     @abc.abstractmethod
     def coefficients(self, t: Time) -> Coefficients:
@@ -60,13 +77,16 @@ class AbstractPath(eqx.Module):
 class DiscreteVP(AbstractPath):
     """DDPM's variance-preserving path: `alpha^2 = alpha_bar`, `sigma^2 = 1 - alpha_bar`.
 
-    Timestep `i` of the table's `T` lies at `t = (i + 1) / T`; `t = 0` is clean data. Between
-    two timesteps the point `(alpha, sigma)` moves along the chord and is put back on the unit
-    circle, so that `alpha^2 + sigma^2 = 1` at every `t` and the table is met exactly.
+    Timestep `i` of the table's `T` lies at `t = (i + 1) / T`; `t = 0` is clean data. At the
+    timesteps the table is met exactly. Between two of them the point `(alpha, sigma)` moves on
+    the unit circle, by an angle that is a monotone cubic of time (Fritsch & Carlson 1980): so
+    `alpha^2 + sigma^2 = 1` at every `t`, logSNR strictly decreases and the derivatives are
+    continuous, which solvers of second order need.
 
     (Ho et al. 2020, eq. 4)
 
-    **Raises** `ValueError` for a table outside (0, 1) or one that does not decrease.
+    **Raises** `ValueError` for a table outside (0, 1) or one that does not decrease; its last
+    entry may be 0 (`schedules.rescale_zero_terminal_snr`).
 
     >>> from eqxldm.schedules import alpha_bar_from_betas, linear_betas
     >>> path = DiscreteVP(alpha_bar_from_betas(linear_betas(1000)))
@@ -76,11 +96,24 @@ class DiscreteVP(AbstractPath):
 
     alpha_table: Any
     sigma_table: Any
+    turn_table: Any
 
     def __init__(self, alpha_bar: Table):
         alpha_bar = check_alpha_bar(alpha_bar)
-        self.alpha_table = np.concatenate([[1.0], np.sqrt(alpha_bar)])
-        self.sigma_table = np.concatenate([[0.0], np.sqrt(1 - alpha_bar)])
+        alpha = np.concatenate([[1.0], np.sqrt(alpha_bar)])
+        sigma = np.concatenate([[0.0], np.sqrt(1 - alpha_bar)])
+        self.alpha_table, self.sigma_table = alpha, sigma
+        # The angle from one timestep to the next, without the difference of two angles.
+        turns = np.arctan2(
+            sigma[1:] * alpha[:-1] - alpha[1:] * sigma[:-1],
+            alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1],
+        )
+        angles = PchipInterpolator(np.arange(len(alpha)), np.append(0.0, np.cumsum(turns)))
+        cubic, square, _, _ = angles.c
+        first = turns - square - cubic
+        # One more, so that the last timestep is an entry like the others.
+        beyond = [first[-1] + 2 * square[-1] + 3 * cubic[-1], 0.0, 0.0]
+        self.turn_table = np.column_stack([np.stack([first, square, cubic]), beyond])
 
     @property
     def timesteps(self) -> int:
@@ -89,30 +122,44 @@ class DiscreteVP(AbstractPath):
 
     def coefficients(self, t: Time) -> Coefficients:
         xp, t = _as_array(t)
-        alphas, sigmas = (xp.asarray(k, t.dtype) for k in (self.alpha_table, self.sigma_table))
-        at = xp.clip(t * self.timesteps, 0, self.timesteps)
-        i = xp.clip(xp.floor(at).astype(int), 0, self.timesteps - 1)
-        da, ds = alphas[i + 1] - alphas[i], sigmas[i + 1] - sigmas[i]
-        along = at - i.astype(t.dtype)
-        a, s = alphas[i] + along * da, sigmas[i] + along * ds
-        radius = xp.hypot(a, s)
-        alpha, sigma = a / radius, s / radius
-        turn = self.timesteps * (a * ds - s * da) / radius**2  # d angle / dt
-        return Coefficients(alpha, sigma, -sigma * turn, alpha * turn)
+        at = t * self.timesteps
+        i = xp.clip(xp.floor(at).astype(int), 0, self.timesteps)
+        tables = (self.alpha_table, self.sigma_table, *self.turn_table)
+        a, s, first, square, cubic = (xp.asarray(table, t.dtype)[i] for table in tables)
+        u = at - i.astype(t.dtype)
+        turned = u * (first + u * (square + u * cubic))
+        slope = self.timesteps * (first + u * (2 * square + u * 3 * cubic))
+        c, d = xp.cos(turned), xp.sin(turned)
+        alpha, sigma = a * c - s * d, s * c + a * d
+        return Coefficients(alpha, sigma, -sigma * slope, alpha * slope)
 
 
 class CosineVP(AbstractPath):
-    """`alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)` (Salimans & Ho 2022, section 2).
+    """`alpha = cos(phi)`, `sigma = sin(phi)`, `tan(phi) = shift tan(pi t / 2)`.
+
+    With `shift = 1`, `phi = pi t / 2` (Salimans & Ho 2022, section 2). For images of side `d`
+    and a schedule tuned at side 64, `shift = d / 64` is the shifted cosine schedule of Hoogeboom
+    et al. 2023, eq. 8: `logsnr = -2 log(tan(pi t / 2)) - 2 log(shift)`.
 
     >>> float(CosineVP().alpha(0.0))
     1.0
     """
 
+    shift: float = eqx.field(static=True)
+
+    def __init__(self, shift: float = 1.0):
+        if not (shift > 0 and math.isfinite(shift)):
+            raise ValueError(f"CosineVP: shift must be positive, got {shift}.")
+        self.shift = float(shift)
+
     def coefficients(self, t: Time) -> Coefficients:
         xp, t = _as_array(t)
         # sin(pi (1 - t) / 2) and not cos(pi t / 2): exactly 0 at t = 1, exact relative to alpha.
-        alpha, sigma = xp.sin(np.pi / 2 * (1 - t)), xp.sin(np.pi / 2 * t)
-        return Coefficients(alpha, sigma, -np.pi / 2 * sigma, np.pi / 2 * alpha)
+        a, s = xp.sin(np.pi / 2 * (1 - t)), self.shift * xp.sin(np.pi / 2 * t)
+        radius = xp.sqrt(a * a + s * s)
+        alpha, sigma = a / radius, s / radius
+        slope = np.pi / 2 * self.shift / radius**2  # d phi / dt
+        return Coefficients(alpha, sigma, -sigma * slope, alpha * slope)
 
 
 class LinearFlow(AbstractPath):
@@ -129,6 +176,41 @@ class LinearFlow(AbstractPath):
         return Coefficients(1 - t, t, -xp.ones_like(t), xp.ones_like(t))
 
 
+class VarianceExploding(AbstractPath):
+    """`alpha = 1`, `sigma^2 = sigma_min^2 ((sigma_max / sigma_min)^(2 t) - 1)`.
+
+    The VE SDE's own marginals, 0 at `t = 0` (Song et al. 2021b, appendix B and C). Near 0,
+    `sigma` grows like `sqrt(t)`: its derivative is infinite at `t = 0`. Sampling starts from
+    `x_T ~ N(0, sigma(1)^2)`.
+
+    **Raises** `ValueError` unless `0 < sigma_min < sigma_max`.
+
+    >>> path = VarianceExploding(0.01, 50.0)
+    >>> float(path.alpha(0.5)), round(float(path.sigma(1.0)), 4)
+    (1.0, 50.0)
+    """
+
+    sigma_min: float = eqx.field(static=True)
+    sigma_max: float = eqx.field(static=True)
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                "VarianceExploding: need 0 < sigma_min < sigma_max, got "
+                f"{sigma_min} and {sigma_max}."
+            )
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+
+    def coefficients(self, t: Time) -> Coefficients:
+        xp, t = _as_array(t)
+        rate = 2 * math.log(self.sigma_max / self.sigma_min)
+        grown = xp.expm1(rate * t)
+        sigma = self.sigma_min * xp.sqrt(grown)
+        with np.errstate(divide="ignore"):
+            dsigma = self.sigma_min * rate / 2 * (grown + 1) / xp.sqrt(grown)
+        return Coefficients(xp.ones_like(t), sigma, xp.zeros_like(t), dsigma)
+
+
 def q_sample(
     path: AbstractPath, x0: Float[Array, "*shape"], t: Float[Array, ""], eps: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -142,9 +224,128 @@ def q_sample(
     Array([0.5, 0.5, 0.5], dtype=float32)
     """
     at = path.coefficients(t)
-    return at.alpha.astype(x0.dtype) * x0 + at.sigma.astype(x0.dtype) * eps
+    return combine(at.alpha, x0, at.sigma, eps)
+
+
+def combine(
+    a: Time, x: Float[Array, "*shape"], b: Time, y: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`a x + b y` of two numbers and two arrays, in the dtype of `x`.
+
+    Computed in float32 at least: a schedule is not rounded to bfloat16 because the data is.
+
+    >>> combine(0.5, jnp.ones(2, jnp.bfloat16), 2.0, jnp.ones(2, jnp.bfloat16))
+    Array([2.5, 2.5], dtype=bfloat16)
+    """
+    work = at_least_float32(x.dtype)
+    a, b = jnp.asarray(a, work), jnp.asarray(b, work)
+    return (a * x.astype(work) + b * y.astype(work)).astype(x.dtype)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32 for the half-precision types, any other float type unchanged.
+
+    >>> at_least_float32(jnp.bfloat16) == jnp.float32
+    True
+    """
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def transition_coefficients(at_s: Coefficients, at_t: Coefficients) -> tuple[Time, Time]:
+    """`q(x_t | x_s) = N(r x_s, var)` for `s < t`: returns `(r, var)`.
+
+    `r = alpha_t / alpha_s`, `var = sigma_t^2 - r^2 sigma_s^2` (Ho et al. 2020, eq. 2; for any
+    path, Kingma et al. 2021, eq. 2 and appendix A.1). Written as `sigma_t^2 (1 - (r sigma_s /
+    sigma_t)^2)`; give float64, in float32 the difference cancels for close times.
+
+    >>> at = LinearFlow().coefficients
+    >>> r, var = transition_coefficients(at(0.0), at(0.5))
+    >>> float(r), float(var)
+    (0.5, 0.25)
+    """
+    r = at_t.alpha / at_s.alpha
+    return r, at_t.sigma**2 * (1 - (r * at_s.sigma / at_t.sigma) ** 2)
+
+
+def posterior_coefficients(at_s: Coefficients, at_t: Coefficients) -> tuple[Time, Time, Time]:
+    """`q(x_s | x_t, x0) = N(c0 x0 + ct x_t, var)` for `s < t`: returns `(c0, ct, var)`.
+
+    With `(r, var_{t|s})` of `transition_coefficients`: `c0 = alpha_s var_{t|s} / sigma_t^2`,
+    `ct = r sigma_s^2 / sigma_t^2`, `var = var_{t|s} sigma_s^2 / sigma_t^2` (Ho et al. 2020,
+    eq. 6-7; for any path, Kingma et al. 2021, appendix A.2). At `s = 0`: `(1, 0, 0)`.
+
+    >>> at = LinearFlow().coefficients
+    >>> c0, ct, var = posterior_coefficients(at(0.0), at(0.5))
+    >>> float(c0), float(ct), float(var)
+    (1.0, 0.0, 0.0)
+    """
+    r, fresh = transition_coefficients(at_s, at_t)
+    fresh = fresh / at_t.sigma**2  # the share of the noise at t that came after s
+    return at_s.alpha * fresh, r * (at_s.sigma / at_t.sigma) ** 2, at_s.sigma**2 * fresh
+
+
+def q_posterior(
+    path: AbstractPath,
+    x0: Float[Array, "*shape"],
+    x_t: Float[Array, "*shape"],
+    s: float,
+    t: float,
+) -> tuple[Float[Array, "*shape"], float]:
+    """The mean and the variance of `q(x_s | x_t, x0)` for `0 <= s < t <= 1`, in closed form.
+
+    `posterior_coefficients` at two times that Python can see, so in float64 whatever the dtype
+    of `x0`; the mean has the dtype of `x0` (Ho et al. 2020, eq. 6-7).
+
+    >>> mean, variance = q_posterior(LinearFlow(), jnp.ones(1), jnp.zeros(1), 0.0, 0.5)
+    >>> float(mean[0]), variance
+    (1.0, 0.0)
+    """
+    if not 0 <= s < t <= 1:
+        raise ValueError(f"q_posterior: need 0 <= s < t <= 1, got s = {s} and t = {t}.")
+    c0, ct, variance = posterior_coefficients(path.coefficients(s), path.coefficients(t))
+    return combine(c0, x0, ct, x_t), float(variance)
+
+
+def time_at_logsnr(path: AbstractPath, logsnr: Float[np.ndarray, "*t"]) -> Float[np.ndarray, "*t"]:
+    """The inverse of `path.logsnr`, by bisection to the last bit of float64; any path.
+
+    Values beyond what the path reaches give the nearer end, 0 or 1.
+
+    >>> path = CosineVP()
+    >>> time_at_logsnr(path, path.logsnr(np.array([0.25, 0.75])))
+    array([0.25, 0.75])
+    """
+    low, high = np.zeros_like(logsnr), np.ones_like(logsnr)
+    for _ in range(1100):  # halves past the smallest float64; ends when nothing moves
+        middle = (low + high) / 2
+        if np.all((middle == low) | (middle == high)):
+            break
+        above = path.logsnr(middle) > logsnr
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    nearer = np.abs(path.logsnr(low) - logsnr) < np.abs(path.logsnr(high) - logsnr)
+    return np.where(nearer, low, high)
+
+
+def check_concrete_time(t: Any) -> Any:
+    """Returns `t`; `ValueError` if it is a number outside [0, 1] that Python can see.
+
+    Under `jit`, where it cannot be seen, `checks.check_time` does the same.
+
+    >>> check_concrete_time(0.5)
+    0.5
+    """
+    if not isinstance(t, Tracer):
+        seen = np.asarray(t)
+        if not np.all((seen >= 0) & (seen <= 1)):
+            raise ValueError(f"t must lie in [0, 1] (0 is data, 1 is noise), got {t}.")
+    return t
 
 
 def _as_array(t: Any) -> tuple[Any, Any]:
     """The array module that `t` belongs to, and `t` as an array of it; floats are NumPy's."""
-    return (jnp, t) if isinstance(t, jax.Array) else (np, np.asarray(t))
+    check_concrete_time(t)
+    return _namespace(t), t if isinstance(t, jax.Array) else np.asarray(t, np.float64)
+
+
+def _namespace(a: Any) -> Any:
+    return jnp if isinstance(a, jax.Array) else np

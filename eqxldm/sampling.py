@@ -1,18 +1,30 @@
-"""The sampling loop: a solver's step scanned over a time grid."""
+"""The sampling loop: a solver's step scanned over its plan."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
-from .paths import AbstractPath
-from .predictions import Denoiser, Prediction, to_x0_eps
-from .schedules import Grid
-from .solvers import AbstractSolver, Interval
+from .grids import Grid, check_times
+from .paths import AbstractPath, at_least_float32
+from .predictions import Denoiser, Prediction, apply_inverse, inverse, split_output
+from .solvers import DDIM, AbstractSolver, Estimate
 
 X = Float[Array, "*shape"]
+
+
+class Trajectory(NamedTuple):
+    """The states and the estimates of `x0` along a run; unpacks into the two.
+
+    >>> states, x0 = Trajectory(jnp.zeros((3, 2)), jnp.zeros((2, 2)))
+    """
+
+    states: Float[Array, "saved_and_one *shape"]
+    x0: Float[Array, "saved *shape"]
 
 
 def sample(
@@ -25,6 +37,7 @@ def sample(
     cond: PyTree = None,
     *,
     key: Key[Array, ""],
+    denoised_fn: Callable[[X], X] | None = None,
 ) -> Float[Array, "*shape"]:
     """Runs the reverse process from `x_T` at `times[0]` to `times[-1]`, one example.
 
@@ -33,12 +46,18 @@ def sample(
     - `denoiser`: `(x_t, t, cond, key=) -> out`; wrap it with `guidance.guide` for guidance.
     - `prediction`: what `out` means.
     - `times`: a descending grid in [0, 1], one entry more than there are steps
-      (`schedules.uniform_times`, `timestep_times`, ...). A NumPy grid is checked, and its
-      coefficients are computed in float64.
+      (`grids.uniform_times`, `timestep_times`, `karras_times`, ...). Of a NumPy grid the
+      coefficients are computed in float64 and checked, also when this function is traced; of a
+      JAX grid in its own dtype and unchecked.
     - `x_T`: noise, `N(0, sigma(1)^2)`. The result has its shape and dtype.
+    - `denoised_fn`: applied to every estimate of `x0`, eps following: `lambda x0: jnp.clip(x0,
+      -1, 1)` is the clipping of pixel-space models (Ho et al. 2020, their code).
 
     **Returns** `x` at `times[-1]`. `jax.vmap` over `x_T`, `cond` and `key` makes a batch; under
     `jax.jit` it compiles once for all values of them.
+
+    **Raises** `ValueError` if path, prediction, solver and grid do not go together: at some time
+    of the grid a coefficient would be infinite.
 
     >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0)
@@ -46,9 +65,11 @@ def sample(
     ...        key=jax.random.key(0))
     Array([7., 7.], dtype=float32)
     """
-    body, rows = _prepare(denoiser, path, prediction, solver, times, cond, key)
-    (x, _), _ = jax.lax.scan(lambda c, r: (body(c, r)[0], None), (x_T, solver.init(x_T)), rows)
-    return x
+    start, body, rows = _prepare(
+        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
+    )
+    (x, _), _ = jax.lax.scan(lambda state, row: (body(state, row)[0], None), start, rows)
+    return x.astype(x_T.dtype)
 
 
 def sample_trajectory(
@@ -61,47 +82,164 @@ def sample_trajectory(
     cond: PyTree = None,
     *,
     key: Key[Array, ""],
-) -> tuple[Float[Array, "steps_and_one *shape"], Float[Array, "steps *shape"]]:
-    """As `sample`, but returns every state, `x_T` first, and every estimate of `x0`.
+    every: int = 1,
+    denoised_fn: Callable[[X], X] | None = None,
+) -> Trajectory:
+    """As `sample`, but returns every `every`-th state, `x_T` first, and the estimates of `x0`.
+
+    `states[j]` is the state after `j every` steps and `x0[j]` the last estimate made on the way
+    to `states[j + 1]`; the last state is the result, also where `every` does not divide the
+    steps. Only what is returned is kept in memory.
 
     >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0)
-    >>> states, estimates = sample_trajectory(denoiser, LinearFlow(), predict_x0, DDIM(),
-    ...     uniform_times(3), jnp.ones(2), key=jax.random.key(0))
-    >>> states.shape, estimates.shape
+    >>> states, x0 = sample_trajectory(denoiser, LinearFlow(), predict_x0, DDIM(),
+    ...     uniform_times(7), jnp.ones(2), key=jax.random.key(0), every=3)
+    >>> states.shape, x0.shape
     ((4, 2), (3, 2))
     """
-    body, rows = _prepare(denoiser, path, prediction, solver, times, cond, key)
-    _, (states, estimates) = jax.lax.scan(body, (x_T, solver.init(x_T)), rows)
-    return jnp.concatenate([x_T[None], states]), estimates
-
-
-def _prepare(denoiser, path, prediction, solver, times, cond, key):
-    if isinstance(times, np.ndarray):
-        times = times.astype(np.float64)
-        inside = len(times) > 1 and times[0] <= 1 and times[-1] >= 0
-        if not (inside and np.all(np.diff(times) < 0)):
-            raise ValueError("times must descend within [0, 1] and hold at least two entries.")
-    interval = Interval(
-        times[:-1], times[1:], path.coefficients(times[:-1]), path.coefficients(times[1:])
-    )
     steps = len(times) - 1
-    rows = (interval, solver.tables(path, interval), np.arange(steps))
-    rows = jax.tree.map(lambda a: jnp.asarray(a, _default_dtype(a)), rows)
+    if not 1 <= every <= steps:
+        raise ValueError(
+            f"sample_trajectory: every must lie in 1 .. {steps}, the steps, got {every}."
+        )
+    start, body, rows = _prepare(
+        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
+    )
+    saved = -(-steps // every)
 
-    def predict(x, t, at):
-        return to_x0_eps(prediction, at, x, denoiser(x, t, cond, key=None))
+    def keep(carry, row):
+        state, states, estimates = carry
+        state, x0 = body(state, row)
+        j = row[0] // every  # what the same entry held before is overwritten
+        state_at_j, x0 = state[0].astype(x_T.dtype), x0.astype(x_T.dtype)
+        return (state, states.at[j].set(state_at_j), estimates.at[j].set(x0)), None
+
+    empty = jnp.zeros((saved, *x_T.shape), x_T.dtype)
+    (_, states, estimates), _ = jax.lax.scan(keep, (start, empty, empty), rows)
+    return Trajectory(jnp.concatenate([x_T[None], states]), estimates)
+
+
+def ddim_invert(
+    denoiser: Denoiser,
+    path: AbstractPath,
+    prediction: Prediction,
+    times: Grid,
+    x0: Float[Array, "*shape"],
+    cond: PyTree = None,
+) -> Float[Array, "*shape"]:
+    """DDIM run backwards, from `x0` at `times[-1]` to the noise at `times[0]`: encoding.
+
+    The step of `DDIM(0)` on the reversed grid, the network asked where the step begins (Song et
+    al. 2021a, section 4.3 and eq. 14). `sample` with `DDIM()` leads back, to the solver's order.
+    The other ODE solvers encode as well: `sample(..., times[::-1], x0)`. A network trained on
+    DDPM's timesteps never saw `t = 0`: end the grid at its first timestep.
+
+    >>> from eqxldm import LinearFlow, predict_velocity, uniform_times
+    >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
+    >>> ddim_invert(denoiser, LinearFlow(), predict_velocity, uniform_times(4), jnp.zeros(1))
+    Array([1.], dtype=float32)
+    """
+    return sample(denoiser, path, prediction, DDIM(), times[::-1], x0, cond, key=jax.random.key(0))
+
+
+def evaluations(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
+    """The number of function evaluations (NFE): how often a run calls the denoiser.
+
+    A guided denoiser counts once; inside, it runs the network on two conditions.
+
+    >>> from eqxldm import DDIM, LinearFlow, uniform_times
+    >>> evaluations(LinearFlow(), DDIM(), uniform_times(20))
+    20
+    """
+    return len(solver.plan(path, check_times(times)).t)
+
+
+def check_combination(
+    path: AbstractPath, prediction: Prediction, solver: AbstractSolver, times: Grid
+) -> None:
+    """`ValueError` if the four do not go together: a coefficient would be infinite on the grid.
+
+    `sample` does the same when it is traced; this is for asking earlier, before training.
+
+    >>> from eqxldm import DDIM, LinearFlow, predict_velocity, uniform_times
+    >>> check_combination(LinearFlow(), predict_velocity, DDIM(), uniform_times(20))
+    """
+    _tables(path, prediction, solver, check_times(times))
+
+
+def _tables(path, prediction, solver, times):
+    """The plan, the path's coefficients at its times and those of `(x0, eps)` from the output."""
+    plan = solver.plan(path, times)
+    at = path.coefficients(plan.t)
+    solution = inverse(prediction, at)
+    if not isinstance(times, jax.Array):
+        _check_coefficients(path, prediction, solver, plan, at, solution)
+    return plan, at, solution
+
+
+def _prepare(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn):
+    _check_finite(x_T)
+    if not isinstance(times, jax.Array):
+        times = check_times(times)
+    plan, at, solution = _tables(path, prediction, solver, times)
+    rows = (solution, plan.table)
+    rows = (plan.step, np.arange(len(plan.t)), plan.t, at, *rows)
+    rows = jax.tree.map(lambda a: jnp.asarray(a, jax.dtypes.canonicalize_dtype(a.dtype)), rows)
 
     def body(state, row):
-        interval, table, i = row
+        _, i, t, at, solution, table = row
         x, carry = state
-        x, carry, x0 = solver.step(
-            predict, interval, table, x, carry, key=jax.random.fold_in(key, i)
+        out = denoiser(x.astype(x_T.dtype), t, cond, key=None).astype(x.dtype)
+        out, variance = split_output(prediction, x, out)
+        x0, eps = apply_inverse(solution, x, out)
+        if denoised_fn is not None:
+            x0 = denoised_fn(x0)
+            alpha, sigma = (jnp.asarray(c, x.dtype) for c in (at.alpha, at.sigma))
+            eps = (x - alpha * x0) / sigma
+        noise_key = jax.random.fold_in(key, i)
+        x, carry = solver.step(table, x, Estimate(x0, eps, variance), carry, key=noise_key)
+        return (x, carry), x0
+
+    x = x_T.astype(at_least_float32(x_T.dtype))  # the state is never bfloat16
+    return (x, solver.init(x)), body, rows
+
+
+def _check_coefficients(path, prediction, solver, plan, at, solution) -> None:
+    """Refuses, with the time and the reason, what would end in NaN."""
+    t = plan.t
+
+    def first_infinite(tree):
+        leaves = [np.asarray(leaf).reshape(len(t), -1) for leaf in jax.tree.leaves(tree)]
+        wrong = ~np.all([np.all(np.isfinite(leaf), axis=1) for leaf in leaves], axis=0)
+        return int(np.argmax(wrong)) if np.any(wrong) else None
+
+    def where(i):
+        off = "start=0.999" if at.alpha[i] == 0 else "end=0.001"
+        here = f"at t = {t[i]:g}, where alpha = {at.alpha[i]:g} and sigma = {at.sigma[i]:g}"
+        return here, f"Keep the grid off that time, as in uniform_times(20, {off})"
+
+    i = first_infinite(solution)
+    if i is not None:
+        unknown = "x0" if at.alpha[i] == 0 else "eps"
+        here, advice = where(i)
+        raise ValueError(
+            f"{_name(prediction)} on {_name(path)} says nothing about {unknown} {here}. {advice}, "
+            "or use a prediction that holds there: predict_v or predict_velocity."
         )
-        return (x, carry), (x, x0)
+    i = first_infinite(plan.table)
+    if i is not None:
+        here, advice = where(i)
+        raise ValueError(
+            f"{_name(solver)} on {_name(path)} has infinite coefficients {here}. {advice}, or use "
+            "DDIM, which is finite everywhere."
+        )
 
-    return body, rows
+
+def _check_finite(x_T: Array) -> None:
+    if not isinstance(x_T, Tracer) and not np.all(np.isfinite(np.asarray(x_T))):
+        raise ValueError("x_T holds NaN or infinity; it should be noise.")
 
 
-def _default_dtype(a: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(a.dtype)
+def _name(thing: Any) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)

@@ -1,7 +1,7 @@
-"""Noise schedules and time grids: pure functions of numbers, float64 NumPy tables.
+"""Noise schedules of `T` timesteps: pure functions of numbers, float64 NumPy tables.
 
-A table has one entry a timestep, `0 .. T-1`, from the least noise to the most. A time grid
-descends from 1 (noise) to 0 (data), one entry more than there are steps.
+A table has one entry a timestep, `0 .. T-1`, from the least noise to the most. A respacing is the
+increasing array of the timesteps that are kept.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Table = Float[np.ndarray, " timesteps"]
-Grid = Float[np.ndarray, " steps_and_one"]
+Timesteps = Int[np.ndarray, " kept"]
 
 
 def linear_betas(timesteps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Table:
@@ -24,6 +24,21 @@ def linear_betas(timesteps: int = 1000, start: float = 1e-4, end: float = 0.02) 
     """
     _check_count("timesteps", timesteps)
     return _check_betas(np.linspace(start, end, timesteps))
+
+
+def scaled_linear_betas(timesteps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Table:
+    """`beta_i = b_i^2` with `b_i` evenly spaced from `sqrt(start)` to `sqrt(end)`.
+
+    The schedule of latent diffusion and Stable Diffusion (Rombach et al. 2022, their code's
+    "linear"). The defaults belong to `timesteps = 1000`.
+
+    >>> scaled_linear_betas(3, 0.04, 0.16).round(4)
+    array([0.04, 0.09, 0.16])
+    """
+    _check_count("timesteps", timesteps)
+    if not (0 < start < 1 and 0 < end < 1):
+        raise ValueError(f"scaled_linear_betas: start and end in (0, 1), got {start} and {end}.")
+    return _check_betas(np.linspace(math.sqrt(start), math.sqrt(end), timesteps) ** 2)
 
 
 def cosine_betas(timesteps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Table:
@@ -39,8 +54,39 @@ def cosine_betas(timesteps: int = 1000, offset: float = 0.008, largest: float = 
     return _check_betas(np.minimum(1 - f[1:] / f[:-1], largest))
 
 
+def sigmoid_betas(
+    timesteps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    temperature: float = 1.0,
+    largest: float = 0.999,
+) -> Table:
+    """The betas of `alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start))`.
+
+    `S(u) = sigmoid(u / temperature)`, `beta_i = min(1 - alpha_bar((i+1)/T) / alpha_bar(i/T),
+    largest)` (Jabri et al. 2022, section 3.1 and appendix). A smaller temperature or a later
+    start adds noise later and faster.
+
+    >>> alpha_bar = alpha_bar_from_betas(sigmoid_betas(4))
+    >>> round(float(alpha_bar[1]), 6)
+    0.5
+    """
+    _check_count("timesteps", timesteps)
+    if not (start < end and temperature > 0):
+        raise ValueError(
+            "sigmoid_betas: need start < end and a positive temperature, got "
+            f"start {start}, end {end}, temperature {temperature}."
+        )
+    u = np.linspace(start, end, timesteps + 1) / temperature
+    noise = 1 / (1 + np.exp(-u))
+    alpha_bar = noise[-1] - noise
+    return _check_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest))
+
+
 def alpha_bar_from_betas(betas: Table) -> Table:
     """`alpha_bar_i = prod_{j <= i} (1 - beta_j)` (Ho et al. 2020, below eq. 4).
+
+    Betas lie strictly between 0 and 1; the last may be 1, which is zero terminal SNR.
 
     >>> alpha_bar_from_betas(np.array([0.5, 0.5]))
     array([0.5 , 0.25])
@@ -63,17 +109,64 @@ def betas_from_alpha_bar(alpha_bar: Table) -> Table:
 def check_alpha_bar(alpha_bar: Table) -> Table:
     """Returns the table if it lies in (0, 1) and strictly decreases, else raises `ValueError`.
 
+    The last entry may be 0: zero terminal SNR.
+
     >>> check_alpha_bar(np.array([0.9, 0.1]))
     array([0.9, 0.1])
     """
     alpha_bar = np.asarray(alpha_bar, np.float64)
-    inside = len(alpha_bar) > 0 and np.all((alpha_bar > 0) & (alpha_bar < 1))
-    if not (inside and np.all(np.diff(alpha_bar) < 0)):
-        raise ValueError("alpha_bar must be non-empty, lie in (0, 1) and strictly decrease.")
+    if len(alpha_bar) == 0:
+        raise ValueError("alpha_bar is empty: it needs one entry a timestep.")
+    wrong = ~((alpha_bar > 0) & (alpha_bar < 1))
+    wrong[-1] &= alpha_bar[-1] != 0
+    if np.any(wrong):
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            "alpha_bar must lie strictly between 0 and 1 (the last entry may be 0), got "
+            f"{alpha_bar[i]} at timestep {i}."
+        )
+    rising = np.diff(alpha_bar) >= 0
+    if np.any(rising):
+        i = int(np.argmax(rising))
+        raise ValueError(
+            f"alpha_bar must strictly decrease, got {alpha_bar[i]} and then {alpha_bar[i + 1]} at "
+            f"timestep {i + 1}."
+        )
     return alpha_bar
 
 
-def respace(timesteps: int, counts: Sequence[int]) -> Int[np.ndarray, " kept"]:
+def rescale_zero_terminal_snr(alpha_bar: Table) -> Table:
+    """Shifts and scales `sqrt(alpha_bar)` so that its last entry is 0 and its first stays.
+
+    `a_i' = a_0 (a_i - a_{T-1}) / (a_0 - a_{T-1})`, `a = sqrt(alpha_bar)` (Lin et al. 2023,
+    algorithm 1). At `t = 1` no data is left: predict v, x0 or velocity, not eps.
+
+    >>> rescale_zero_terminal_snr(np.array([0.81, 0.25, 0.01]))
+    array([0.81  , 0.2025, 0.    ])
+    """
+    a = np.sqrt(check_alpha_bar(alpha_bar))
+    if len(a) < 2:
+        raise ValueError("rescale_zero_terminal_snr: needs at least two timesteps, got 1.")
+    return (a[0] * (a - a[-1]) / (a[0] - a[-1])) ** 2
+
+
+def shift_alpha_bar(alpha_bar: Table, shift: float) -> Table:
+    """Divides the signal-to-noise ratio by `shift^2`: `logsnr' = logsnr - 2 log(shift)`.
+
+    For images of `m` pixels and a schedule made for `n`, `shift = sqrt(m / n)`: neighbouring
+    pixels repeat the signal and average the noise away (Hoogeboom et al. 2023, eq. 8; in time,
+    Esser et al. 2024, eq. 23, which is `grids.shift_time`). A `shift` above 1 means more noise.
+
+    >>> shift_alpha_bar(np.array([0.8, 0.5]), 2.0)
+    array([0.5, 0.2])
+    """
+    alpha_bar = check_alpha_bar(alpha_bar)
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift_alpha_bar: shift must be positive, got {shift}.")
+    return alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
+
+
+def respace(timesteps: int, counts: Sequence[int]) -> Timesteps:
     """The timesteps kept when each of `len(counts)` equal sections keeps `counts[k]` of its own.
 
     A section's first and last timestep are kept, the others evenly between, rounded. `[25]` is
@@ -100,7 +193,7 @@ def respace(timesteps: int, counts: Sequence[int]) -> Int[np.ndarray, " kept"]:
     return np.array(kept)
 
 
-def stride(timesteps: int, count: int) -> Int[np.ndarray, " kept"]:
+def stride(timesteps: int, count: int) -> Timesteps:
     """Every `k`-th timestep from 0, for the smallest whole `k` that keeps `count` of them.
 
     The respacing "ddimN" of guided-diffusion (Song et al. 2021, appendix D.2).
@@ -119,44 +212,60 @@ def stride(timesteps: int, count: int) -> Int[np.ndarray, " kept"]:
     raise ValueError(f"stride: no whole stride keeps {count} of {timesteps} timesteps.")
 
 
-def timestep_times(timesteps: int, kept: Int[np.ndarray, " kept"]) -> Grid:
-    """The time grid that visits the timesteps `kept` from the last to the first and ends at 0.
+def leading_timesteps(timesteps: int, count: int) -> Timesteps:
+    """`0, k, 2 k, ..., (count - 1) k` with `k = floor(T / count)` (Lin et al. 2023, table 2).
 
-    Timestep `i` of `T` lies at time `(i + 1) / T`; time 0 is clean data.
+    The last timestep is never among them, so sampling starts from less noise than training saw.
 
-    >>> timestep_times(10, np.array([0, 4, 9]))
-    array([1. , 0.5, 0.1, 0. ])
+    >>> leading_timesteps(1000, 3)
+    array([  0, 333, 666])
     """
-    kept = np.asarray(kept)
-    if kept.size == 0 or kept[0] < 0 or kept[-1] >= timesteps or np.any(np.diff(kept) <= 0):
-        raise ValueError(
-            f"timestep_times: kept must increase within 0 .. {timesteps - 1}, got {kept}."
-        )
-    return np.concatenate([(kept[::-1] + 1) / timesteps, [0.0]])
+    _check_kept("leading_timesteps", timesteps, count)
+    return np.arange(count) * (timesteps // count)
 
 
-def uniform_times(steps: int) -> Grid:
-    """`1, 1 - 1/N, ..., 0`: `steps + 1` evenly spaced times.
+def trailing_timesteps(timesteps: int, count: int) -> Timesteps:
+    """`round(T - j T / count) - 1` for `j = 0 .. count - 1` (Lin et al. 2023, table 2).
 
-    >>> uniform_times(2)
-    array([1. , 0.5, 0. ])
+    Evenly spaced from the last timestep down; the one to use with zero terminal SNR.
+
+    >>> trailing_timesteps(1000, 4)
+    array([249, 499, 749, 999])
     """
-    _check_count("steps", steps)
-    return np.linspace(1.0, 0.0, steps + 1)
+    _check_kept("trailing_timesteps", timesteps, count)
+    descending = np.round(timesteps - np.arange(count) * (timesteps / count)) - 1
+    return descending[::-1].astype(int)
 
 
-def shifted_times(steps: int, shift: float) -> Grid:
-    """`t' = s t / (1 + (s - 1) t)` of uniform times: more steps near noise for `shift > 1`.
+def linspace_timesteps(timesteps: int, count: int) -> Timesteps:
+    """`round(linspace(0, T - 1, count))`: both ends kept (Lin et al. 2023, table 2).
 
-    (Esser et al. 2024, eq. 23, with `s = sqrt(m / n)`); `shift = 1` changes nothing.
+    The same as `respace(timesteps, [count])`.
 
-    >>> shifted_times(2, 3.0)
-    array([1.  , 0.75, 0.  ])
+    >>> linspace_timesteps(1000, 4)
+    array([  0, 333, 666, 999])
     """
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shifted_times: shift must be positive, got {shift}.")
-    t = uniform_times(steps)
-    return shift * t / (1 + (shift - 1) * t)
+    return respace(timesteps, [count])
+
+
+def parse_respacing(timesteps: int, spec: str) -> Timesteps:
+    """The respacing that guided-diffusion and DiT write as `"25"`, `"10,15,20"` or `"ddim50"`.
+
+    One count or one a section is `respace`, `ddimN` is `stride`; `""` keeps every timestep
+    (Nichol & Dhariwal 2021; their code's `space_timesteps`).
+
+    >>> parse_respacing(1000, "ddim4")
+    array([  0, 250, 500, 750])
+    >>> parse_respacing(9, "1,2,3")
+    array([0, 3, 5, 6, 7, 8])
+    """
+    numbers = spec.removeprefix("ddim").split(",") if spec else [str(timesteps)]
+    if not all(n.strip().isdecimal() for n in numbers) or (
+        spec.startswith("ddim") and len(numbers) > 1
+    ):
+        raise ValueError(f'parse_respacing: expected "25", "10,15,20" or "ddim50", got "{spec}".')
+    counts = [int(n) for n in numbers]
+    return stride(timesteps, counts[0]) if spec.startswith("ddim") else respace(timesteps, counts)
 
 
 def _check_count(name: str, count: int) -> None:
@@ -164,8 +273,22 @@ def _check_count(name: str, count: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
+def _check_kept(name: str, timesteps: int, count: int) -> None:
+    _check_count("timesteps", timesteps)
+    if not 1 <= count <= timesteps:
+        raise ValueError(f"{name}: cannot keep {count} of {timesteps} timesteps.")
+
+
 def _check_betas(betas: np.ndarray) -> np.ndarray:
     betas = np.asarray(betas, np.float64)
-    if len(betas) == 0 or not np.all((betas > 0) & (betas < 1)):
-        raise ValueError("betas must be non-empty and lie strictly between 0 and 1.")
+    if len(betas) == 0:
+        raise ValueError("betas is empty: it needs one entry a timestep.")
+    wrong = ~((betas > 0) & (betas < 1))
+    wrong[-1] &= betas[-1] != 1
+    if np.any(wrong):
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            "betas must lie strictly between 0 and 1 (the last may be 1), got "
+            f"{betas[i]} at timestep {i}."
+        )
     return betas

@@ -18,21 +18,30 @@ PATHS = {
     "discrete": eqxldm.DiscreteVP(ALPHA_BAR),
     "cosine": eqxldm.CosineVP(),
     "linear": eqxldm.LinearFlow(),
+    "exploding": eqxldm.VarianceExploding(0.02, 5.0),
 }
-VP_PATHS = {name: path for name, path in PATHS.items() if name != "linear"}
+VP_PATHS = {name: PATHS[name] for name in ("discrete", "cosine")}
 PREDICTIONS = {
     "eps": eqxldm.predict_eps,
     "x0": eqxldm.predict_x0,
     "v": eqxldm.predict_v,
     "velocity": eqxldm.predict_velocity,
+    "score": eqxldm.predict_score,
 }
-SOLVERS = {
+ODE_SOLVERS = {
     "euler": eqxldm.Euler(),
+    "heun": eqxldm.Heun(),
     "ddim": eqxldm.DDIM(),
+    "dpmpp": eqxldm.DPMSolverPP2M(),
+}
+SDE_SOLVERS = {
     "ddim_eta1": eqxldm.DDIM(1.0),
     "ddpm_small": eqxldm.DDPM(),
     "ddpm_large": eqxldm.DDPM(eqxldm.fixed_large),
+    "euler_maruyama": eqxldm.EulerMaruyama(),
+    "dpmpp_sde": eqxldm.DPMSolverPP2M(1.0),
 }
+SOLVERS = ODE_SOLVERS | SDE_SOLVERS
 
 
 def reference(name):
@@ -47,15 +56,7 @@ def relative_error(actual, expected):
 
 def gaussian_denoiser(path, prediction, mean, std):
     """The optimal denoiser of `x0 ~ N(mean, std^2)`: `E[out | x_t]`."""
-
-    def denoiser(x_t, t, cond=None, *, key=None):
-        at = path.coefficients(t)
-        alpha, sigma = at.alpha.astype(x_t.dtype), at.sigma.astype(x_t.dtype)
-        centred = (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        x0, eps = mean + alpha * std**2 * centred, sigma * centred
-        return eqxldm.target(prediction, at, x0, eps)
-
-    return denoiser
+    return eqxldm.GaussianMixture([1.0], [mean], [std]).denoiser(path, prediction)
 
 
 def transported(path, mean, std, t, s, x_t):
@@ -69,21 +70,22 @@ def transported(path, mean, std, t, s, x_t):
 
 
 class WithNoise(eqxldm.AbstractSolver):
-    """A solver whose noise is given, one array a step, instead of drawn from the key."""
+    """A solver whose noise is given, one array a call, instead of drawn from the key."""
 
     solver: eqxldm.AbstractSolver
     noise: np.ndarray
 
-    def tables(self, path, interval):
-        return self.solver.tables(path, interval), self.noise
+    def plan(self, path, times):
+        plan = self.solver.plan(path, times)
+        return eqxldm.Plan(plan.t, plan.step, (plan.table, self.noise))
 
     def init(self, x):
         return self.solver.init(x)
 
-    def step(self, predict, interval, table, x, carry, *, key):
+    def step(self, table, x, estimate, carry, *, key):
         table, noise = table
         with mock.patch("jax.random.normal", lambda key, shape, dtype: noise.astype(dtype)):
-            return self.solver.step(predict, interval, table, x, carry, key=key)
+            return self.solver.step(table, x, estimate, carry, key=key)
 
 
 def small_dit(*, seed=0, **changes):

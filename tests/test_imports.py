@@ -15,10 +15,14 @@ DIFFUSION = {
     "schedules": set(),
     "paths": {"schedules"},
     "predictions": {"paths"},
+    "grids": {"schedules", "paths"},
     "losses": {"paths", "predictions"},
     "guidance": {"predictions"},
-    "solvers": {"paths", "schedules"},
-    "sampling": {"paths", "predictions", "schedules", "solvers"},
+    "checks": {"predictions"},
+    "exact": {"paths", "predictions"},
+    "solvers": {"paths"},
+    "sampling": {"grids", "paths", "predictions", "solvers"},
+    "likelihood": {"grids", "paths", "predictions", "solvers"},
 }
 LAYERS = {"nn": {"nn"}, "models": {"nn", "models"}}
 APART = {"metrics": {"metrics"}}
