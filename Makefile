@@ -33,7 +33,7 @@ EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
-	evaluate-fashion-mnist compare-mnist test lint format typecheck pins docs docs-serve clean
+	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture test lint format typecheck pins docs docs-serve clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ compare-mnist: $(RUNTIME) ## the comparison behind the defaults of the DiT (20 m
 
 evaluate-fashion-mnist: $(RUNTIME) ## as evaluate-mnist
 	$(RUN) evaluate --dataset fashion-mnist $(EVALUATE) $(ARGS)
+
+bench-solvers: $(RUNTIME) ## what each solver costs beside the network, in passes over the state
+	.venv/bin/python benchmarks/solvers.py
+
+bench-mixture: $(RUNTIME) ## every solver's error against the exact solution (2 minutes)
+	.venv/bin/python benchmarks/mixture.py
 
 test: $(DEV) ## run the tests
 	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) $(ARGS)

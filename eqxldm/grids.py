@@ -44,7 +44,7 @@ def uniform_times(steps: int, start: float = 1.0, end: float = 0.0) -> Grid:
 
 
 def shift_time(t: Time, shift: float) -> Time:
-    """`t' = s t / (1 + (s - 1) t)`: on `LinearFlow`, logsnr(t') = logsnr(t) - 2 log(s).
+    """`t' = s t / (s t + 1 - t)`: on `LinearFlow`, logsnr(t') = logsnr(t) - 2 log(s).
 
     The resolution shift of Esser et al. 2024, eq. 23, with `s = sqrt(m / n)` for images of `m`
     pixels where `n` were tuned; `s > 1` moves times towards noise. For grids and, inside a time
@@ -55,7 +55,7 @@ def shift_time(t: Time, shift: float) -> Time:
     """
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift_time: shift must be positive, got {shift}.")
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))
 
 
 def shifted_times(steps: int, shift: float) -> Grid:

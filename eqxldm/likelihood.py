@@ -35,7 +35,8 @@ from .predictions import (
     split_output,
     target,
 )
-from .solvers import Estimate, Variance, fixed_small, intervals, learned_range, log_variance
+from .sampling import check_combination
+from .solvers import DDPM, Estimate, Variance, fixed_small, intervals, learned_range, log_variance
 
 NATS_A_BIT = math.log(2.0)
 LogLikelihood = Callable[[Array, Array, Array], Array]
@@ -127,7 +128,9 @@ def prior_bits(
     >>> float(prior_bits(LinearFlow(), jnp.ones(3)))
     0.0
     """
-    at = path.coefficients(t)
+    if not (prior_std > 0 and math.isfinite(prior_std)):
+        raise ValueError(f"prior_bits: prior_std must be positive, got {prior_std}.")
+    x0, at = x0.astype(at_least_float32(x0.dtype)), path.coefficients(t)
     logvar = jnp.asarray(2 * np.log(at.sigma), x0.dtype)
     prior = jnp.asarray(2 * math.log(prior_std), x0.dtype)
     mean = jnp.asarray(at.alpha, x0.dtype) * x0
@@ -188,6 +191,7 @@ def step_bits(
     >>> float(step_bits(table, jnp.ones(2), Estimate(jnp.ones(2), jnp.zeros(2))))
     0.0
     """
+    x0 = x0.astype(at_least_float32(x0.dtype))
     logvar = log_variance(table.low, table.high, estimate)
     logvar = jnp.broadcast_to(logvar, x0.shape)
     error = table.c0 * (x0 - estimate.x0)
@@ -241,6 +245,7 @@ def variational_bound(
     """
     if variance is learned_range and not isinstance(prediction, LearnedRange):
         raise ValueError("variational_bound: learned_range needs LearnedRange(prediction).")
+    check_combination(path, prediction, DDPM(variance), times)
     table = step_table(path, times, variance)
 
     def one(_, row):
@@ -286,10 +291,11 @@ def hybrid_loss(
     eps_key, denoiser_key = jax.random.split(key)
     eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
     estimate, out = _estimate(denoiser, path, prediction, x0, t, eps, cond, denoiser_key)
-    error = (out - target(prediction, path.coefficients(t), x0, eps)).astype(jnp.float32)
+    work = at_least_float32(x0.dtype)
+    wanted = target(prediction, path.coefficients(t), x0, eps)
+    error = out.astype(work) - wanted.astype(work)
     frozen = Estimate(jax.lax.stop_gradient(estimate.x0), estimate.eps, estimate.range)
-    vlb = step_bits(row, x0.astype(frozen.x0.dtype), frozen, log_likelihood)
-    return jnp.mean(error * error) + vlb_weight * vlb.astype(jnp.float32)
+    return jnp.mean(error * error) + vlb_weight * step_bits(row, x0, frozen, log_likelihood)
 
 
 def _estimate(denoiser, path, prediction, x0, t, eps, cond, key):

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .paths import AbstractPath, Coefficients, q_sample
-from .predictions import Denoiser, Prediction, target
+from .paths import AbstractPath, Coefficients, at_least_float32, q_sample
+from .predictions import Denoiser, Prediction, split_output, target
 
 Weight = Callable[[Coefficients], Float[Array, ""]]
 TimeSampler = Callable[[Key[Array, ""], int], Float[Array, " batch"]]
@@ -34,8 +34,9 @@ def _weighted(prediction: Prediction, of_x0: Callable[[Any, Any], Any]) -> Weigh
     """The weight `of_x0(alpha^2, sigma^2) / sigma^2` of an x0 loss, as one of `prediction`'s.
 
     An error `d` of the output is an error `-sigma / D d` of x0, so the weight of the output is
-    `of_x0 / D^2`, in which nothing is infinite that need not be: only D can be 0. There, where
-    alpha or sigma is exactly 0, it is taken just beside, which gives the limit.
+    `of_x0 / D^2`, in which nothing is infinite that need not be: only D can be 0. At such ends it
+    is taken just beside, with alpha and sigma of 1e-6 at least, which gives a finite limit; an
+    infinite one becomes a large number.
     """
 
     def weight(at: Coefficients) -> Float[Array, ""]:
@@ -104,7 +105,8 @@ def elbo_weight(prediction: Prediction) -> Weight:
     """`w = -1/2 d logSNR / dt` of the eps loss: with uniform `t`, the variational bound.
 
     The integral over `t` of this loss, times the number of dimensions, is the diffusion part of
-    the negative ELBO in nats (Kingma et al. 2021, eq. 17). Infinite at t = 0.
+    the negative ELBO in nats (Kingma et al. 2021, eq. 17). It grows without bound towards t = 0,
+    where a large number stands for infinity.
 
     >>> from eqxldm import CosineVP, predict_eps
     >>> round(float(elbo_weight(predict_eps)(CosineVP().coefficients(jnp.array(0.5)))), 4)
@@ -124,13 +126,17 @@ def sigmoid_weight(prediction: Prediction, bias: float = 2.0) -> Weight:
     >>> round(float(weight(CosineVP().coefficients(jnp.array(0.5)))), 4)
     1.5708
     """
+    if not math.isfinite(bias):
+        raise ValueError(f"sigmoid_weight: bias must be finite, got {bias}.")
     return _logsnr_weighted(prediction, lambda logsnr: jax.nn.sigmoid(bias - logsnr))
 
 
 def _logsnr_weighted(prediction: Prediction, of_logsnr: Callable[[Any], Any]) -> Weight:
     def weight(at: Coefficients) -> Float[Array, ""]:
-        rate = at.dsigma / at.sigma - at.dalpha / at.alpha  # -1/2 d logSNR / dt
-        of_x0 = lambda a2, s2: a2 * rate * of_logsnr(jnp.log(a2) - jnp.log(s2))
+        def of_x0(a2: Any, s2: Any) -> Any:
+            rate = at.dsigma / jnp.sqrt(s2) - at.dalpha / jnp.sqrt(a2)  # -1/2 d logSNR / dt
+            return a2 * rate * of_logsnr(jnp.log(a2) - jnp.log(s2))
+
         return _weighted(prediction, of_x0)(at)
 
     return weight
@@ -171,7 +177,7 @@ def denoising_loss(
     *,
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    """`w(t) mean (denoiser(x_t, t, cond) - target)^2` for one example, always float32.
+    """`w(t) mean (denoiser(x_t, t, cond) - target)^2` for one example, float32 at least.
 
     `eps ~ N(0, I)` is drawn from `key`, `x_t = alpha x0 + sigma eps`, and `target` is what
     `prediction` says (Ho et al. 2020, eq. 14; Lipman et al. 2023, eq. 14).
@@ -186,10 +192,11 @@ def denoising_loss(
     """
     eps_key, denoiser_key = jax.random.split(key)
     eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
-    out = denoiser(q_sample(path, x0, t, eps), t, cond, key=denoiser_key)
-    at = path.coefficients(t)
-    error = (out - target(prediction, at, x0, eps)).astype(jnp.float32)
-    return weight(at).astype(jnp.float32) * jnp.mean(error * error)
+    x_t, at = q_sample(path, x0, t, eps), path.coefficients(t)
+    out, _ = split_output(prediction, x_t, denoiser(x_t, t, cond, key=denoiser_key))
+    work = at_least_float32(x0.dtype)
+    error = out.astype(work) - target(prediction, at, x0, eps).astype(work)
+    return weight(at).astype(work) * jnp.mean(error * error)
 
 
 def uniform_time(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
@@ -221,7 +228,9 @@ def logit_normal_time(mean: float = 0.0, stddev: float = 1.0) -> TimeSampler:
     >>> logit_normal_time(0.0, 1.0)(jax.random.key(0), 3).shape
     (3,)
     """
-    if not stddev > 0:
+    if not math.isfinite(mean):
+        raise ValueError(f"logit_normal_time: mean must be finite, got {mean}.")
+    if not (stddev > 0 and math.isfinite(stddev)):
         raise ValueError(f"logit_normal_time: stddev must be positive, got {stddev}.")
 
     def sampler(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:

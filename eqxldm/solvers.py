@@ -182,20 +182,18 @@ class Heun(AbstractSolver):
         step, corrects = calls // 2, calls % 2 == 1
         t = times[step + corrects]
         at, dt = path.coefficients(t), (times[1:] - times[:-1])[step]
-        now = xp.where(corrects, dt / 2, dt)
-        before = xp.where(corrects, dt / 2, 0 * dt)
-        return Plan(t, step, (at.dalpha, at.dsigma, now, before, corrects))
+        weight = xp.where(corrects, dt / 2, dt)
+        undone = 0.5 * corrects.astype(t.dtype)
+        return Plan(t, step, (weight * at.dalpha, weight * at.dsigma, undone))
 
     def init(self, x: X) -> Any:
-        return x, jnp.zeros_like(x)
+        return jnp.zeros_like(x)
 
     def step(self, table, x, estimate, carry, *, key):
-        *scalars, corrects = table
-        a, b, now, before = _as(x, *scalars)
-        start, slope_before = carry
-        start = jnp.where(corrects, start, x)
-        slope = a * estimate.x0 + b * estimate.eps
-        return start + now * slope + before * slope_before, (start, slope)
+        a, b, undone = _as(x, *table)
+        moved = a * estimate.x0 + b * estimate.eps
+        # Euler's step; then half of the new slope in the place of half of the old one.
+        return x + moved - undone * carry, moved
 
 
 class DDIM(AbstractSolver):

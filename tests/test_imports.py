@@ -22,7 +22,7 @@ DIFFUSION = {
     "exact": {"paths", "predictions"},
     "solvers": {"paths"},
     "sampling": {"grids", "paths", "predictions", "solvers"},
-    "likelihood": {"grids", "paths", "predictions", "solvers"},
+    "likelihood": {"grids", "paths", "predictions", "solvers", "sampling"},
 }
 LAYERS = {"nn": {"nn"}, "models": {"nn", "models"}}
 APART = {"metrics": {"metrics"}}

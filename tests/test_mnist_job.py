@@ -197,7 +197,7 @@ def test_what_a_finished_run_holds(finished):
     assert set(metrics["autoencoder"]) == {"psnr_db", "ssim", "reconstruction_fd"}
     assert set(metrics["diffusion"]) == {
         "fd", "fd_floor", "accuracy", "precision", "recall",
-        "samples", "solver", "steps", "guidance_scale", "guidance_interval",
+        "samples", "solver", "steps", "network_calls", "guidance_scale", "guidance_interval",
     }  # fmt: skip
     assert {"autoencoder", "latents", "diffusion", "sampling"} <= set(metrics["timings"])
     assert metrics["timings"]["diffusion"]["images_per_second"] > 0
@@ -351,6 +351,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "classifier: loss is not finite at step" in said
     assert "Last good checkpoint: none yet" in said
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_what_cannot_be_sampled_is_refused_before_training(data, tmp_path, capsys, command):
+    run = tmp_path / "run"
+    place = ["--run-dir", str(run), "--data-dir", str(data)]
+    args = ["--diffusion.prediction", "eps", "--diffusion.path", "cosine"]
+    if command == "train":
+        assert call("train", *SMALL, *place, *args) == 2
+        said = capsys.readouterr().err
+        assert "--diffusion.path cosine, --diffusion.prediction eps and --sampling.solver" in said
+        assert "says nothing about x0 at t = 1" in said
+    else:
+        assert call("sample", *place, "--solver", "newton") == 2
+    assert not run.exists()
 
 
 def test_a_run_folder_belongs_to_one_process(copied, data, capsys):

@@ -94,7 +94,7 @@ def train(command: Train) -> None:
     signals = Signals()
     digits, mesh = load(command.place, config.dataset), make_mesh(command.place)
     cfg.check_sizes(config, digits, mesh.size)
-    cfg.make_times(config.diffusion, sampling)
+    cfg.check_sampling(config.diffusion, sampling)
     run = open_run(command.place, config.dataset)
     with run.locked():
         run.open(as_dict(config), overwrite=command.overwrite)
@@ -142,7 +142,7 @@ def sample(command: Sample) -> None:
     check_count("--n", command.n)
     Signals()
     config, run, models, classes = finished_run(command.place, command.dataset)
-    cfg.make_times(config.diffusion, sampling)
+    cfg.check_sampling(config.diffusion, sampling)
     if command.label is None:
         labels = np.repeat(np.arange(classes, dtype=np.int32), command.n)
     elif 0 <= command.label < classes:
@@ -162,7 +162,7 @@ def evaluate(command: Evaluate) -> None:
     check_count("--n", command.n, least=10)
     signals = Signals()
     config, run, models, _ = finished_run(command.place, command.dataset)
-    cfg.make_times(config.diffusion, command.sampling)
+    cfg.check_sampling(config.diffusion, command.sampling)
     metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")

@@ -1,6 +1,7 @@
 """What can be set, the defaults, and what they are turned into."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from ..common.terminal import UserError
 
 Dataset = Literal["mnist", "fashion-mnist"]
 PathName = Literal["flow", "cosine", "ddpm"]
-PredictionName = Literal["velocity", "eps", "v"]
-SolverName = Literal["euler", "ddim", "ddpm"]
+PredictionName = Literal["velocity", "eps", "v", "x0"]
+WeightName = Literal["constant", "min-snr"]
+SolverName = Literal[
+    "ddim", "ddpm", "euler", "heun", "euler-maruyama", "dpmsolver++", "sde-dpmsolver++"
+]
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
 
@@ -77,6 +81,8 @@ class DiffusionConfig:
     label_dropout: float = 0.1
     path: PathName = "cosine"
     prediction: PredictionName = "v"
+    weight: WeightName = "constant"
+    """Of the loss; min-snr (gamma = 5) means the same loss for every prediction."""
     time_mean: float = 0.0
     """Of the logit-normal training times; positive favours noise. The "ddpm" path has its own."""
     time_stddev: float = 1.0
@@ -177,7 +183,6 @@ def check_sizes(config: Config, digits: Digits, devices: int) -> None:
             raise UserError(f"--{stage}.batch-size {batch} does not divide over {devices} devices.")
     c, h, w = image_shape(digits)
     pad = 2 * config.autoencoder.pad
-    make_prediction(config.diffusion)
 
     def build():
         autoencoder = make_autoencoder(config, c)
@@ -206,13 +211,19 @@ def make_path(config: DiffusionConfig) -> ex.AbstractPath:
 
 
 def make_prediction(config: DiffusionConfig) -> ex.Prediction:
-    if config.path != "ddpm" and config.prediction == "eps":
-        raise UserError(
-            f"--diffusion.prediction eps does not go with --diffusion.path {config.path}: at t = 1 "
-            "nothing of x0 is left in x_t, and eps says nothing of it either. Use velocity or v."
-        )
-    table = {"velocity": ex.predict_velocity, "eps": ex.predict_eps, "v": ex.predict_v}
+    table = {
+        "velocity": ex.predict_velocity,
+        "eps": ex.predict_eps,
+        "v": ex.predict_v,
+        "x0": ex.predict_x0,
+    }
     return table[config.prediction]
+
+
+def make_weight(config: DiffusionConfig) -> Callable:
+    if config.weight == "min-snr":
+        return ex.min_snr_weight(make_prediction(config))
+    return ex.constant_weight
 
 
 def make_time_sampler(config: DiffusionConfig):
@@ -222,7 +233,16 @@ def make_time_sampler(config: DiffusionConfig):
 
 
 def make_solver(sampling: SamplingConfig) -> ex.AbstractSolver:
-    return {"euler": ex.Euler, "ddim": ex.DDIM, "ddpm": ex.DDPM}[sampling.solver]()
+    table = {
+        "ddim": ex.DDIM(),
+        "ddpm": ex.DDPM(),
+        "euler": ex.Euler(),
+        "heun": ex.Heun(),
+        "euler-maruyama": ex.EulerMaruyama(lambda at: at.sigma),  # finite at t = 1
+        "dpmsolver++": ex.DPMSolverPP2M(),
+        "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
+    }
+    return table[sampling.solver]
 
 
 def make_denoiser(dit: DiT, sampling: SamplingConfig) -> ex.Denoiser:
@@ -239,6 +259,19 @@ def make_times(config: DiffusionConfig, sampling: SamplingConfig):
     if sampling.steps > TIMESTEPS:
         raise UserError(f"--steps {sampling.steps}: the table has {TIMESTEPS} timesteps.")
     return ex.timestep_times(TIMESTEPS, ex.respace(TIMESTEPS, [sampling.steps]))
+
+
+def check_sampling(config: DiffusionConfig, sampling: SamplingConfig) -> int:
+    """Refuses what cannot be sampled, before anything is trained; returns the network calls."""
+    path, solver, times = make_path(config), make_solver(sampling), make_times(config, sampling)
+    try:
+        ex.check_combination(path, make_prediction(config), solver, times)
+    except ValueError as error:
+        raise UserError(
+            f"--diffusion.path {config.path}, --diffusion.prediction {config.prediction} and "
+            f"--sampling.solver {sampling.solver} do not go together: {error}"
+        ) from None
+    return ex.evaluations(path, solver, times)
 
 
 def make_classifier(config: Config, shape: tuple[int, int, int], num_classes: int):

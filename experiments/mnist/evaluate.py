@@ -121,6 +121,7 @@ def measure_samples(
         "samples": len(samples),
         "solver": sampling.solver,
         "steps": sampling.steps,
+        "network_calls": cfg.check_sampling(config.diffusion, sampling),
         "guidance_scale": sampling.guidance,
         "guidance_interval": list(sampling.guidance_interval),
     }

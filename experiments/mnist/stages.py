@@ -269,6 +269,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> D
         cfg.make_path(options),
         cfg.make_prediction(options),
         cfg.make_time_sampler(options),
+        weight=cfg.make_weight(options),
         label_dropout=options.label_dropout,
         prepare=prepare,
     )
