@@ -147,6 +147,8 @@ def check_times(times: Any) -> Grid:
 
 def _times_at(name: str, path: AbstractPath, logsnr: np.ndarray) -> np.ndarray:
     low, high = float(path.logsnr(1.0)), float(path.logsnr(0.0))
+    if math.isfinite(low):  # asking for the end itself is asking for it up to rounding
+        logsnr = np.where(np.abs(logsnr - low) < 1e-6, low, logsnr)
     inside = (logsnr >= low) & (logsnr <= high)
     if not np.all(inside):
         wrong = float(logsnr[np.argmin(inside)])

@@ -108,11 +108,16 @@ class DiscreteVP(AbstractPath):
             sigma[1:] * alpha[:-1] - alpha[1:] * sigma[:-1],
             alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1],
         )
-        angles = PchipInterpolator(np.arange(len(alpha)), np.append(0.0, np.cumsum(turns)))
-        cubic, square, _, _ = angles.c
-        first = turns - square - cubic
+        knots = np.arange(len(alpha))
+        slopes = PchipInterpolator(knots, np.append(0.0, np.cumsum(turns))).derivative()(knots)
+        # That rule may set the slope at an end to 0, where a velocity would say nothing.
+        slopes[0] = max(slopes[0], turns[0] / 2)
+        slopes[-1] = max(slopes[-1], turns[-1] / 2)
+        first = slopes[:-1]
+        square = 3 * turns - 2 * slopes[:-1] - slopes[1:]
+        cubic = slopes[:-1] + slopes[1:] - 2 * turns
         # One more, so that the last timestep is an entry like the others.
-        beyond = [first[-1] + 2 * square[-1] + 3 * cubic[-1], 0.0, 0.0]
+        beyond = [slopes[-1], 0.0, 0.0]
         self.turn_table = np.column_stack([np.stack([first, square, cubic]), beyond])
 
     @property
@@ -322,8 +327,9 @@ def time_at_logsnr(path: AbstractPath, logsnr: Float[np.ndarray, "*t"]) -> Float
             break
         above = path.logsnr(middle) > logsnr
         low, high = np.where(above, middle, low), np.where(above, high, middle)
-    nearer = np.abs(path.logsnr(low) - logsnr) < np.abs(path.logsnr(high) - logsnr)
-    return np.where(nearer, low, high)
+    with np.errstate(invalid="ignore"):
+        nearer = np.abs(path.logsnr(low) - logsnr) < np.abs(path.logsnr(high) - logsnr)
+    return np.where(nearer | (logsnr == np.inf), low, high)
 
 
 def check_concrete_time(t: Any) -> Any:

@@ -14,7 +14,7 @@ output says nothing that `x_t` does not say already; each prediction names where
 | `predict_eps` | `(0, 1)` | `alpha` | x0 where alpha = 0 (t = 1 of most paths) |
 | `predict_x0` | `(1, 0)` | `-sigma` | eps at t = 0 |
 | `predict_v` | `(-sigma, alpha)` | `alpha^2 + sigma^2` | nowhere |
-| `predict_velocity` | `(alpha', sigma')` | `alpha sigma' - sigma alpha'` | nowhere (D > 0) |
+| `predict_velocity` | `(alpha', sigma')` | `alpha sigma' - sigma alpha'` | nowhere: D > 0 |
 | `predict_score` | `(0, -1 / sigma)` | `-alpha / sigma` | x0 where alpha = 0, out at t = 0 |
 
 What has a finite limit at a singular end is computed as that limit: of an eps network at alpha = 0,
@@ -276,6 +276,7 @@ def convert(
         return out
     i, (a, b) = inverse(source, at), to(at)
     product = lambda c, d: jnp.where(c == 0, 0 * c, c * jnp.where(c == 0, 0 * d, d))
-    from_x = product(a, i.x0_from_x) + product(b, i.eps_from_x)
-    from_out = product(a, i.x0_from_out) + product(b, i.eps_from_out)
+    with np.errstate(invalid="ignore"):  # of 0 times infinity, which is not taken
+        from_x = product(a, i.x0_from_x) + product(b, i.eps_from_x)
+        from_out = product(a, i.x0_from_out) + product(b, i.eps_from_out)
     return combine(from_x, x_t, from_out, out)

@@ -78,8 +78,8 @@ def sigmoid_betas(
             f"start {start}, end {end}, temperature {temperature}."
         )
     u = np.linspace(start, end, timesteps + 1) / temperature
-    noise = 1 / (1 + np.exp(-u))
-    alpha_bar = noise[-1] - noise
+    left = 1 / (1 + np.exp(u))  # 1 - S, without cancelling near the end
+    alpha_bar = left - left[-1]
     return _check_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest))
 
 
@@ -215,7 +215,8 @@ def stride(timesteps: int, count: int) -> Timesteps:
 def leading_timesteps(timesteps: int, count: int) -> Timesteps:
     """`0, k, 2 k, ..., (count - 1) k` with `k = floor(T / count)` (Lin et al. 2023, table 2).
 
-    The last timestep is never among them, so sampling starts from less noise than training saw.
+    The last timestep is not among them (unless all are), so sampling starts from less noise than
+    training saw.
 
     >>> leading_timesteps(1000, 3)
     array([  0, 333, 666])
