@@ -21,7 +21,9 @@ ALL_PATHS = PATHS | {
     "shifted_cosine": eqxldm.CosineVP(0.3),
 }
 each_path = pytest.mark.parametrize("path", ALL_PATHS.values(), ids=ALL_PATHS)
-each_vp_path = pytest.mark.parametrize("name", [*VP_PATHS, *(ALL_PATHS.keys() - PATHS.keys())])
+each_vp_path = pytest.mark.parametrize(
+    "name", [*VP_PATHS, *sorted(ALL_PATHS.keys() - PATHS.keys())]
+)
 
 times = st.floats(0, 1, allow_subnormal=False)
 interior = st.floats(0.01, 0.99)
