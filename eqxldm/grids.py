@@ -102,7 +102,7 @@ def logsnr_times(path: AbstractPath, steps: int, low: float = -10.0, high: float
     """Times at which logSNR is evenly spaced from `low` to `high`, then 0.
 
     The natural grid of DPM-Solver, whose step is a difference of logSNRs (Lu et al. 2022a,
-    section 3.3, with lambda = logSNR / 2).
+    with lambda = logSNR / 2).
 
     **Raises** `ValueError` if the path does not reach a logSNR.
 

@@ -64,7 +64,7 @@ def bounded_scale(scale: float, bound: float) -> AdaptiveScale:
     """`w = 1 + (scale - 1) min(1, bound / rms(out - out_without))`: the update's size is bounded.
 
     The root mean square of what guidance adds never exceeds `(scale - 1) bound` (the rescaling
-    of adaptive projected guidance, Sadat et al. 2024, section 4).
+    of adaptive projected guidance, Sadat et al. 2024).
 
     >>> scale = bounded_scale(3.0, 0.5)
     >>> float(scale.function(0.5, jnp.ones(2), jnp.zeros(2)))
@@ -140,7 +140,7 @@ def autoguide(
 ) -> Denoiser:
     """Autoguidance: `out_weak + w (out - out_weak)`, with a weaker model under the same condition.
 
-    The weaker one is smaller or trained less, on the same data (Karras et al. 2024, eq. 4); both
+    The weaker one is smaller or trained less, on the same data (Karras et al. 2024); both
     are called with `cond`. The other arguments are those of `guide`.
 
     >>> strong = lambda x_t, t, cond, key=None: 2 * x_t

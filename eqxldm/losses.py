@@ -77,7 +77,7 @@ def truncated_snr_weight(prediction: Prediction) -> Weight:
 
 def min_snr_weight(prediction: Prediction, gamma: float = 5.0) -> Weight:
     """`w = min(SNR, gamma)` of the x0 loss: of eps `min(SNR, gamma) / SNR`, of v on a VP path
-    `min(SNR, gamma) / (SNR + 1)` (Hang et al. 2023, section 3.4).
+    `min(SNR, gamma) / (SNR + 1)` (Hang et al. 2023).
 
     >>> from eqxldm import LinearFlow, predict_x0
     >>> float(min_snr_weight(predict_x0)(LinearFlow().coefficients(jnp.array(0.25))))
@@ -90,7 +90,7 @@ def min_snr_weight(prediction: Prediction, gamma: float = 5.0) -> Weight:
 def p2_weight(prediction: Prediction, gamma: float = 1.0, k: float = 1.0) -> Weight:
     """`w = 1 / (k + SNR)^gamma` of the eps loss: less for the last, imperceptible noise.
 
-    (Choi et al. 2022, eq. 8)
+    (Choi et al. 2022)
 
     >>> from eqxldm import LinearFlow, predict_eps
     >>> float(p2_weight(predict_eps)(LinearFlow().coefficients(jnp.array(0.5))))
@@ -105,7 +105,7 @@ def elbo_weight(prediction: Prediction) -> Weight:
     """`w = -1/2 d logSNR / dt` of the eps loss: with uniform `t`, the variational bound.
 
     The integral over `t` of this loss, times the number of dimensions, is the diffusion part of
-    the negative ELBO in nats (Kingma et al. 2021, eq. 17). It grows without bound towards t = 0,
+    the negative ELBO in nats (Kingma et al. 2021). It grows without bound towards t = 0,
     where a large number stands for infinity.
 
     >>> from eqxldm import CosineVP, predict_eps
@@ -118,8 +118,8 @@ def elbo_weight(prediction: Prediction) -> Weight:
 def sigmoid_weight(prediction: Prediction, bias: float = 2.0) -> Weight:
     """`w = -1/2 d logSNR / dt sigmoid(bias - logSNR)` of the eps loss.
 
-    The ELBO's weight, less for what is nearly clean (Kingma & Gao 2023, section 4; Hoogeboom et
-    al. 2024). For times that are not uniform, divide by their density.
+    The ELBO's weight, less for what is nearly clean (Kingma & Gao 2023; Hoogeboom et al.
+    2024). For times that are not uniform, divide by their density.
 
     >>> from eqxldm import CosineVP, predict_eps
     >>> weight = sigmoid_weight(predict_eps, bias=0.0)
@@ -180,7 +180,7 @@ def denoising_loss(
     """`w(t) mean (denoiser(x_t, t, cond) - target)^2` for one example, float32 at least.
 
     `eps ~ N(0, I)` is drawn from `key`, `x_t = alpha x0 + sigma eps`, and `target` is what
-    `prediction` says (Ho et al. 2020, eq. 14; Lipman et al. 2023, eq. 14).
+    `prediction` says (Ho et al. 2020, eq. 14; Lipman et al. 2023).
 
     >>> from eqxldm.paths import LinearFlow
     >>> from eqxldm.predictions import predict_x0

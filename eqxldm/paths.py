@@ -144,7 +144,7 @@ class CosineVP(AbstractPath):
 
     With `shift = 1`, `phi = pi t / 2` (Salimans & Ho 2022, section 2). For images of side `d`
     and a schedule tuned at side 64, `shift = d / 64` is the shifted cosine schedule of Hoogeboom
-    et al. 2023, eq. 8: `logsnr = -2 log(tan(pi t / 2)) - 2 log(shift)`.
+    et al. 2023: `logsnr = -2 log(tan(pi t / 2)) - 2 log(shift)`.
 
     >>> float(CosineVP().alpha(0.0))
     1.0
@@ -260,7 +260,7 @@ def transition_coefficients(at_s: Coefficients, at_t: Coefficients) -> tuple[Tim
     """`q(x_t | x_s) = N(r x_s, var)` for `s < t`: returns `(r, var)`.
 
     `r = alpha_t / alpha_s`, `var = sigma_t^2 - r^2 sigma_s^2` (Ho et al. 2020, eq. 2; for any
-    path, Kingma et al. 2021, eq. 2 and appendix A.1). Written as `sigma_t^2 (1 - (r sigma_s /
+    path, Kingma et al. 2021, appendix A). Written as `sigma_t^2 (1 - (r sigma_s /
     sigma_t)^2)`; give float64, in float32 the difference cancels for close times.
 
     >>> at = LinearFlow().coefficients
@@ -277,7 +277,7 @@ def posterior_coefficients(at_s: Coefficients, at_t: Coefficients) -> tuple[Time
 
     With `(r, var_{t|s})` of `transition_coefficients`: `c0 = alpha_s var_{t|s} / sigma_t^2`,
     `ct = r sigma_s^2 / sigma_t^2`, `var = var_{t|s} sigma_s^2 / sigma_t^2` (Ho et al. 2020,
-    eq. 6-7; for any path, Kingma et al. 2021, appendix A.2). At `s = 0`: `(1, 0, 0)`.
+    eq. 6-7; for any path, Kingma et al. 2021, appendix A). At `s = 0`: `(1, 0, 0)`.
 
     >>> at = LinearFlow().coefficients
     >>> c0, ct, var = posterior_coefficients(at(0.0), at(0.5))

@@ -64,7 +64,7 @@ def sigmoid_betas(
     """The betas of `alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start))`.
 
     `S(u) = sigmoid(u / temperature)`, `beta_i = min(1 - alpha_bar((i+1)/T) / alpha_bar(i/T),
-    largest)` (Jabri et al. 2022, section 3.1 and appendix). A smaller temperature or a later
+    largest)` (Jabri et al. 2022). A smaller temperature or a later
     start adds noise later and faster.
 
     >>> alpha_bar = alpha_bar_from_betas(sigmoid_betas(4))
@@ -154,7 +154,7 @@ def shift_alpha_bar(alpha_bar: Table, shift: float) -> Table:
     """Divides the signal-to-noise ratio by `shift^2`: `logsnr' = logsnr - 2 log(shift)`.
 
     For images of `m` pixels and a schedule made for `n`, `shift = sqrt(m / n)`: neighbouring
-    pixels repeat the signal and average the noise away (Hoogeboom et al. 2023, eq. 8; in time,
+    pixels repeat the signal and average the noise away (Hoogeboom et al. 2023; in time,
     Esser et al. 2024, eq. 23, which is `grids.shift_time`). A `shift` above 1 means more noise.
 
     >>> shift_alpha_bar(np.array([0.8, 0.5]), 2.0)

@@ -57,7 +57,8 @@ class Estimate(eqx.Module):
 class Plan(eqx.Module):
     """The network calls of a run: their times, the step each belongs to, and their coefficients.
 
-    >>> plan = DDIM().plan(__import__("eqxldm").LinearFlow(), np.array([1.0, 0.5, 0.0]))
+    >>> from eqxldm import LinearFlow
+    >>> plan = DDIM().plan(LinearFlow(), np.array([1.0, 0.5, 0.0]))
     >>> plan.t, plan.step
     (array([1. , 0.5]), array([0, 1]))
     """
@@ -234,7 +235,7 @@ class DPMSolverPP2M(AbstractSolver):
     `D = x0 + h / (2 h_before) (x0 - x0_before)`, `h = log(alpha_s / sigma_s) - log(alpha_t /
     sigma_t)`; then `x_s = sigma_s / sigma_t x_t + (alpha_s - alpha_t sigma_s / sigma_t) D`
     (Lu et al. 2022b, algorithm 2). `eta = 1` is the SDE variant, SDE-DPM-Solver++(2M): the same
-    `D` in `q(x_s | x_t, x0 = D)` (Lu et al. 2022b, eq. 18). Second order as an ODE solver, one
+    `D` in `q(x_s | x_t, x0 = D)` (Lu et al. 2022b). Second order as an ODE solver, one
     network call a step. The first step, and steps from or to an infinite logSNR, are of first
     order.
 
@@ -384,7 +385,7 @@ class DDPM(AbstractSolver):
 def reverse_diffusion(at: Coefficients) -> Time:
     """`g^2 = d(sigma^2)/dt - 2 (alpha'/alpha) sigma^2`: the diffusion of the forward SDE.
 
-    `= 2 sigma (sigma' - sigma alpha' / alpha)` (Song et al. 2021b; Kingma et al. 2021, eq. 14).
+    `= 2 sigma (sigma' - sigma alpha' / alpha)` (Song et al. 2021b; Kingma et al. 2021).
     Infinite where alpha = 0.
 
     >>> from eqxldm import LinearFlow
@@ -401,7 +402,7 @@ class EulerMaruyama(AbstractSolver):
     velocity + g^2 score / 2` (Song et al. 2021b, eq. 6 and 13). Every `g^2 >= 0` has the same
     marginals: `diffusion` is a function of the coefficients, by default that of the forward
     SDE, which is infinite where alpha = 0 (begin below t = 1 there); `lambda at: at.sigma` is
-    SiT's and finite everywhere (Ma et al. 2024, section 2.4). No noise is added on the step to
+    SiT's and finite everywhere (Ma et al. 2024). No noise is added on the step to
     `s = 0`. One network call a step.
 
     >>> import eqxldm as ex

@@ -359,6 +359,46 @@ def test_dpmpp_with_one_estimate_is_ddim(path, x64):
 
 
 @each_path
+def test_the_sde_variant_of_dpmpp_draws_from_the_posterior(path):
+    """x_s = ct x_t + c0 D + sqrt(var) noise, with the (c0, ct, var) of q(x_s | x_t, x0)."""
+    times = LATEST * eqxldm.uniform_times(6)
+    i = eqxldm.intervals(path, times)
+    c0, ct, variance = eqxldm.posterior_coefficients(i.at_s, i.at_t)
+    of_x0, of_x, _, noise = eqxldm.DPMSolverPP2M(1.0).plan(path, times).table
+    np.testing.assert_allclose(of_x0, c0, rtol=1e-10)
+    np.testing.assert_allclose(of_x, ct, rtol=1e-10)
+    np.testing.assert_allclose(noise**2, variance, rtol=1e-10)
+
+
+@each_path
+@given(t=st.floats(0.05, 0.95))
+def test_reverse_diffusion_is_the_rate_of_fresh_noise(path, t):
+    """g^2 = -sigma^2 d logSNR / dt, and noise of variance g^2 dt comes in from t - dt to t."""
+    at, dt = path.coefficients(t), 1e-6
+    g2 = float(eqxldm.reverse_diffusion(at))
+    slope = (path.logsnr(t + dt) - path.logsnr(t - dt)) / (2 * dt)
+    # Central differences: rounding of logSNR over dt, and a third derivative below 1e5 times dt^2.
+    assert g2 == pytest.approx(-(float(at.sigma) ** 2) * float(slope), rel=1e-6)
+    before, after = path.coefficients(t - dt), path.coefficients(t + dt)
+    variance = eqxldm.transition_coefficients(before, after)[1]
+    # One-sided, by dt; the difference of variances is known to 1e-16 / dt.
+    assert g2 == pytest.approx(float(variance) / (2 * dt), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["discrete", "linear", "exploding"])
+def test_ddim_takes_the_same_way_on_every_path(name, x64):
+    """On grids of equal logSNR the states of two paths are multiples of each other."""
+    first, second = PATHS["cosine"], PATHS[name]
+    times = eqxldm.uniform_times(6, 0.8, 0.1)
+    others = eqxldm.time_at_logsnr(second, np.asarray(first.logsnr(times)))
+    scale = np.asarray(second.alpha(others)) / np.asarray(first.alpha(times))
+    x = sample(eqxldm.DDIM(), first, times, X_T)
+    np.testing.assert_allclose(
+        sample(eqxldm.DDIM(), second, others, scale[0] * X_T), scale[-1] * np.asarray(x), rtol=1e-10
+    )
+
+
+@each_path
 def test_dpmpp_weighs_its_last_estimates_by_the_steps_in_logsnr(path):
     times = LATEST * eqxldm.shifted_times(6, 2.0)
     half = path.logsnr(times[:-1]) / 2
