@@ -159,7 +159,7 @@ def test_positions_equal_their_formula():
 
 def test_time_embedding_tells_neighbouring_timesteps_apart(key):
     embedding = nn.TimeEmbedding(16, key=key)
-    s = nn.sinusoidal(jnp.array(500.0), 256)
+    s = nn.sinusoidal(jnp.array(499.0), 256)  # the timestep at t = 0.5 of a table of 1000
     hidden = jax.nn.silu(embedding.linear1.weight @ s)
     np.testing.assert_allclose(
         embedding(jnp.array(0.5)), embedding.linear2.weight @ hidden, atol=1e-6

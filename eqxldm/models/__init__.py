@@ -1,6 +1,35 @@
 """The networks, one example at a time: autoencoder, discriminator, DiT."""
 
-from .autoencoder import AutoencoderKL as AutoencoderKL, Posterior as Posterior
+from .autoencoder import (
+    AutoencoderKL as AutoencoderKL,
+    Posterior as Posterior,
+    kl_f4 as kl_f4,
+    kl_f8 as kl_f8,
+    kl_f16 as kl_f16,
+)
 from .classifier import ConvClassifier as ConvClassifier
 from .discriminator import PatchDiscriminator as PatchDiscriminator
-from .dit import DiT as DiT, save_matmuls as save_matmuls
+from .dit import (
+    DiT as DiT,
+    dit_b_2 as dit_b_2,
+    dit_b_4 as dit_b_4,
+    dit_b_8 as dit_b_8,
+    dit_l_2 as dit_l_2,
+    dit_l_4 as dit_l_4,
+    dit_l_8 as dit_l_8,
+    dit_s_2 as dit_s_2,
+    dit_s_4 as dit_s_4,
+    dit_s_8 as dit_s_8,
+    dit_xl_2 as dit_xl_2,
+    dit_xl_4 as dit_xl_4,
+    dit_xl_8 as dit_xl_8,
+    multiply_adds as multiply_adds,
+    parameter_count as parameter_count,
+    save_matmuls as save_matmuls,
+)
+from .tiling import (
+    decode_sliced as decode_sliced,
+    decode_tiled as decode_tiled,
+    encode_sliced as encode_sliced,
+    encode_tiled as encode_tiled,
+)

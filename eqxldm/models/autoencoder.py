@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ..nn.conv import Conv, depth_to_space, space_to_depth, upsample_nearest
+from ..nn.conv import Conv, ConvPair, depth_to_space, space_to_depth, upsample_nearest
 from ..nn.norms import GroupNorm
-from ..nn.resnet import AttentionBlock, ResnetBlock, silu_conv
+from ..nn.resnet import AttentionBlock, ResnetBlock
 
 
 class Posterior(eqx.Module):
@@ -34,7 +34,8 @@ class Encoder(eqx.Module):
 
     A `patch x patch` space-to-depth, a convolution, then per level `blocks` residual blocks and,
     but for the last level, a stride-2 convolution; a middle of two residual blocks, with
-    attention between them if asked for.
+    attention between them if asked for. With `quant_conv` the head is two convolutions, the
+    second 1 x 1 on the moments.
     """
 
     stem: Conv
@@ -42,11 +43,21 @@ class Encoder(eqx.Module):
     downs: list[Conv]
     middle: list[ResnetBlock | AttentionBlock]
     norm: GroupNorm
-    head: Conv
+    head: Conv | ConvPair
     patch: int = eqx.field(static=True)
 
     def __init__(
-        self, in_channels, out_channels, channels, blocks, patch, groups, attention, *, key
+        self,
+        in_channels,
+        out_channels,
+        channels,
+        blocks,
+        patch,
+        groups,
+        attention,
+        quant_conv,
+        *,
+        key,
     ):
         keys = iter(jax.random.split(key, 6 + len(channels) * (blocks + 1)))
         self.patch = patch
@@ -63,6 +74,8 @@ class Encoder(eqx.Module):
         self.middle = _middle(width, groups, attention, keys)
         self.norm = GroupNorm(width, groups)
         self.head = Conv(width, out_channels, 3, key=next(keys))
+        if quant_conv:
+            self.head = ConvPair(self.head, Conv(out_channels, out_channels, 1, key=next(keys)))
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "zh zw zc"]:
         x = self.stem(space_to_depth(x, self.patch))
@@ -73,17 +86,18 @@ class Encoder(eqx.Module):
                 x = self.downs[i](x)
         for block in self.middle:
             x = block(x)
-        return silu_conv(self.norm, self.head, x)
+        return self.head(jax.nn.silu(self.norm(x)))
 
 
 class Decoder(eqx.Module):
     """Latent `(zh, zw, zc)` to image `(h, w, c)`, channels-last; the encoder's mirror.
 
     `features` is everything but the last layer, `head`, whose gradient balances the losses of
-    adversarial training.
+    adversarial training. With `quant_conv` the stem is two convolutions, the first 1 x 1 on the
+    latent.
     """
 
-    stem: Conv
+    stem: Conv | ConvPair
     middle: list[ResnetBlock | AttentionBlock]
     levels: list[list[ResnetBlock]]
     ups: list[Conv]
@@ -92,12 +106,24 @@ class Decoder(eqx.Module):
     patch: int = eqx.field(static=True)
 
     def __init__(
-        self, in_channels, out_channels, channels, blocks, patch, groups, attention, *, key
+        self,
+        in_channels,
+        out_channels,
+        channels,
+        blocks,
+        patch,
+        groups,
+        attention,
+        quant_conv,
+        *,
+        key,
     ):
         keys = iter(jax.random.split(key, 6 + len(channels) * (blocks + 1)))
         self.patch = patch
         width = channels[-1]
         self.stem = Conv(in_channels, width, 3, key=next(keys))
+        if quant_conv:
+            self.stem = ConvPair(Conv(in_channels, in_channels, 1, key=next(keys)), self.stem)
         self.middle = _middle(width, groups, attention, keys)
         self.levels, self.ups = [], []
         for i, out in enumerate(reversed(channels)):
@@ -136,12 +162,15 @@ class AutoencoderKL(eqx.Module):
 
     - `in_channels`, `latent_channels`: any; images `(in_channels, h, w)`.
     - `channels`: the width of each level; every further level halves the resolution.
-    - `blocks`: residual blocks a level (the decoder has as many).
+    - `blocks`: residual blocks a level of the encoder.
+    - `decoder_blocks`: those of the decoder; `None` means as many, Stable Diffusion has one more.
     - `patch`: a space-to-depth before the first and after the last layer.
     - `groups`: of every GroupNorm; divides every width.
-    - `attention`: self-attention in the middle.
+    - `attention`: single-head self-attention in the middle.
+    - `quant_convs`: a 1 x 1 convolution on the moments and one on the raw latent.
 
     The downsampling factor is `patch * 2^(len(channels) - 1)`; image sides must divide by it.
+    `kl_f4`, `kl_f8` and `kl_f16` have the published sizes; `kl_f8` is Stable Diffusion's.
 
     >>> ae = AutoencoderKL(1, 4, channels=(8, 8), blocks=1, groups=4, key=jax.random.key(0))
     >>> ae.decode(ae.encode(jnp.zeros((1, 8, 8)))).shape
@@ -163,15 +192,28 @@ class AutoencoderKL(eqx.Module):
         *,
         channels: tuple[int, ...],
         blocks: int,
+        decoder_blocks: int | None = None,
         patch: int = 1,
         groups: int = 32,
         attention: bool = False,
+        quant_convs: bool = False,
         key,
     ):
+        decoder_blocks = blocks if decoder_blocks is None else decoder_blocks
+        numbers = (in_channels, latent_channels, *channels, blocks, decoder_blocks, patch, groups)
+        if not channels or min(numbers) < 1:
+            raise ValueError(
+                "AutoencoderKL: need at least one level and sizes of at least 1, got "
+                f"in_channels={in_channels}, latent_channels={latent_channels}, "
+                f"channels={channels}, blocks={blocks}, decoder_blocks={decoder_blocks}, "
+                f"patch={patch}, groups={groups}."
+            )
         k1, k2 = jax.random.split(key)
-        sizes = (channels, blocks, patch, groups, attention)
-        self.encoder = Encoder(in_channels, 2 * latent_channels, *sizes, key=k1)
-        self.decoder = Decoder(latent_channels, in_channels, *sizes, key=k2)
+        options = (patch, groups, attention, quant_convs)
+        self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, *options, key=k1)
+        self.decoder = Decoder(
+            latent_channels, in_channels, channels, decoder_blocks, *options, key=k2
+        )
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.factor = patch * 2 ** (len(channels) - 1)
         self.shift, self.scale = (0.0,) * latent_channels, (1.0,) * latent_channels
@@ -185,14 +227,26 @@ class AutoencoderKL(eqx.Module):
             )
         return self.latent_channels, height // self.factor, width // self.factor
 
-    def with_latent_stats(self, shift: tuple[float, ...], scale: tuple[float, ...]):
-        """The same autoencoder with another latent shift and scale, one a channel."""
+    def with_latent_stats(
+        self, shift: float | int | tuple[float, ...], scale: float | int | tuple[float, ...]
+    ) -> "AutoencoderKL":
+        """The same autoencoder with another latent shift and scale: one a channel, or one for all.
+
+        >>> ae = AutoencoderKL(1, 2, channels=(8,), blocks=1, groups=4, key=jax.random.key(0))
+        >>> ae.with_latent_stats(0, 0.18215).scale
+        (0.18215, 0.18215)
+        """
         n = self.latent_channels
+        spread = lambda v: tuple(map(float, v if isinstance(v, tuple) else (v,) * n))
+        shift, scale = spread(shift), spread(scale)
         if len(shift) != n or len(scale) != n or not all(s > 0 for s in scale):
-            raise ValueError(f"with_latent_stats: need {n} shifts and {n} positive scales.")
+            raise ValueError(
+                f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
+                f"channels; got {shift} and {scale}."
+            )
         new = object.__new__(AutoencoderKL)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in {**values, "shift": tuple(shift), "scale": tuple(scale)}.items():
+        for name, value in {**values, "shift": shift, "scale": scale}.items():
             object.__setattr__(new, name, value)
         return new
 
@@ -229,6 +283,50 @@ class AutoencoderKL(eqx.Module):
     def _stats(self, z: Float[Array, "zc zh zw"]) -> tuple[Array, Array]:
         per_channel = lambda v: jnp.asarray(v, z.dtype)[:, None, None]
         return per_channel(self.shift), per_channel(self.scale)
+
+
+def kl_f8(in_channels: int = 3, latent_channels: int = 4, *, key, **options) -> AutoencoderKL:
+    """Stable Diffusion 1.x's and DiT's autoencoder (Rombach et al. 2022): 83,653,863 parameters.
+
+    A 256 x 256 image becomes a 4 x 32 x 32 latent; shift 0, scale 0.18215. `options` are further
+    arguments of `AutoencoderKL`.
+
+    >>> ae = eqx.filter_eval_shape(kl_f8, key=jax.random.key(0))
+    >>> ae.latent_shape(256, 384), ae.scale[0]
+    ((4, 32, 48), 0.18215)
+    """
+    ae = _published(in_channels, latent_channels, (128, 256, 512, 512), options, key)
+    return ae.with_latent_stats(0.0, 0.18215)
+
+
+def kl_f4(in_channels: int = 3, latent_channels: int = 3, *, key, **options) -> AutoencoderKL:
+    """The autoencoder of factor 4 (Rombach et al. 2022, table 8); measure shift and scale.
+
+    >>> ae = eqx.filter_eval_shape(kl_f4, key=jax.random.key(0))
+    >>> ae.latent_shape(256, 256)
+    (3, 64, 64)
+    """
+    return _published(in_channels, latent_channels, (128, 256, 512), options, key)
+
+
+def kl_f16(in_channels: int = 3, latent_channels: int = 16, *, key, **options) -> AutoencoderKL:
+    """The autoencoder of factor 16 (Rombach et al. 2022, table 8); measure shift and scale.
+
+    The published one has attention in its deepest level as well as in the middle; this one, built
+    of Stable Diffusion's blocks, in the middle only.
+
+    >>> ae = eqx.filter_eval_shape(kl_f16, key=jax.random.key(0))
+    >>> ae.latent_shape(256, 256)
+    (16, 16, 16)
+    """
+    return _published(in_channels, latent_channels, (128, 128, 256, 256, 512), options, key)
+
+
+def _published(in_channels, latent_channels, channels, options, key):
+    sizes = dict(blocks=2, decoder_blocks=3, groups=32, attention=True, quant_convs=True)
+    return AutoencoderKL(
+        in_channels, latent_channels, channels=channels, **{**sizes, **options}, key=key
+    )
 
 
 def _resnets(widths, groups, keys):

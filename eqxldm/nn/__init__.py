@@ -1,8 +1,16 @@
 """Layers: small modules of one example, from which the models are built."""
 
-from .attention import SelfAttention as SelfAttention, attend as attend
+from .attention import (
+    Attention as Attention,
+    NormedSelfAttention as NormedSelfAttention,
+    RMSNorm as RMSNorm,
+    SelfAttention as SelfAttention,
+    attend as attend,
+    cudnn_attend as cudnn_attend,
+)
 from .conv import (
     Conv as Conv,
+    ConvPair as ConvPair,
     depth_to_space as depth_to_space,
     space_to_depth as space_to_depth,
     upsample_nearest as upsample_nearest,
@@ -10,6 +18,7 @@ from .conv import (
 from .embeddings import (
     LabelEmbedding as LabelEmbedding,
     TimeEmbedding as TimeEmbedding,
+    check_label as check_label,
     sincos_positions as sincos_positions,
     sinusoidal as sinusoidal,
 )

@@ -1,6 +1,8 @@
 """Scaled dot-product attention and the multi-head layer around it."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,6 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .linear import Linear
+
+# (n, heads, d), (m, heads, d), (m, heads, d) -> (n, heads, d)
+Attention = Callable[[Any, Any, Any], Any]
 
 
 def attend(
@@ -27,10 +32,63 @@ def attend(
     return jnp.einsum("hnm,mhd->nhd", weights.astype(value.dtype), value)
 
 
+def cudnn_attend(
+    query: Float[Array, "n heads d"],
+    key: Float[Array, "m heads d"],
+    value: Float[Array, "m heads d"],
+) -> Float[Array, "n heads d"]:
+    """The same as `attend`, by cuDNN's fused kernel: no `(n, m)` array is ever in memory.
+
+    For NVIDIA GPUs. A batch is made by `jax.vmap` over the leading axis, as everywhere.
+
+    **Raises** `ValueError` unless the inputs are bfloat16 or float16 and `d` is a multiple of 8.
+
+    >>> cudnn_attend(*3 * [jnp.ones((4, 2, 8))])
+    Traceback (most recent call last):
+    ValueError: cudnn_attend: needs bfloat16 or float16, got float32. Cast the input, or use attend.
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"cudnn_attend: needs bfloat16 or float16, got {query.dtype}. "
+            "Cast the input, or use attend."
+        )
+    if query.shape[-1] % 8:
+        raise ValueError(
+            f"cudnn_attend: needs a head size that is a multiple of 8, got {query.shape[-1]}. "
+            "Change width / heads, or use attend."
+        )
+    batched = query[None], key[None], value[None]  # cuDNN's layout: batch, tokens, heads, size
+    return jax.nn.dot_product_attention(*batched, implementation="cudnn")[0]
+
+
+class RMSNorm(eqx.Module):
+    """`scale x / sqrt(mean(x^2) + norm_eps)` over the last axis (Zhang & Sennrich 2019).
+
+    `scale` is learned and starts at 1; the statistics are float32. As `qk_norm` of the attention
+    it bounds the scores, which otherwise grow in long bfloat16 runs (Dehghani et al. 2023).
+
+    >>> RMSNorm(2)(jnp.array([3.0, 3.0]))
+    Array([0.99999994, 0.99999994], dtype=float32)
+    """
+
+    scale: Float[Array, " d"]
+    norm_eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, norm_eps: float = 1e-6):
+        self.scale = jnp.ones(size)
+        self.norm_eps = norm_eps
+
+    def __call__(self, x: Float[Array, "*leading d"]) -> Float[Array, "*leading d"]:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, -1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.norm_eps) * self.scale).astype(x.dtype)
+
+
 class SelfAttention(eqx.Module):
     """Multi-head self-attention over tokens `(n, d)`, with biases (Vaswani et al. 2017).
 
-    **Arguments**: `width` must be a multiple of `heads`.
+    **Arguments**: `width` must be a multiple of `heads`. `attention` is `attend`, `cudnn_attend`,
+    or any function of such arguments.
 
     >>> SelfAttention(8, 2, key=jax.random.key(0))(jnp.ones((5, 8))).shape
     (5, 8)
@@ -39,16 +97,63 @@ class SelfAttention(eqx.Module):
     qkv: Linear
     proj: Linear
     heads: int = eqx.field(static=True)
+    attention: Attention = eqx.field(static=True)
 
-    def __init__(self, width: int, heads: int, *, key):
-        if width % heads:
-            raise ValueError(f"SelfAttention: width {width} does not divide into {heads} heads.")
-        k1, k2 = jax.random.split(key)
-        self.qkv = Linear(width, 3 * width, key=k1)
-        self.proj = Linear(width, width, key=k2)
-        self.heads = heads
+    def __init__(self, width: int, heads: int, *, attention: Attention = attend, key):
+        self.qkv, self.proj = _projections(width, heads, key)
+        self.heads, self.attention = heads, attention
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        n, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, 3, self.heads, d // self.heads), 1, 0)
-        return self.proj(attend(q, k, v).reshape(n, d))
+        q, k, v = _split_heads(self.qkv(x), self.heads)
+        return self.proj(self.attention(q, k, v).reshape(x.shape))
+
+
+class NormedSelfAttention(eqx.Module):
+    """`SelfAttention` with a norm of the queries and one of the keys before they meet.
+
+    **Arguments**: `qk_norm` makes such a norm from the head size: a module such as `RMSNorm`,
+    shared by the heads. The others are those of `SelfAttention`.
+
+    Its own class, so that a network without these norms has the same tree of parameters as ever:
+    an optional field would be an empty node in its checkpoints.
+
+    >>> layer = NormedSelfAttention(8, 2, qk_norm=RMSNorm, key=jax.random.key(0))
+    >>> layer(jnp.ones((5, 8))).shape
+    (5, 8)
+    """
+
+    qkv: Linear
+    proj: Linear
+    query_norm: Callable[[Array], Array]
+    key_norm: Callable[[Array], Array]
+    heads: int = eqx.field(static=True)
+    attention: Attention = eqx.field(static=True)
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: Callable[[int], Any],
+        attention: Attention = attend,
+        key,
+    ):
+        self.qkv, self.proj = _projections(width, heads, key)
+        self.query_norm, self.key_norm = qk_norm(width // heads), qk_norm(width // heads)
+        self.heads, self.attention = heads, attention
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        q, k, v = _split_heads(self.qkv(x), self.heads)
+        y = self.attention(self.query_norm(q), self.key_norm(k), v)
+        return self.proj(y.reshape(x.shape))
+
+
+def _projections(width: int, heads: int, key) -> tuple[Linear, Linear]:
+    if heads < 1 or width % heads:
+        raise ValueError(f"SelfAttention: width {width} does not divide into {heads} heads.")
+    k1, k2 = jax.random.split(key)
+    return Linear(width, 3 * width, key=k1), Linear(width, width, key=k2)
+
+
+def _split_heads(qkv: Float[Array, "n d"], heads: int) -> Float[Array, "3 n heads size"]:
+    return jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 1, 0)

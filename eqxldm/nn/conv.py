@@ -47,6 +47,21 @@ class Conv(eqx.Module):
         return y[0] + self.bias.astype(x.dtype)
 
 
+class ConvPair(eqx.Module):
+    """`second(first(x))`: two convolutions with nothing between them.
+
+    >>> k1, k2 = jax.random.split(jax.random.key(0))
+    >>> ConvPair(Conv(3, 8, 3, key=k1), Conv(8, 2, 1, key=k2))(jnp.ones((4, 4, 3))).shape
+    (4, 4, 2)
+    """
+
+    first: Conv
+    second: Conv
+
+    def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        return self.second(self.first(x))
+
+
 def space_to_depth(x: Float[Array, "H W c"], factor: int) -> Float[Array, "h w C"]:
     """Folds each `factor x factor` square into channels; `depth_to_space` inverts it.
 

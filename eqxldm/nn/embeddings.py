@@ -52,9 +52,11 @@ def sincos_positions(height: int, width: int, size: int) -> Float[np.ndarray, "n
 
 
 class TimeEmbedding(eqx.Module):
-    """`W2 silu(W1 sinusoidal(1000 t) + b1) + b2` for a time `t` in [0, 1].
+    """`W2 silu(W1 sinusoidal(1000 t - 1) + b1) + b2` for a time `t` in [0, 1].
 
-    The factor 1000 puts `t` on the scale of DDPM's timesteps. Computes in float32.
+    `1000 t - 1` is the timestep of a table of 1000 at `t` (`paths.DiscreteVP`), which is what
+    published networks were trained with: timestep `i` lies at `t = (i + 1) / 1000`. On other
+    paths it is a time like any other. Computes in float32.
 
     >>> TimeEmbedding(16, key=jax.random.key(0))(jnp.array(0.5)).shape
     (16,)
@@ -71,7 +73,7 @@ class TimeEmbedding(eqx.Module):
         self.frequencies = frequencies
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, " d"]:
-        return self.linear2(jax.nn.silu(self.linear1(sinusoidal(1000 * t, self.frequencies))))
+        return self.linear2(jax.nn.silu(self.linear1(sinusoidal(1000 * t - 1, self.frequencies))))
 
 
 class LabelEmbedding(eqx.Module):
@@ -79,7 +81,7 @@ class LabelEmbedding(eqx.Module):
 
     That last row is the learned null condition of classifier-free guidance.
     Labels must lie in `0 .. num_classes`; under jit nothing can be raised, so a label outside
-    gives NaNs and not somebody else's row.
+    gives NaNs and not somebody else's row. `check_label` raises.
 
     >>> embedding = LabelEmbedding(10, 16, key=jax.random.key(0))
     >>> embedding(embedding.null).shape
@@ -89,6 +91,8 @@ class LabelEmbedding(eqx.Module):
     table: Float[Array, "rows d"]
 
     def __init__(self, num_classes: int, width: int, *, key):
+        if num_classes < 1:
+            raise ValueError(f"LabelEmbedding: num_classes must be at least 1, got {num_classes}.")
         self.table = 0.02 * jax.random.normal(key, (num_classes + 1, width))
 
     @property
@@ -99,3 +103,17 @@ class LabelEmbedding(eqx.Module):
     def __call__(self, label: Int[Array, ""]) -> Float[Array, " d"]:
         label = jnp.where(label < 0, self.table.shape[0], label)  # -1 must not wrap around
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan)
+
+
+def check_label(label: Int[Array, "*batch"], num_classes: int) -> Int[Array, "*batch"]:
+    """`label`; an error at run time unless every entry lies in `0 .. num_classes`.
+
+    `num_classes` itself means "no label". Use what is returned, or the check does not happen. It
+    costs a call to the host: for debugging and at the border, not for hot loops.
+
+    >>> check_label(jnp.array([0, 9, 10]), num_classes=10)
+    Array([ 0,  9, 10], dtype=int32)
+    """
+    inside = jnp.all((label >= 0) & (label <= num_classes))
+    message = f"label must lie in 0 .. {num_classes}, where {num_classes} means no label."
+    return eqx.error_if(label, ~inside, message)

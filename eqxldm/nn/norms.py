@@ -38,8 +38,11 @@ class GroupNorm(eqx.Module):
     norm_eps: float = eqx.field(static=True)
 
     def __init__(self, channels: int, groups: int = 32, norm_eps: float = 1e-6):
-        if channels % groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"GroupNorm: {channels} channels do not divide into {groups} groups; choose a "
+                f"`groups` that divides every width."
+            )
         self.scale = jnp.ones(channels)
         self.bias = jnp.zeros(channels)
         self.groups = groups

@@ -67,8 +67,3 @@ class AttentionBlock(eqx.Module):
         tokens = self.norm(x).reshape(-1, 1, x.shape[-1])
         y = attend(self.query(tokens), self.key(tokens), self.value(tokens))
         return x + self.out(y).reshape(x.shape)
-
-
-def silu_conv(norm: GroupNorm, conv: Conv, x: Float[Array, "h w c"]) -> Float[Array, "h w c2"]:
-    """`conv(silu(norm(x)))`: the head of an encoder or a decoder."""
-    return conv(jax.nn.silu(norm(x)))

@@ -1,0 +1,626 @@
+"""DiT as published: sizes, counts, numbers, start, conditions and options."""
+
+import re
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+import eqxldm
+from eqxldm import models, nn
+from eqxldm.models import DiT, multiply_adds, parameter_count, save_matmuls
+from eqxldm.nn import NormedSelfAttention, RMSNorm, SelfAttention, cudnn_attend
+
+from helpers import named_leaves, relative_error, small_dit, tree_error
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+T, LABEL = jnp.array(0.3), jnp.array(2)
+LATENT = jax.random.normal(jax.random.key(7), (3, 4, 8))
+BF16 = jnp.bfloat16
+
+# Table 4 of the paper: multiply-adds in G and trainable parameters in M.
+PUBLISHED = {
+    "s_8": (0.36, 33), "s_4": (1.41, 33), "s_2": (6.06, 33),
+    "b_8": (1.42, 131), "b_4": (5.57, 130), "b_2": (23.01, 130),  # b_4: 5.56 in the paper
+    "l_8": (5.01, 459), "l_4": (19.70, 458), "l_2": (80.71, 458),
+    "xl_8": (7.39, 676), "xl_4": (29.05, 675), "xl_2": (118.64, 675),
+}  # fmt: skip
+SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+
+@eqx.filter_jit
+def run(dit, *args):
+    return dit(*args)
+
+
+@eqx.filter_jit
+def value_and_gradient(dit, *args):
+    def loss(dit):
+        out = dit(*args)
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    gradient, out = eqx.filter_grad(loss, has_aux=True)(dit)
+    return out, gradient
+
+
+def filled(make, seed=0):
+    """A model with a random number for every parameter; its own start is never computed."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        described = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) if described else leaf
+
+    return jax.tree.map(fill, eqx.filter_eval_shape(make))
+
+
+def described(name, shape=(4, 32, 32), **options):
+    """A published size as shapes only."""
+    make = getattr(models, f"dit_{name}")
+    return eqx.filter_eval_shape(make, shape, **options, key=jax.random.key(0))
+
+
+def linear(size_in, size_out):
+    return size_in * size_out + size_out
+
+
+def parameters_of_the_paper(depth, d, patch, classes=1000, channels=4, outputs=8):
+    block = linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d)
+    block += linear(d, 6 * d)
+    time, labels = linear(256, d) + linear(d, d), (classes + 1) * d
+    ends = linear(channels * patch**2, d) + linear(d, outputs * patch**2) + linear(d, 2 * d)
+    return depth * block + time + labels + ends
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_published_counts(name):
+    (depth, width, heads), patch = SIZES[name[:-2]], int(name[-1])
+    dit = described(name)
+    gflops, millions = PUBLISHED[name]
+    assert dit.patch == patch and dit.blocks.attention.heads == heads
+    assert parameter_count(dit) == parameters_of_the_paper(depth, width, patch)
+    assert round(parameter_count(dit) / 1e6) == millions
+    assert round(multiply_adds(dit) / 1e9, 2) == gflops
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays_of(dit))
+
+
+def arrays_of(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if not callable(leaf)]
+
+
+def test_xl_2_counts_to_the_last_unit():
+    dit = described("xl_2")
+    assert parameter_count(dit) == 674_834_720
+    assert parameter_count(dit) + 256 * 1152 == 675_129_632
+    assert multiply_adds(dit) == 118_637_936_640
+    assert round(multiply_adds(described("xl_2", (4, 64, 64))) / 1e9, 2) == 524.60
+
+
+def test_sizes_take_the_options_of_dit():
+    base = parameter_count(described("s_2"))
+    width = 384
+    fewer = described("s_2", num_classes=10, learn_sigma=False)
+    assert base - parameter_count(fewer) == 990 * width + linear(width, 16)
+    none = described("s_2", num_classes=None)
+    assert base - parameter_count(none) == 1001 * width
+    cond = nn.Linear(5, width, key=jax.random.key(0))
+    vector = described("s_2", num_classes=None, embed_cond=cond)
+    assert parameter_count(vector) - parameter_count(none) == linear(5, width)
+    normed = described("s_2", qk_norm=RMSNorm, remat=None, unroll=2)
+    assert parameter_count(normed) - base == 12 * 2 * 64 and normed.unroll == 2
+    tall = described("s_2", (16, 64, 16))
+    assert tall.patch_embedding.weight.shape == (width, 64)
+
+
+def test_parameter_count_takes_arrays_or_shapes_and_only_trainable_ones():
+    dit, shapes = filled(small_dit), eqx.filter_eval_shape(small_dit)
+    assert parameter_count(dit) == parameter_count(shapes)
+    assert parameter_count(dit) == sum(leaf.size for leaf in named_leaves(dit).values())
+    assert parameter_count({"a": jnp.ones(3), "b": jnp.arange(5), "c": None, "d": 1.0}) == 3
+
+
+def test_counts_do_not_depend_on_how_the_blocks_run():
+    changes = [{}, {"unroll": 3}, {"remat": None}, {"qk_norm": RMSNorm}, {"num_classes": None}]
+    shapes = [eqx.filter_eval_shape(lambda c=c: small_dit(**c)) for c in changes]
+    assert len(set(map(multiply_adds, shapes))) == 1
+
+
+@pytest.mark.parametrize("shape, patch", [((4, 16, 16), 2), ((3, 8, 24), 2), ((8, 8, 8), 1)])
+def test_multiply_adds_are_half_of_the_flops_that_xla_counts(shape, patch):
+    # XLA counts the body of a loop once, so the blocks are unrolled.
+    make = lambda: DiT(
+        shape, patch=patch, depth=2, width=256, heads=4, num_classes=5, learn_sigma=True,
+        unroll=2, remat=None, key=jax.random.key(0),
+    )  # fmt: skip
+    dit = eqx.filter_eval_shape(make)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    args = (dit, x, jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
+    cost = jax.jit(lambda dit, *args: dit(*args)).lower(*args).compile().cost_analysis()
+    # GELU, softmax, norms and gates, which we leave out: about 60 operations for each number of a
+    # token and block, next to 24 d = 6144.
+    assert multiply_adds(dit) < cost["flops"] / 2 < 1.03 * multiply_adds(dit)
+
+
+# Numbers
+
+
+def numpy_dit(dit, x_t, t, label, p):
+    """The published network in float64, from the paper's names: N tokens, D wide, H heads."""
+    get = lambda layer, i=...: (np.float64(layer.weight)[i], np.float64(layer.bias)[i])
+    apply = lambda x, wb: x @ wb[0].T + wb[1]
+    silu = lambda x: x / (1 + np.exp(-x))
+    norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    channels, height, width = x_t.shape
+    h, w, d = height // p, width // p, dit.patch_embedding.weight.shape[0]
+
+    kernel, bias = get(dit.patch_embedding)
+    kernel = kernel.reshape(d, channels, p, p)  # a convolution with stride p
+    x = np.empty((h * w, d))
+    for i in range(h):
+        for j in range(w):
+            square = np.float64(x_t[:, p * i : p * i + p, p * j : p * j + p])
+            x[i * w + j] = np.einsum("dcpq,cpq->d", kernel, square) + bias
+    x = x + nn.sincos_positions(h, w, d)
+
+    frequencies = 10_000.0 ** -(np.arange(128) / 128)
+    angles = (1000 * float(t) - 1) * frequencies
+    time = np.concatenate([np.cos(angles), np.sin(angles)])
+    time = apply(
+        silu(apply(time, get(dit.time_embedding.linear1))), get(dit.time_embedding.linear2)
+    )
+    c = silu(time + np.float64(dit.label_embedding.table)[label])
+
+    heads = dit.blocks.attention.heads
+    for k in range(len(dit.blocks.fc1.weight)):
+        modulation = apply(c, get(dit.blocks.modulation.linear, k)).reshape(6, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        qkv = apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.attention.qkv, k))
+        query, key, value = qkv.reshape(-1, 3, heads, d // heads).transpose(1, 2, 0, 3)
+        scores = query @ key.transpose(0, 2, 1) / np.sqrt(d // heads)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y = (weights / weights.sum(-1, keepdims=True)) @ value
+        y = y.transpose(1, 0, 2).reshape(-1, d)
+        x = x + gate1 * apply(y, get(dit.blocks.attention.proj, k))
+        y = apply(norm(x) * (1 + scale2) + shift2, get(dit.blocks.fc1, k))
+        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        x = x + gate2 * apply(y, get(dit.blocks.fc2, k))
+
+    shift, scale = apply(c, get(dit.final_modulation.linear)).reshape(2, d)
+    x = apply(norm(x) * (1 + scale) + shift, get(dit.final_linear))
+    return np.einsum("hwpqc->chpwq", x.reshape(h, w, p, p, -1)).reshape(-1, height, width)
+
+
+@pytest.mark.parametrize(
+    "shape, patch, learn_sigma",
+    [((3, 4, 8), 2, True), ((1, 12, 4), 4, False), ((5, 3, 2), 1, True)],
+)
+def test_dit_equals_the_published_network(shape, patch, learn_sigma):
+    make = lambda: DiT(
+        shape, patch=patch, depth=2, width=16, heads=2, num_classes=5, learn_sigma=learn_sigma,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    dit = filled(make)
+    x = jax.random.normal(jax.random.key(1), shape)
+    expected = numpy_dit(dit, x, T, 2, patch)
+    assert expected.shape == ((1 + learn_sigma) * shape[0], *shape[1:])
+    assert relative_error(run(dit, x, T, LABEL), expected) < 2e-5
+
+
+def test_learned_sigma_puts_the_prediction_first_and_the_variance_after():
+    dit = filled(lambda: small_dit(learn_sigma=True))
+    bias = jnp.arange(2 * 2 * 6, dtype=jnp.float32)  # (p q c): six channels in every pixel
+    where = lambda d: (d.final_linear.weight, d.final_linear.bias)
+    dit = eqx.tree_at(where, dit, (jnp.zeros((24, 16)), bias))
+    out = run(dit, LATENT, T, LABEL)
+    for i in range(4):
+        for j in range(8):
+            pixel = 2 * (i % 2) + j % 2
+            np.testing.assert_array_equal(out[:, i, j], 6 * pixel + np.arange(6))
+    prediction = eqxldm.LearnedRange(eqxldm.predict_eps)
+    eps, variance = eqxldm.predictions.split_output(prediction, LATENT, out)
+    np.testing.assert_array_equal(eps[:, 0, 0], [0, 1, 2])
+    np.testing.assert_array_equal(variance[:, 0, 0], [3, 4, 5])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 6), (2, 6, 2)])
+def test_any_latent_size_gives_its_own_shape_and_tells_places_apart(shape):
+    size = dict(patch=2, depth=1, width=16, heads=2, num_classes=5)
+    dit = filled(lambda: DiT(shape, **size, key=jax.random.key(0)))
+    out = run(dit, jnp.ones(shape), T, LABEL)  # the same patch everywhere: only positions differ
+    assert out.shape == shape
+    patches = np.asarray(nn.patchify(out, 2))
+    assert len(np.unique(patches.round(4), axis=0)) == len(patches)
+
+
+# Conditions
+
+
+EMBED = nn.Linear(5, 16, key=jax.random.key(4))
+
+
+def vector_dit(embed_cond, **changes):
+    return small_dit(num_classes=None, embed_cond=embed_cond, **changes)
+
+
+def test_unconditional_dit_is_the_network_without_the_label():
+    dit = filled(lambda: small_dit(num_classes=None))
+    silent = filled(small_dit)
+    silent = eqx.tree_at(lambda d: d.label_embedding.table, silent, jnp.zeros((6, 16)))
+    rest = eqx.tree_at(lambda d: d.label_embedding, silent, None)
+    assert jax.tree.structure(rest) == jax.tree.structure(dit)
+    out = run(rest, LATENT, T)
+    np.testing.assert_allclose(out, run(silent, LATENT, T, LABEL), atol=1e-6)
+    np.testing.assert_array_equal(run(rest, LATENT, T, None), out)
+
+
+def test_a_vector_condition_is_added_to_the_time():
+    dit = filled(lambda: vector_dit(EMBED, depth=1))
+    cond = jnp.linspace(-1, 1, 5)
+    added = dit.label_embedding(cond)
+    rest = eqx.tree_at(lambda d: d.label_embedding, dit, None)
+    where = lambda d: d.time_embedding.linear2.bias
+    moved = eqx.tree_at(where, rest, where(rest) + added)
+    out = run(dit, LATENT, T, cond)
+    np.testing.assert_allclose(out, run(moved, LATENT, T), atol=1e-5)
+    assert jnp.max(jnp.abs(out - run(dit, LATENT, T, -cond))) > 1e-3
+
+
+def test_a_condition_may_be_any_tree_and_its_embedding_a_function():
+    embed = lambda cond: jnp.tile(cond["a"], 8) + cond["b"]
+    dit = filled(lambda: vector_dit(embed))
+    cond = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(0.5)}
+    out = run(dit, LATENT, T, cond)
+    batch = jax.jit(jax.vmap(dit))(
+        jnp.stack([LATENT, LATENT]),
+        jnp.stack([T, T]),
+        jax.tree.map(lambda x: jnp.stack([x, 2 * x]), cond),
+    )
+    np.testing.assert_allclose(batch[0], out, atol=1e-5)
+    assert jnp.max(jnp.abs(batch[1] - out)) > 1e-3
+
+
+def test_every_condition_runs_under_guidance_and_sampling():
+    grid = eqxldm.uniform_times(2)
+    for dit, cond, null in (
+        (filled(small_dit), LABEL, jnp.array(5)),
+        (filled(lambda: vector_dit(EMBED)), jnp.ones(5), jnp.zeros(5)),
+    ):
+
+        @jax.jit
+        def draw(x_T, dit=dit, cond=cond, null=null):
+            guided = eqxldm.guide(dit, null, 2.0)
+            path, velocity = eqxldm.LinearFlow(), eqxldm.predict_velocity
+            return eqxldm.sample(
+                guided, path, velocity, eqxldm.Euler(), grid, x_T, cond, key=jax.random.key(0)
+            )
+
+        assert bool(jnp.all(jnp.isfinite(draw(LATENT))))
+
+
+# Options
+
+
+def test_the_tree_of_parameters_is_that_of_the_first_checkpoints():
+    # Orbax keeps empty nodes too: an optional field that is None would make old files unreadable.
+    tree = eqx.filter(filled(small_dit), eqx.is_array)
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    linears = [
+        "patch_embedding", "time_embedding.linear1", "time_embedding.linear2",
+        "blocks.attention.qkv", "blocks.attention.proj", "blocks.fc1", "blocks.fc2",
+        "blocks.modulation.linear", "final_modulation.linear", "final_linear",
+    ]  # fmt: skip
+    expected = {f".{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
+    found = {jax.tree_util.keystr(path) for path, _ in paths}
+    assert found == expected | {".label_embedding.table"}
+
+
+def test_rms_norm_equals_its_formula():
+    x = np.asarray(3 + 2 * jax.random.normal(jax.random.key(0), (5, 2, 8)), np.float64)
+    scale = np.linspace(0.5, 2, 8)
+    norm = eqx.tree_at(lambda n: n.scale, RMSNorm(8), jnp.asarray(scale, jnp.float32))
+    expected = scale * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5)
+    assert norm(jnp.ones(8, BF16)).dtype == BF16
+    # Sums in bfloat16 would miss by per cents: 4096 squares that are each below half a unit.
+    many = RMSNorm(4096)(jnp.full(4096, 0.1, BF16))
+    np.testing.assert_allclose(many.astype(jnp.float32), 1, rtol=2**-8)
+    wide = RMSNorm(2, norm_eps=3.0)(jnp.ones(2))
+    np.testing.assert_allclose(wide, 0.5, rtol=1e-6)
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(key):
+    layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
+    plain = filled(lambda: SelfAttention(16, 2, key=key))
+    x = jax.random.normal(key, (5, 16))
+    factors = jnp.repeat(jnp.array([7.0, 3.0, 1.0]), 16)  # of the rows for q, k, v
+    where = lambda layer: (layer.qkv.weight, layer.qkv.bias)
+    scaled = lambda m: eqx.tree_at(
+        where, m, (m.qkv.weight * factors[:, None], m.qkv.bias * factors)
+    )
+    np.testing.assert_allclose(scaled(layer)(x), layer(x), atol=1e-5)
+    assert jnp.max(jnp.abs(scaled(plain)(x) - plain(x))) > 1e-2
+
+
+def test_qk_norm_of_queries_and_keys_is_applied_to_each_head(key):
+    layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
+    x = jax.random.normal(key, (5, 16))
+    q, k, v = np.split(np.asarray(layer.qkv(x)), 3, axis=-1)
+    q, k, v = (a.reshape(5, 2, 8) for a in (q, k, v))
+    unit = lambda a, norm: np.asarray(norm.scale) * a / np.sqrt((a**2).mean(-1, keepdims=True))
+    q, k = jnp.asarray(unit(q, layer.query_norm)), jnp.asarray(unit(k, layer.key_norm))
+    expected = layer.proj(nn.attend(q, k, jnp.asarray(v)).reshape(5, 16))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-4)
+
+
+def test_dit_with_qk_norm_trains_its_scales_and_takes_plain_functions():
+    dit = filled(lambda: small_dit(qk_norm=RMSNorm))
+    assert dit.blocks.attention.query_norm.scale.shape == (3, 8)
+    out, gradient = value_and_gradient(dit, LATENT, T, LABEL)
+    for norm in (gradient.blocks.attention.query_norm, gradient.blocks.attention.key_norm):
+        assert jnp.all(jnp.max(jnp.abs(norm.scale), axis=-1) > 1e-5)
+    plain = filled(lambda: small_dit(qk_norm=lambda size: nn.layer_norm))
+    assert parameter_count(plain) == parameter_count(filled(small_dit))
+    assert jnp.max(jnp.abs(run(plain, LATENT, T, LABEL) - out)) > 1e-3
+
+
+def test_attention_is_the_function_that_was_given(key):
+    x = jax.random.normal(key, (5, 8))
+    blind = lambda query, key, value: value
+    layer = SelfAttention(8, 2, attention=blind, key=key)
+    np.testing.assert_allclose(layer(x), layer.proj(layer.qkv(x)[:, 16:]), atol=1e-6)
+    normed = NormedSelfAttention(8, 2, qk_norm=RMSNorm, attention=blind, key=key)
+    np.testing.assert_allclose(normed(x), layer(x), atol=1e-6)
+    default, other = (filled(lambda c=c: small_dit(**c)) for c in ({}, {"attention": blind}))
+    assert other.blocks.attention.attention is blind
+    difference = run(default, LATENT, T, LABEL) - run(other, LATENT, T, LABEL)
+    assert jnp.max(jnp.abs(difference)) > 1e-3
+
+
+def heads_like(*shape, dtype=BF16):
+    return tuple(jax.random.normal(jax.random.key(s), shape).astype(dtype) for s in range(3))
+
+
+def test_cudnn_attend_hands_over_the_layout_and_takes_the_batch_axis_off():
+    original, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(query, key, value, *, implementation):
+        seen.append((query.shape, implementation))
+        with jax.numpy_dtype_promotion("standard"):
+            return original(query, key, value, implementation="xla")
+
+    q, k, v = heads_like(4, 6, 2, 8)
+    with mock.patch("jax.nn.dot_product_attention", stand_in):
+        out = jax.vmap(cudnn_attend)(q, k, v)
+    assert seen == [((1, 6, 2, 8), "cudnn")]  # batch, tokens, heads, head size
+    expected = jax.vmap(nn.attend)(*(a.astype(jnp.float32) for a in (q, k, v)))
+    assert out.dtype == BF16
+    assert relative_error(out.astype(jnp.float32), expected) < 2**-6
+
+
+def test_cudnn_attend_lowers_to_the_fused_kernel_for_a_batched_training_step():
+    module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    checks = {"check_cudnn_version": lambda: 91000, "check_compute_capability": lambda c: True}
+    if not all(hasattr(module, name) for name in checks):
+        pytest.skip("this version of JAX looks for cuDNN elsewhere")
+    dit = filled(lambda: small_dit(attention=cudnn_attend, qk_norm=RMSNorm))
+    loss = lambda dit, x, t, y: jnp.sum(jax.vmap(dit)(x, t, y).astype(jnp.float32))
+    args = dit, jnp.zeros((2, 3, 4, 8), BF16), jnp.zeros(2), jnp.zeros(2, int)
+    with mock.patch.multiple(module, **checks):
+        params, static = eqx.partition(dit, eqx.is_array)
+        step = jax.jit(jax.grad(lambda p, *a: loss(eqx.combine(p, static), *a)))
+        text = step.trace(params, *args[1:]).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+
+
+@pytest.mark.parametrize(
+    "dtype, size, message",
+    [
+        (jnp.float32, 8, "needs bfloat16 or float16, got float32. Cast the input, or use attend"),
+        (BF16, 12, r"head size that is a multiple of 8, got 12. Change width / heads, or use"),
+    ],
+)
+def test_cudnn_attend_says_what_it_cannot_do(dtype, size, message):
+    with pytest.raises(ValueError, match=message):
+        cudnn_attend(*heads_like(4, 2, size, dtype=dtype))
+    dit = filled(lambda: small_dit(width=2 * size, attention=cudnn_attend))
+    with pytest.raises(ValueError, match=message):
+        eqx.filter_eval_shape(dit, LATENT.astype(dtype), T, LABEL)
+
+
+def arrays_in(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+
+
+NOTHING = jax.checkpoint_policies.nothing_saveable
+
+
+@pytest.mark.parametrize(
+    "qk_norm, variants",
+    [
+        (None, [{"remat": save_matmuls}, {"remat": NOTHING}, {"remat": None, "unroll": True}]),
+        (RMSNorm, [{"remat": NOTHING, "unroll": 2}]),
+    ],
+    ids=["plain", "qk_norm"],
+)
+def test_remat_and_unrolling_change_no_gradient(qk_norm, variants):
+    make = lambda **changes: filled(lambda: small_dit(depth=2, qk_norm=qk_norm, **changes))
+    expected, reference = value_and_gradient(make(remat=None), LATENT, T, LABEL)
+    for changes in variants:
+        out, gradient = value_and_gradient(make(**changes), LATENT, T, LABEL)
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+        assert tree_error(arrays_in(gradient), arrays_in(reference)) < 1e-5, changes
+
+
+def test_gradients_are_finite_from_the_start_and_with_bfloat16():
+    start = small_dit(depth=1)
+    later = filled(lambda: vector_dit(EMBED, depth=1, qk_norm=RMSNorm))
+    gradients = []
+    for dit, dtype, cond in ((start, jnp.float32, LABEL), (later, BF16, jnp.ones(5))):
+        out, gradient = value_and_gradient(dit, LATENT.astype(dtype), T, cond)
+        assert out.dtype == dtype
+        assert all(bool(jnp.all(jnp.isfinite(g))) for g in arrays_in(gradient))
+        assert all(g.dtype == jnp.float32 for g in arrays_in(gradient))
+        gradients.append(gradient)
+    assert jnp.any(gradients[0].final_linear.weight != 0)  # zero at the start, but it learns
+    assert jnp.any(gradients[1].label_embedding.weight != 0)
+
+
+def equations(jaxpr):
+    """All equations, those inside of scans and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("qk_norm", [None, RMSNorm])
+def test_bfloat16_has_islands_of_float32_and_its_matmuls_outside_of_them(qk_norm):
+    dit = filled(lambda: small_dit(qk_norm=qk_norm, learn_sigma=True))
+    jaxpr = jax.make_jaxpr(dit)(LATENT.astype(BF16), T, LABEL).jaxpr
+    assert [v.aval.dtype for v in jaxpr.outvars] == [BF16]
+    seen = {}
+    for equation in (e for e in equations(jaxpr) if e.invars):
+        seen.setdefault(equation.primitive.name, []).append(equation.invars[0].aval.dtype)
+    for name in ("exp", "rsqrt", "cos", "sin", "reduce_sum"):  # softmax, norms, time
+        assert set(seen[name]) == {jnp.dtype("float32")}, name
+    # Time 2; patch, qkv, proj, q k^T, attn v, fc1, fc2, 2 modulations, last: 10 in bfloat16.
+    assert sorted(map(str, seen["dot_general"])) == 10 * ["bfloat16"] + 2 * ["float32"]
+
+
+def test_the_float32_vector_of_time_and_condition_is_rounded_once():
+    dit = filled(lambda: vector_dit(EMBED))
+    cond = jnp.linspace(-1, 1, 5)
+    assert dit._embed(T, cond).dtype == jnp.float32
+    assert dit._embed(T, cond.astype(BF16)).dtype == jnp.float32
+    out = run(dit, LATENT.astype(BF16), T, cond.astype(BF16))
+    exact = run(dit, LATENT, T, cond)
+    error = jnp.sqrt(jnp.mean((out.astype(jnp.float32) - exact) ** 2) / jnp.mean(exact**2))
+    assert error < 10 * 2**-8
+
+
+# The start
+
+
+def published_start(d, hidden, token, out):
+    """What every leaf starts as: a uniform's bound, a normal's standard deviation, or zero."""
+    xavier = lambda *fans: ("uniform", np.sqrt(6 / sum(fans)))
+    return {
+        "patch_embedding.weight": xavier(token, d),  # flattened, not as a convolution
+        "time_embedding.linear[12].weight": ("normal", 0.02),
+        "label_embedding.table": ("normal", 0.02),
+        "blocks.attention.qkv.weight": xavier(d, 3 * d),  # as one matrix
+        "blocks.attention.proj.weight": xavier(d, d),
+        "blocks.fc1.weight": xavier(d, hidden),
+        "blocks.fc2.weight": xavier(hidden, d),
+        "blocks.modulation.linear.weight": ("zero", 0),
+        "final_modulation.linear.weight": ("zero", 0),
+        "final_linear.weight": ("zero", 0),
+        r".*\.bias": ("zero", 0),
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_parameter_starts_as_published(seed):
+    d, depth, token = 64, 3, 16
+    dit = DiT(
+        (4, 8, 8), patch=2, depth=depth, width=d, heads=4, num_classes=30, learn_sigma=True,
+        key=jax.random.key(seed),
+    )  # fmt: skip
+    start = published_start(d, 4 * d, token, 2 * token)
+    used = set()
+    for path, leaf in named_leaves(dit).items():
+        (pattern,) = [p for p in start if re.fullmatch(rf"\.{p}", path)]
+        used.add(pattern)
+        kind, size = start[pattern]
+        layers = leaf if path.startswith(".blocks") else leaf[None]
+        for layer in np.asarray(layers, np.float64):
+            n = layer.size
+            if kind == "zero":
+                assert not layer.any(), path
+                continue
+            spread = size if kind == "normal" else size / np.sqrt(3)
+            # Five standard errors; a uniform's variance has relative error sqrt(0.8 / n).
+            error = 5 * np.sqrt((2 if kind == "normal" else 0.8) / n)
+            assert abs(layer.mean()) < 5 * spread / np.sqrt(n), path
+            assert abs(layer.var() / spread**2 - 1) < error, path
+            if kind == "uniform":  # the largest of n lies within 20 / n but for e^-20
+                assert 1 - 20 / n < np.abs(layer).max() / size <= 1 + 1e-6, path
+        if kind != "zero" and len(layers) > 1:
+            assert len({layer.tobytes() for layer in np.asarray(layers)}) == depth, path
+    assert used == start.keys()
+    assert not jnp.any(run(dit, jnp.ones((4, 8, 8)), T, LABEL))
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"patch": 3}, "a 4 x 8 input does not divide by the patch 3"),
+        ({"patch": 8}, "a 4 x 8 input does not divide by the patch 8"),
+        ({"heads": 3}, "width 16 does not divide into 3 heads"),
+        ({"heads": 3, "qk_norm": RMSNorm}, "width 16 does not divide into 3 heads"),
+        ({"heads": 0}, r"every size must be at least 1, got shape \(3, 4, 8\), .* heads 0"),
+        ({"patch": 0}, "every size must be at least 1, .* patch 0"),
+        ({"depth": 0}, "every size must be at least 1, .* depth 0"),
+        ({"width": 18}, "width must be a multiple of 4 for 2-D positions, got 18"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"embed_cond": jnp.ones_like}, "give num_classes or embed_cond, not both"),
+    ],
+)
+def test_wrong_sizes_say_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_dit(**changes)
+
+
+def test_wrong_inputs_say_what_is_wrong():
+    labelled, free = filled(small_dit), filled(lambda: small_dit(num_classes=None))
+    vector = filled(lambda: vector_dit(nn.Linear(5, 8, key=jax.random.key(4))))
+    for shape in ((4, 4, 8), (3, 8, 4), (3, 4, 4)):
+        with pytest.raises(ValueError, match=rf"x_t must have shape \(3, 4, 8\), got \({shape[0]}"):
+            labelled(jnp.ones(shape), T, LABEL)
+    with pytest.raises(ValueError, match="the network is unconditional, so cond must be None"):
+        free(LATENT, T, LABEL)
+    for dit in (labelled, vector):
+        with pytest.raises(ValueError, match="the network is conditional, but cond is None"):
+            dit(LATENT, T)
+    with pytest.raises(ValueError, match=r"must give a vector of shape \(16,\), got \(8,\)"):
+        vector(LATENT, T, jnp.ones(5))
+    for dit in (free, vector):
+        with pytest.raises(ValueError, match="only a network with num_classes has a null label"):
+            _ = dit.null
+    with pytest.raises(TypeCheckError, match="parameter 'label'"):
+        labelled(LATENT, T, jnp.array(1.0))
+
+
+# `eqx.filter_jit` raises `EquinoxRuntimeError`, `jax.jit` JAX's own: both are RuntimeErrors.
+@pytest.mark.parametrize("jit", [eqx.filter_jit, jax.jit], ids=["equinox", "jax"])
+@pytest.mark.parametrize("label", [-1, 6, [0, 5, 7], [2, -3]])
+def test_a_label_outside_stops_the_program_if_checked(jit, label):
+    message = "label must lie in 0 .. 5, where 5 means no label"
+    with pytest.raises(RuntimeError, match=message):
+        jit(lambda label: nn.check_label(label, 5))(jnp.array(label))
+
+
+def test_labels_inside_pass_the_check_unchanged():
+    labels = jnp.arange(6)
+    checked = eqx.filter_jit(lambda label: nn.check_label(label, 5))(labels)
+    assert checked.dtype == labels.dtype and jnp.array_equal(checked, labels)
+    dit = filled(small_dit)
+    guarded = lambda dit, x, t, y: dit(x, t, nn.check_label(y, 5))
+    out = eqx.filter_jit(guarded)(dit, LATENT, T, LABEL)
+    np.testing.assert_array_equal(out, run(dit, LATENT, T, LABEL))
+    with pytest.raises(RuntimeError, match=r"label must lie in 0 \.\. 5"):
+        eqx.filter_jit(guarded)(dit, LATENT, T, jnp.array(9))
