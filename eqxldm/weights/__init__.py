@@ -1,0 +1,18 @@
+"""Weights in and out: diffusers' folders, the official DiT files, and our own safetensors."""
+
+from . import autoencoder as autoencoder, dit as dit
+from .dit import (
+    DiffusersTimeEmbedding as DiffusersTimeEmbedding,
+    diffusers_layout as diffusers_layout,
+    official_layout as official_layout,
+    with_diffusers_time as with_diffusers_time,
+)
+from .io import (
+    export as export,
+    load as load,
+    load_into as load_into,
+    load_state as load_state,
+    save as save,
+    to_state as to_state,
+)
+from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError

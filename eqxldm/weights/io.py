@@ -1,0 +1,306 @@
+"""Loading and saving models: `load`, `load_into`, `load_state`, `save`, `export`."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ..models import AutoencoderKL, DiT
+from . import autoencoder, dit
+from .files import (
+    WEIGHTS,
+    from_arrays,
+    open_folder,
+    open_pt,
+    open_safetensors,
+    read_json,
+    write_safetensors,
+)
+from .layout import (
+    Layout,
+    ShardingRule,
+    Tensor,
+    WeightsError,
+    array_leaves,
+    fill,
+    own_layout,
+    unfill,
+)
+
+HEADER = "eqxldm"
+
+
+class Architecture(NamedTuple):
+    """All that is known of one class of models: its configurations and its names in files.
+
+    `config` and `build` are our own, inverses of each other. `export_config` and `from_config`
+    are diffusers'. `layouts` are the ways its tensors are named, `export_layout` is diffusers'.
+    """
+
+    config: Callable[..., dict[str, Any]]
+    build: Callable[..., Any]
+    export_config: Callable[..., dict[str, Any]]
+    from_config: Callable[..., Any]
+    export_layout: Callable[..., Layout]
+    layouts: tuple[Callable[..., Layout], ...]
+
+
+ARCHITECTURES: dict[type, Architecture] = {
+    DiT: Architecture(
+        dit.config,
+        dit.build,
+        dit.diffusers_config,
+        dit.from_diffusers,
+        dit.diffusers_layout,
+        (own_layout, dit.official_layout, dit.diffusers_layout),
+    ),
+    AutoencoderKL: Architecture(
+        autoencoder.config,
+        autoencoder.build,
+        autoencoder.diffusers_config,
+        autoencoder.from_diffusers,
+        autoencoder.diffusers_layout,
+        (own_layout, autoencoder.diffusers_layout),
+    ),
+}
+# The `_class_name` of a config.json. Transformer2DModel is the old name of diffusers' DiT.
+CLASS_NAMES: dict[str, type] = {
+    "DiTTransformer2DModel": DiT,
+    "Transformer2DModel": DiT,
+    "AutoencoderKL": AutoencoderKL,
+}
+
+
+def load(
+    path: str | Path, *, dtype: Any = jnp.float32, sharding: ShardingRule | None = None
+) -> PyTree:
+    """The module that a file or a folder describes, with its weights.
+
+    **Arguments**:
+
+    - `path`: a `.safetensors` file written by `save`, or a folder of diffusers' format:
+      `config.json` with `diffusion_pytorch_model.safetensors`, the same in several files with an
+      index, or `.bin`.
+    - `dtype`: of the parameters, whatever the file's is; None keeps the file's.
+    - `sharding`: `(path, shape) -> jax.sharding.Sharding` for each leaf, `path` as
+      `jax.tree_util.keystr` gives it. Each leaf goes straight to its devices.
+
+    A model made from a diffusers folder gives diffusers' numbers, at `t = (timestep + 1) / 1000`.
+
+    Every tensor is used once and every parameter is filled once. The memory needed is the model's
+    and that of its largest leaf.
+
+    **Raises** `FileNotFoundError`; `WeightsError` if the folder has no `config.json`, names an
+    unknown architecture, or the tensors are not exactly those of the model; the message lists all
+    that are missing, unexpected or of a wrong shape.
+
+    >>> import tempfile
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> path = Path(tempfile.mkdtemp()) / "dit.safetensors"
+    >>> save(model, path)
+    >>> bool(eqx.tree_equal(load(path), model))
+    True
+    """
+    path = Path(path)
+    if path.is_dir():
+        make, layout, tensors = _from_folder(path)
+    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise WeightsError(
+            f"{path} does not say what the model is. Make it first: "
+            "weights.load_into(models.dit_xl_2((4, 32, 32), key=key), path)."
+        )
+    else:
+        make, layout, tensors = _from_file(path)
+    try:
+        model = eqx.filter_eval_shape(make, key=jax.random.key(0))
+    except WeightsError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # an option of another version, say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(
+            f"{path}: no model can be made of its configuration: {reason}"
+        ) from error
+    return fill(model, layout(model), tensors, source=str(path), dtype=dtype, sharding=sharding)
+
+
+def load_into(
+    model: PyTree,
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: ShardingRule | None = None,
+) -> PyTree:
+    """The model with the weights of a file, which need not say what the model is.
+
+    For the official DiT `.pt` files (read without running any code in them; needs torch), for
+    safetensors files without our header, and for folders. By which convention the tensors are
+    named is seen from the names. Only the shapes of `model` matter, so it may come from
+    `eqx.filter_eval_shape`, which takes no memory. Arguments and errors as in `load`.
+
+    >>> import tempfile
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> path = Path(tempfile.mkdtemp()) / "dit.safetensors"
+    >>> save(model, path)
+    >>> bool(eqx.tree_equal(load_into(model, path), model))
+    True
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors = open_folder(path)
+    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        tensors = open_pt(path)
+    else:
+        tensors = open_safetensors(path)[0]
+    layout = _recognised(model, tensors)
+    return fill(model, layout, tensors, source=str(path), dtype=dtype, sharding=sharding)
+
+
+def load_state(
+    model: PyTree,
+    state: Mapping[str, Any],
+    *,
+    dtype: Any = jnp.float32,
+    sharding: ShardingRule | None = None,
+) -> PyTree:
+    """The model with the weights of a dict of arrays: `load_into` for what is read already.
+
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> state = to_state(model, dit.official_layout)
+    >>> bool(eqx.tree_equal(load_state(model, state), model))
+    True
+    """
+    tensors = from_arrays(state)
+    layout = _recognised(model, tensors)
+    return fill(model, layout, tensors, source="the state", dtype=dtype, sharding=sharding)
+
+
+def to_state(model: PyTree, layout: Callable[[Any], Layout] = own_layout) -> dict[str, np.ndarray]:
+    """The weights as a dict of NumPy arrays, named as `layout` says.
+
+    `weights.official_layout` adds the fixed position table, as the official files have it:
+    `torch.save` of these makes one.
+
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> to_state(model, dit.official_layout)["pos_embed"].shape
+    (1, 16, 16)
+    """
+    table = layout(model)
+    fixed = table.fixed if layout is dit.official_layout else {}
+    return unfill(model, table) | {name: value() for name, value in fixed.items()}
+
+
+def save(model: PyTree, path: str | Path) -> None:
+    """Writes a model to one safetensors file with its configuration in the header.
+
+    `load` gives back the identical module: bit for bit, with the same options (with `dtype=None`
+    also for other dtypes than float32). Nothing in the file is code: functions are written by
+    their names.
+
+    **Raises** `WeightsError` if the configuration cannot describe the model.
+
+    >>> import tempfile
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> save(model, Path(tempfile.mkdtemp()) / "dit.safetensors")
+    """
+    known = _architecture(model)
+    config = known.config(model)
+    again = eqx.filter_eval_shape(known.build, config, key=jax.random.key(0))
+    if _described(again) != _described(model):
+        raise WeightsError(
+            f"weights.save: the configuration of {type(model).__name__} does not describe this "
+            "one, which was changed after it was made. Write its arrays with "
+            "equinox.tree_serialise_leaves."
+        )
+    header = {"class": type(model).__name__, "config": config}
+    write_safetensors(Path(path), to_state(model), {HEADER: json.dumps(header)})
+
+
+def export(model: PyTree, folder: str | Path) -> None:
+    """Writes a folder that diffusers' `from_pretrained` reads: `config.json` and weights.
+
+    **Raises** `WeightsError` if diffusers has no such network; the message says why.
+
+    >>> import tempfile
+    >>> from eqxldm.models import DiT
+    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, num_classes=3,
+    ...             key=jax.random.key(0))
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> export(dit.with_diffusers_time(model), folder)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['config.json', 'diffusion_pytorch_model.safetensors']
+    """
+    folder, known = Path(folder), _architecture(model)
+    config = known.export_config(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = unfill(model, known.export_layout(model))
+    write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tensor]]:
+    if not (folder / "config.json").exists():
+        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f" Load one of its folders: {', '.join(parts)}." if parts else ""
+        raise WeightsError(f"{folder} has no config.json, which says what the model is.{hint}")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in CLASS_NAMES:
+        raise WeightsError(
+            f"{folder}: unknown architecture {name!r}; known are {', '.join(CLASS_NAMES)}."
+        )
+    known = ARCHITECTURES[CLASS_NAMES[name]]
+    make = lambda *, key: known.from_config(config, key=key)
+    return make, known.export_layout, open_folder(folder)
+
+
+def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tensor]]:
+    if not path.exists():
+        raise FileNotFoundError(f"weights.load: {path} does not exist.")
+    tensors, header = open_safetensors(path)
+    if HEADER not in header:
+        raise WeightsError(
+            f"{path} has no configuration of ours in its header. Load its folder, if it has a "
+            "config.json, or make the model first: weights.load_into(model, path)."
+        )
+    try:
+        about = dict(json.loads(header[HEADER]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: the configuration in its header is damaged.") from error
+    names = {kind.__name__: known for kind, known in ARCHITECTURES.items()}
+    if about.get("class") not in names:
+        raise WeightsError(
+            f"{path}: unknown architecture {about.get('class')!r}; known are {', '.join(names)}."
+        )
+    known = names[about["class"]]
+    make = lambda *, key: known.build(about.get("config", {}), key=key)
+    return make, own_layout, tensors
+
+
+def _recognised(model: PyTree, tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout of which the file has most names."""
+    layouts = [layout(model) for layout in _architecture(model).layouts]
+    return max(layouts, key=lambda layout: sum(name in tensors for name in layout.names()))
+
+
+def _architecture(model: PyTree) -> Architecture:
+    if type(model) not in ARCHITECTURES:
+        known = ", ".join(kind.__name__ for kind in ARCHITECTURES)
+        raise WeightsError(f"weights: unknown model {type(model).__name__}; known are {known}.")
+    return ARCHITECTURES[type(model)]
+
+
+def _described(model: PyTree) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """What a configuration determines: the structure with its options, and the shapes."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in array_leaves(model).items()}
+    return jax.tree.structure(model), shapes

@@ -1,0 +1,648 @@
+"""Weights in and out: parity with diffusers, round trips, names, and what goes wrong."""
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+
+from eqxldm import weights
+from eqxldm.models import DiT, PatchDiscriminator, dit_xl_2, kl_f8
+from eqxldm.nn import Linear, RMSNorm, patchify, sincos_positions
+from eqxldm.weights.files import WEIGHTS, open_safetensors, write_safetensors
+from eqxldm.weights.layout import array_leaves, own_layout, tensor_shapes
+
+from helpers import perturbed, reference, relative_error, small_autoencoder
+
+FIXTURE = Path(__file__).parent / "reference" / "dit_diffusers.safetensors"
+FILE = f"{WEIGHTS}.safetensors"
+
+
+def fixture():
+    """`(config, weights, the rest)` of what diffusers has made."""
+    with safetensors.safe_open(FIXTURE, framework="np") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    split = {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")}
+    return config, split, {n: t for n, t in tensors.items() if not n.startswith("weights/")}
+
+
+CONFIG, WEIGHTS_OF_DIFFUSERS, VALUES = fixture()
+
+
+def write_folder(folder, *, config=CONFIG, tensors=WEIGHTS_OF_DIFFUSERS):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / FILE, tensors, {"format": "pt"})
+    return folder
+
+
+def changed(tensors, **changes):
+    """The tensors with some replaced, or removed where None."""
+    return {n: t for n, t in {**tensors, **changes}.items() if t is not None}
+
+
+def tiny(**changes):
+    sizes = dict(patch=2, depth=2, width=16, heads=2, num_classes=3)
+    return perturbed(DiT((3, 8, 8), **{**sizes, **changes}, key=jax.random.key(0)))
+
+
+def equal(a, b):
+    """The same module: structure, static fields, dtypes and every bit."""
+    same = jax.tree.structure(a) == jax.tree.structure(b) and type(a) is type(b)
+    bits = lambda m: [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(m)]
+    return same and bits(a) == bits(b)
+
+
+# What diffusers computes.
+
+
+@eqx.filter_jit
+def forward(model, x):
+    t = jnp.asarray((VALUES["timestep"] + 1) / 1000, jnp.float32)
+    return jax.vmap(model)(x, t, jnp.asarray(VALUES["label"], jnp.int32))
+
+
+def test_forward_and_gradients_equal_those_of_diffusers(tmp_path):
+    dit = weights.load(write_folder(tmp_path / "dit"))
+    x = jnp.asarray(VALUES["x"])
+    loss = lambda model_and_x: jnp.sum(forward(*model_and_x) * VALUES["probe"])
+    assert relative_error(forward(dit, x), VALUES["out"]) < 2e-5
+    gradient, gradient_x = eqx.filter_grad(loss)((dit, x))
+    found = {"x": gradient_x, **weights.to_state(gradient, weights.diffusers_layout)}
+    expected = {n.removeprefix("gradient/"): g for n, g in VALUES.items() if "gradient/" in n}
+    assert len(expected) == 4
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < 2e-5, name
+
+
+def test_read_into_a_made_model_the_frequencies_are_the_official_ones(tmp_path):
+    folder = write_folder(tmp_path / "dit")
+    theirs = weights.load(folder)
+    ours = weights.load_into(
+        DiT((3, 8, 8), patch=2, depth=2, width=24, heads=3, num_classes=5, learn_sigma=True,
+            key=jax.random.key(0)),
+        folder,
+    )  # fmt: skip
+    assert not isinstance(ours.time_embedding, weights.DiffusersTimeEmbedding)
+    assert equal(weights.with_diffusers_time(ours), theirs)
+    out = forward(ours, jnp.asarray(VALUES["x"]))
+    assert relative_error(out, VALUES["official"]) < 2e-5
+    assert relative_error(out, VALUES["out"]) > 1e-2
+
+
+# Round trips.
+
+MODELS = {
+    "labels": dict(),
+    "sigma": dict(learn_sigma=True, num_classes=1),
+    "no labels": dict(num_classes=None),
+    "options": dict(mlp_ratio=2.7, qk_norm=RMSNorm, remat=None, unroll=2, patch=4),
+    "policy": dict(remat=jax.checkpoint_policies.nothing_saveable, unroll=True),
+}
+each_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+
+
+@each_model
+def test_our_files_give_back_the_identical_module(changes, tmp_path):
+    for model in (tiny(**changes), weights.with_diffusers_time(tiny(**changes))):
+        weights.save(model, tmp_path / "a.safetensors")
+        assert equal(weights.load(tmp_path / "a.safetensors"), model)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o400
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_other_dtypes(dtype, tmp_path):
+    model = jax.tree.map(lambda x: x.astype(dtype), tiny())
+    weights.save(model, tmp_path / "a.safetensors")
+    assert equal(weights.load(tmp_path / "a.safetensors", dtype=None), model)
+    assert equal(weights.load(tmp_path / "a.safetensors", dtype=dtype), model)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), model)
+    assert equal(weights.load(tmp_path / "a.safetensors"), wide)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_diffusers_files_of_other_dtypes(dtype, tmp_path):
+    tensors = {n: t.astype(dtype) for n, t in WEIGHTS_OF_DIFFUSERS.items()}
+    dit = weights.load(write_folder(tmp_path / "dit", tensors=tensors))
+    exact = {n: t.astype(np.float32) for n, t in tensors.items()}
+    assert equal(dit, weights.load(write_folder(tmp_path / "exact", tensors=exact)))
+    half = weights.load(tmp_path / "dit", dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("layout", [weights.official_layout, weights.diffusers_layout])
+def test_every_layout_uses_each_number_once(layout):
+    """Every number of a model is different, and each is found once in the tensors, and back."""
+    model = tiny(learn_sigma=True)
+    leaves, treedef = jax.tree.flatten(model)
+    sizes = np.cumsum([0] + [leaf.size for leaf in leaves])
+    numbers = [np.arange(a, b, dtype=np.float32) for a, b in itertools.pairwise(sizes)]
+    numbered = jax.tree.unflatten(
+        treedef, [n.reshape(leaf.shape) for n, leaf in zip(numbers, leaves, strict=True)]
+    )
+    table = layout(numbered)
+    state = weights.to_state(numbered, layout)
+    copies = {c for parts in table.leaves.values() for p in parts for c in p.copies}
+    once = [t.ravel() for n, t in state.items() if n not in copies and n not in table.fixed]
+    assert Counter(np.concatenate(once).tolist()) == Counter(range(sizes[-1]))
+    assert equal(weights.load_state(model, state), jax.tree.map(jnp.asarray, numbered))
+
+
+def test_official_names_with_qk_norm_and_without_labels():
+    for model in (tiny(qk_norm=RMSNorm), tiny(num_classes=None)):
+        state = weights.to_state(model, weights.official_layout)
+        assert ("blocks.1.attn.q_norm.weight" in state) != ("y_embedder" not in str(state.keys()))
+        assert equal(weights.load_state(model, state), model)
+
+
+def test_an_exported_folder_has_the_names_and_shapes_of_diffusers(tmp_path):
+    config = {**CONFIG, "norm_eps": 1e-6}
+    model = perturbed(weights.load(write_folder(tmp_path / "in")))
+    weights.export(model, tmp_path / "out")
+    tensors, header = open_safetensors(tmp_path / "out" / FILE)
+    expected = {name: tensor.shape for name, tensor in WEIGHTS_OF_DIFFUSERS.items()}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    assert header["format"] == "pt"  # without it diffusers refuses the file
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {k: config[k] for k in written} == written
+    assert equal(weights.load(tmp_path / "out"), model)
+
+
+def test_sharded_files(tmp_path):
+    whole = weights.load(write_folder(tmp_path / "dit"))
+    folder, names = tmp_path / "sharded", sorted(WEIGHTS_OF_DIFFUSERS)
+    folder.mkdir()
+    shutil.copy(tmp_path / "dit" / "config.json", folder)
+    files = {f"part{i}.safetensors": names[i::3] for i in range(3)}
+    for file, held in files.items():
+        write_safetensors(folder / file, {n: WEIGHTS_OF_DIFFUSERS[n] for n in held}, {})
+    index = {name: file for file, held in files.items() for name in held}
+    where = folder / f"{WEIGHTS}.safetensors.index.json"
+    where.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert equal(weights.load(folder), whole)
+    (folder / "part1.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match=r"files that are not there: part1\.safeten"):
+        weights.load(folder)
+    moved = {**index, names[0]: "part2.safetensors", names[1]: "part2.safetensors"}
+    write_safetensors(
+        folder / "part1.safetensors",
+        {n: WEIGHTS_OF_DIFFUSERS[n] for n in files["part1.safetensors"]},
+        {},
+    )
+    where.write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(weights.WeightsError) as error:
+        weights.load(folder)
+    assert f"{names[0]} is not in part2" in str(error.value)
+    assert f"{names[1]} is in part1.safetensors unnamed" in str(error.value)
+    where.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(weights.WeightsError, match="outside its folder"):
+        weights.load(folder)
+
+
+def test_each_leaf_is_placed_with_its_sharding(tmp_path):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    model, asked = tiny(), {}
+
+    def rule(path, shape):
+        axes = ("data",) if shape[0] % 2 == 0 else ()
+        asked[path] = jax.NamedSharding(mesh, jax.P(*axes))
+        return asked[path]
+
+    weights.save(model, tmp_path / "a.safetensors")
+    loaded = weights.load(tmp_path / "a.safetensors", sharding=rule)
+    leaves = array_leaves(loaded)
+    assert asked.keys() == leaves.keys()
+    assert all(leaf.sharding == asked[path] for path, leaf in leaves.items())
+    assert equal(loaded, model)
+
+
+# The published names.
+
+
+def official_shapes(depth, width, patch, channels, classes, tokens):
+    """The state dict of the official DiT with learned sigma, written out by its pattern."""
+    pairs = {
+        "x_embedder.proj": (width, channels, patch, patch),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (patch * patch * 2 * channels, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    for i in range(depth):
+        pairs |= {
+            f"blocks.{i}.attn.qkv": (3 * width, width),
+            f"blocks.{i}.attn.proj": (width, width),
+            f"blocks.{i}.mlp.fc1": (4 * width, width),
+            f"blocks.{i}.mlp.fc2": (width, 4 * width),
+            f"blocks.{i}.adaLN_modulation.1": (6 * width, width),
+        }
+    shapes = {f"{name}.weight": shape for name, shape in pairs.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in pairs.items()}
+    shapes["y_embedder.embedding_table.weight"] = (classes + 1, width)
+    return shapes, {"pos_embed": (1, tokens, width)}
+
+
+def test_every_name_of_the_full_dit_xl_2():
+    dit = eqx.filter_eval_shape(dit_xl_2, (4, 32, 32), key=jax.random.key(0))
+    layout = weights.official_layout(dit)
+    trainable, fixed = official_shapes(28, 1152, 2, 4, 1000, 256)
+    assert tensor_shapes(dit, layout) == trainable
+    assert {name: value().shape for name, value in layout.fixed.items()} == fixed
+    count = lambda shapes: sum(int(np.prod(shape)) for shape in shapes.values())
+    assert (count(trainable), count(trainable | fixed)) == (674_834_720, 675_129_632)
+    assert len(trainable) + len(fixed) == 292
+    assert len(tensor_shapes(dit, weights.diffusers_layout(dit))) == 28 * 19 + 6
+
+
+def test_the_patch_embedding_is_the_published_convolution(key):
+    model = tiny()
+    state = weights.to_state(model, weights.official_layout)
+    x = jax.random.normal(key, model.shape)
+    conv = jax.lax.conv_general_dilated(
+        x[None], state["x_embedder.proj.weight"], (2, 2), "VALID",
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+    )[0]  # fmt: skip
+    tokens = conv.reshape(16, -1).T + state["x_embedder.proj.bias"]
+    np.testing.assert_allclose(model.patch_embedding(patchify(x, 2)), tokens, atol=1e-5)
+
+
+# The autoencoder; tests/test_autoencoder.py has its parity with diffusers.
+
+SD_CONFIG = dict(
+    _class_name="AutoencoderKL",
+    block_out_channels=[128, 256, 512, 512],
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    layers_per_block=2,
+    sample_size=256,
+)
+TINY_SD = SD_CONFIG | dict(block_out_channels=[4, 8], layers_per_block=1, norm_num_groups=2)
+
+
+def state_of_diffusers(name):
+    file = reference(f"autoencoder_{name}")
+    return {k: file[k] for k in file.files if file[k].dtype == np.float16}
+
+
+def tiny_autoencoder(**changes):
+    return perturbed(weights.autoencoder.from_diffusers(TINY_SD | changes, key=jax.random.key(0)))
+
+
+AUTOENCODERS = {
+    "stable diffusion": dict(),
+    "plain": dict(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
+    "shifted": dict(shift_factor=0.125, scaling_factor=0.25),
+    "per channel": dict(latents_mean=[0.0, 1.0, 2.0, -1.0], latents_std=[1.0, 2.0, 0.5, 0.25]),
+}
+each_autoencoder = pytest.mark.parametrize(
+    "changes", AUTOENCODERS.values(), ids=AUTOENCODERS.keys()
+)
+
+
+@each_autoencoder
+def test_autoencoders_come_back_identical_from_both_formats(changes, tmp_path):
+    ae = tiny_autoencoder(**changes)
+    weights.save(ae, tmp_path / "a.safetensors")
+    assert equal(weights.load(tmp_path / "a.safetensors"), ae)
+    weights.export(ae, tmp_path / "out")
+    if "latents_std" not in changes:
+        assert equal(weights.load(tmp_path / "out"), ae)
+    else:  # the scale is written as 1 / std
+        again = weights.load(tmp_path / "out")
+        np.testing.assert_allclose(again.scale, ae.scale)
+        assert again.shift == ae.shift == (0.0, 1.0, 2.0, -1.0)
+
+
+def test_an_autoencoder_of_our_own_sizes(tmp_path):
+    ae = small_autoencoder(patch=2, attention=True).with_latent_stats((0.1, 0.2), (3.0, 4.0))
+    weights.save(ae, tmp_path / "a.safetensors")
+    assert equal(weights.load(tmp_path / "a.safetensors"), ae)
+    with pytest.raises(weights.WeightsError, match="patch is 2, not 1; its decoder has 1 blocks"):
+        weights.export(ae, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, channels, blocks, groups, quant", [
+    ("attention", (4, 8, 8), 1, 2, True), ("plain", (4, 8), 2, 2, False),
+])  # fmt: skip
+def test_autoencoder_weights_of_diffusers(name, channels, blocks, groups, quant, tmp_path):
+    """Also under the names of 2022; and what is exported has the same names and values."""
+    state = state_of_diffusers(name)
+    config = TINY_SD | dict(
+        in_channels=3 if quant else 1, out_channels=3 if quant else 1,
+        latent_channels=4 if quant else 2, block_out_channels=channels, layers_per_block=blocks,
+        norm_num_groups=groups, use_quant_conv=quant, use_post_quant_conv=quant,
+        mid_block_add_attention=quant,
+    )  # fmt: skip
+    ae = weights.load(write_folder(tmp_path / "new", config=config, tensors=state))
+    file = reference(f"autoencoder_{name}")
+    posterior = eqx.filter_jit(lambda ae, x: ae.posterior(x))(ae, jnp.asarray(file["x"]))
+    assert relative_error(posterior.mean, np.split(file["moments"], 2)[0]) < 2e-5
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, value in state.items():
+        for new, name_then in old.items():
+            key = key.replace(new, name_then)
+        renamed[key] = value
+    assert (renamed.keys() != state.keys()) == quant
+    assert equal(weights.load(write_folder(tmp_path / "old", config=config, tensors=renamed)), ae)
+    weights.export(ae, tmp_path / "out")
+    tensors, _ = open_safetensors(tmp_path / "out" / FILE)
+    assert tensors.keys() == state.keys()
+    assert all(np.array_equal(tensors[n].read(), state[n]) for n in state)
+    if quant:  # both names of one tensor: one of them is too many
+        both = state | {k: v for k, v in renamed.items() if "query.weight" in k}
+        with pytest.raises(weights.WeightsError, match=r"unexpected: encoder.*query\.weight"):
+            weights.load_state(ae, both)
+
+
+def test_every_name_of_the_full_stable_diffusion_autoencoder():
+    make = lambda key: weights.autoencoder.from_diffusers(SD_CONFIG, key=key)
+    ae = eqx.filter_eval_shape(make, jax.random.key(0))
+    assert jax.tree.structure(ae) == jax.tree.structure(
+        eqx.filter_eval_shape(kl_f8, key=jax.random.key(0))
+    )
+    shapes = tensor_shapes(ae, weights.autoencoder.diffusers_layout(ae))
+    assert len(shapes) == 248
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 83_653_863
+    assert shapes["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)
+    assert shapes["encoder.down_blocks.0.downsamplers.0.conv.weight"] == (128, 128, 3, 3)
+    assert shapes["encoder.conv_out.weight"] == (8, 512, 3, 3)
+    assert shapes["post_quant_conv.weight"] == (4, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"act_fn": "relu"}, r"act_fn = 'relu' \('silu'\)"),
+        ({"use_quant_conv": False}, r"use_post_quant_conv = True \(False\)"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_ty"),
+    ],
+)
+def test_autoencoder_options_that_the_network_does_not_have(change, message, tmp_path):
+    with pytest.raises(weights.WeightsError, match=message):
+        weights.load(write_folder(tmp_path / "ae", config=TINY_SD | change))
+
+
+# What is not a parameter.
+
+
+def test_a_position_table_is_compared_and_not_loaded(tmp_path):
+    table = sincos_positions(4, 4, 24).astype(np.float32)[None]
+    with_table = changed(WEIGHTS_OF_DIFFUSERS, **{"pos_embed.pos_embed": table})
+    dit = weights.load(write_folder(tmp_path / "dit", tensors=with_table))
+    assert equal(dit, weights.load(write_folder(tmp_path / "without")))
+    wrong = changed(WEIGHTS_OF_DIFFUSERS, **{"pos_embed.pos_embed": table + 1e-3})
+    with pytest.raises(weights.WeightsError, match=r"not the constant .* pos_embed.pos_embed"):
+        weights.load(write_folder(tmp_path / "wrong", tensors=wrong))
+    model = tiny()
+    state = weights.to_state(model, weights.official_layout)
+    assert equal(weights.load_state(model, changed(state, pos_embed=None)), model)
+    with pytest.raises(weights.WeightsError, match=r"not the constant of .*: pos_embed"):
+        weights.load_state(model, changed(state, pos_embed=state["pos_embed"][:, :-1]))
+
+
+def test_copies_that_differ_are_all_listed(tmp_path):
+    name = "transformer_blocks.1.norm1.emb.{}"
+    one, two = (
+        name.format("timestep_embedder.linear_1.bias"),
+        name.format("class_embedder.embedding_table.weight"),
+    )
+    tensors = {n: t + 1 if n in (one, two) else t for n, t in WEIGHTS_OF_DIFFUSERS.items()}
+    with pytest.raises(weights.WeightsError) as error:
+        weights.load(write_folder(tmp_path / "dit", tensors=tensors))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(f"must be equal: {n}" in str(error.value) for n in (one, two))
+
+
+# What goes wrong.
+
+
+def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, monkeypatch):
+    broken = changed(
+        WEIGHTS_OF_DIFFUSERS,
+        **{
+            "proj_out_1.bias": None,
+            "transformer_blocks.1.ff.net.2.weight": None,
+            "extra.weight": np.ones(3, np.float32),
+            "proj_out_2.bias": np.ones(7, np.float32),
+            "pos_embed.proj.bias": np.ones(24, np.int32),
+        },
+    )
+    folder = write_folder(tmp_path / "dit", tensors=broken)
+    # It is found out from the header, before anything is put on a device.
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(weights.WeightsError) as error:
+        weights.load(folder)
+    assert str(error.value).splitlines() == [
+        f"{folder} does not fit DiT:",
+        "  missing: transformer_blocks.1.ff.net.2.weight (24, 96)",
+        "  missing: proj_out_1.bias (48,)",
+        "  unexpected: extra.weight (3,)",
+        "  wrong dtype: pos_embed.proj.bias is not floating point",
+        "  wrong shape: proj_out_2.bias is (7,), the model needs (24,)",
+    ]
+
+
+def test_a_folder_without_config_and_unknown_architectures(tmp_path):
+    folder = write_folder(tmp_path / "dit")
+    with pytest.raises(weights.WeightsError, match=r"has no config.json.* its folders: dit"):
+        weights.load(tmp_path)
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(weights.WeightsError, match="unknown architecture 'FluxTransformer2DModel'"):
+        weights.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(weights.WeightsError, match=r"config\.json is not JSON"):
+        weights.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(weights.WeightsError, match="must hold a JSON object"):
+        weights.load(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / FILE).unlink()
+    with pytest.raises(weights.WeightsError, match="holds no weights; looked for diffusion_py"):
+        weights.load(folder)
+
+
+def test_sizes_that_do_not_go_together(tmp_path):
+    with pytest.raises(weights.WeightsError, match=r"no model can .* 9 x 9 input does not divide"):
+        weights.load(write_folder(tmp_path / "dit", config=CONFIG | {"sample_size": 9}))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation_fn": "geglu"}, r"activation_fn = 'geglu' \('gelu-approximate'\)"),
+        ({"out_channels": 4}, r"out_channels = 4 \(3 or 6\)"),
+        ({"norm_eps": 1e-3}, r"norm_eps = 0\.001 \(1e-05 or 1e-06\)"),
+        ({"norm_type": "layer_norm", "attention_bias": False}, "attention_bias.*norm_type"),
+    ],
+)
+def test_options_that_the_network_does_not_have(change, message, tmp_path):
+    with pytest.raises(weights.WeightsError, match=message):
+        weights.load(write_folder(tmp_path / "dit", config=CONFIG | change))
+
+
+def test_the_old_class_name_of_diffusers(tmp_path):
+    old = write_folder(tmp_path / "old", config=CONFIG | {"_class_name": "Transformer2DModel"})
+    assert equal(weights.load(old), weights.load(write_folder(tmp_path / "new")))
+
+
+def damage_truncated(data):
+    return data[:-100]
+
+
+def damage_header(data):
+    return data[:20] + b"\xff" * 8 + data[28:]
+
+
+def damage_other(data):
+    return b"not a safetensors file, but long enough to have a header in it"
+
+
+def damage_empty(data):
+    return b""
+
+
+def damage_pointer(data):
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncated, damage_header, damage_other, damage_empty, damage_pointer]
+)
+def test_damaged_files(damage, tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save(tiny(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    message = r"a\.safetensors is truncated or not a safetensors file"
+    for call in (weights.load, lambda path: weights.load_into(tiny(), path)):
+        with pytest.raises(weights.WeightsError, match=message) as error:
+            call(path)
+    assert ("Git LFS" in str(error.value)) == (damage is damage_pointer)
+
+
+def test_paths_that_are_not_there(tmp_path):
+    for name in ("none", "none.safetensors"):
+        with pytest.raises(FileNotFoundError, match=name):
+            weights.load(tmp_path / name)
+    for name in ("none.safetensors", "none.pt", "none"):
+        with pytest.raises(FileNotFoundError, match=name):
+            weights.load_into(tiny(), tmp_path / name)
+
+
+def test_a_pt_file_without_torch_and_without_a_model(tmp_path, monkeypatch):
+    path = tmp_path / "DiT.pt"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(weights.WeightsError, match=r"torch is not installed. Run `pip install tor"):
+        weights.load_into(tiny(), path)
+    with pytest.raises(weights.WeightsError, match="does not say what the model is"):
+        weights.load(path)
+
+
+class Code:
+    def __reduce__(self):
+        return pytest.fail, ("the file's code was run",)
+
+
+def test_pt_files_are_read_and_their_code_is_not_run(tmp_path):
+    torch = pytest.importorskip("torch")
+    model, path = tiny(), tmp_path / "DiT.pt"
+    state = weights.to_state(model, weights.official_layout)
+    state = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    options = argparse.Namespace(lr=1e-4)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    for content in (state, {"ema": state, "model": other, "opt": {}, "args": options}):
+        torch.save(content, path)
+        assert equal(weights.load_into(model, path), model)
+    torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, path)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    assert equal(weights.load_into(model, path, dtype=None), half)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(weights.WeightsError, match="is truncated, or holds something else"):
+        weights.load_into(model, path)
+    torch.save({**state, "more": Code()}, path)
+    with pytest.raises(weights.WeightsError, match="none of it was run"):
+        weights.load_into(model, path)
+    torch.save([1, 2], path)
+    with pytest.raises(weights.WeightsError, match="holds no state dict"):
+        weights.load_into(model, path)
+
+
+def test_a_file_without_our_header(tmp_path):
+    model, path = tiny(), tmp_path / "a.safetensors"
+    write_safetensors(path, weights.to_state(model, weights.official_layout), {"format": "pt"})
+    with pytest.raises(weights.WeightsError, match="no configuration of ours in its header"):
+        weights.load(path)
+    assert equal(weights.load_into(eqx.filter_eval_shape(lambda: model), path), model)
+    write_safetensors(path, weights.to_state(model), {"eqxldm": '{"class": "Net", "config": {}}'})
+    with pytest.raises(weights.WeightsError, match="unknown architecture 'Net'"):
+        weights.load(path)
+    for config in ("{}", '{"depth": 2}', "3"):
+        write_safetensors(path, {}, {"eqxldm": f'{{"class": "DiT", "config": {config}}}'})
+        with pytest.raises(weights.WeightsError, match="no model can be made of its configuration"):
+            weights.load(path)
+    write_safetensors(path, {}, {"eqxldm": "{"})
+    with pytest.raises(weights.WeightsError, match="configuration in its header is damaged"):
+        weights.load(path)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, key):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(weights.WeightsError, match=r"remat = .* cannot be written down"):
+        weights.save(tiny(remat=lambda *_, **__: True), path)
+    with pytest.raises(weights.WeightsError, match=r"embed_cond = .* cannot be written down"):
+        weights.save(tiny(num_classes=None, embed_cond=Linear(2, 16, key=key)), path)
+    wider = eqx.tree_at(lambda dit: dit.time_embedding.linear1.bias, tiny(), jnp.ones(17))
+    with pytest.raises(weights.WeightsError, match="does not describe this one"):
+        weights.save(wider, path)
+    with pytest.raises(weights.WeightsError, match="unknown model PatchDiscriminator"):
+        weights.save(PatchDiscriminator(1, channels=2, layers=1, groups=1, key=key), path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "its timestep frequencies are the official ones"),
+        ({"num_classes": None}, "it has no labels"),
+        ({"qk_norm": RMSNorm}, "it has a QK-norm"),
+        ({"mlp_ratio": 2.0}, "its mlp_ratio is 2.0, not 4"),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_not_exported(changes, message, tmp_path):
+    with pytest.raises(weights.WeightsError, match=message):
+        weights.export(tiny(**changes), tmp_path / "out")
+    oblong = DiT(
+        (3, 4, 8), patch=2, depth=1, width=16, heads=2, num_classes=3, key=jax.random.key(0)
+    )
+    with pytest.raises(weights.WeightsError, match="not square; its timestep"):
+        weights.export(oblong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_incomplete_table_is_refused():
+    model = tiny()
+    table = own_layout(model)
+    path, parts = next(iter(table.leaves.items()))
+    part = parts[0]
+    wrong = {
+        "not in both": {},
+        "uses .* twice": {path: (part, part)},
+        "do not add up": {path: (part._replace(where=(0,)),)},
+    }
+    for message, entry in wrong.items():
+        rest = {p: parts for p, parts in table.leaves.items() if p != path}
+        with pytest.raises(weights.WeightsError, match=message):
+            tensor_shapes(model, weights.Layout(rest | entry, {}))
