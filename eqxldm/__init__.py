@@ -96,6 +96,7 @@ from .sampling import (
     Trajectory as Trajectory,
     check_combination as check_combination,
     ddim_invert as ddim_invert,
+    encode as encode,
     evaluations as evaluations,
     sample as sample,
     sample_trajectory as sample_trajectory,
@@ -129,9 +130,9 @@ from .solvers import (
     Plan as Plan,
     fixed_large as fixed_large,
     fixed_small as fixed_small,
+    forward_diffusion as forward_diffusion,
     intervals as intervals,
     learned_range as learned_range,
     log_variance as log_variance,
     one_call_a_step as one_call_a_step,
-    reverse_diffusion as reverse_diffusion,
 )

@@ -119,8 +119,7 @@ def logsnr_times(path: AbstractPath, steps: int, low: float = -10.0, high: float
 def check_times(times: Any) -> Grid:
     """Returns the grid in float64 if it strictly descends within [0, 1], else `ValueError`.
 
-    An ascending grid is accepted as well: `sampling.sample` then runs an ODE solver from data
-    to noise.
+    An ascending grid is accepted as well: it is that of `sampling.encode`.
 
     >>> check_times(np.array([1.0, 0.0]))
     array([1., 0.])
@@ -139,7 +138,7 @@ def check_times(times: Any) -> Grid:
     if np.any(turns):
         i = int(np.argmax(turns))
         raise ValueError(
-            "times must descend strictly (or ascend, to encode), got "
+            "times must descend strictly, got "
             f"times[{i}] = {times[i]} and times[{i + 1}] = {times[i + 1]}."
         )
     return times
@@ -155,7 +154,7 @@ def _times_at(name: str, path: AbstractPath, logsnr: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"{name}: logSNR {wrong:.4g} (sigma / alpha = {math.exp(-wrong / 2):.4g}) lies outside "
             f"of what {type(path).__name__} reaches, [{low:.4g}, {high:.4g}] "
-            f"(sigma / alpha up to {math.exp(-low / 2):.4g})."
+            f"(sigma / alpha up to {math.exp(-low / 2):.4g}). Lower sigma_max, or raise low."
         )
     return time_at_logsnr(path, logsnr)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .paths import at_least_float32
 from .predictions import Denoiser
 
 Output = Float[Array, "*out"]
@@ -75,7 +76,7 @@ def bounded_scale(scale: float, bound: float) -> AdaptiveScale:
         raise ValueError(f"bounded_scale: bound must be positive, got {bound}.")
 
     def function(t: Any, out: Output, without: Output) -> Float[Array, ""]:
-        difference = (out - without).astype(jnp.float32)
+        difference = (out - without).astype(at_least_float32(out.dtype))
         mean_square = jnp.mean(difference * difference)
         size = jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1.0))  # no difference, any scale
         return 1 + (scale - 1) * jnp.minimum(1.0, bound / size)
@@ -104,8 +105,8 @@ def guide(
     - `interval`: `(t_low, t_high)`, closed; outside of it only the conditional network is called
       (Kynkäänniemi et al. 2024).
     - `rescale`: `phi` in [0, 1]: `phi out std(out_c) / std(out) + (1 - phi) out`, the standard
-      deviation over the whole example (Lin et al. 2023, eq. 15 and 16, who use 0.7). Not linear:
-      meant for v and eps networks, as published.
+      deviation over all guided channels of the example (Lin et al. 2023, eq. 15 and 16, who use
+      0.7). Not linear: meant for v and eps networks, as published.
     - `channels`: guide only the first so many, the others stay conditional. The official DiT
       guides 3 of its 4 (Peebles & Xie 2023, their code).
 
@@ -120,7 +121,7 @@ def guide(
 
     def guided(x_t, t, cond, *, key=None):
         def both(_):
-            pair = jax.tree.map(lambda n, c: jnp.stack([jnp.asarray(n, c.dtype), c]), null, cond)
+            pair = _stack(null, cond)
             out_u, out_c = jax.vmap(lambda c: denoiser(x_t, t, c, key=key))(pair)
             return _extrapolate(x_t, t, out_c, out_u, scale, rescale, channels)
 
@@ -158,6 +159,29 @@ def autoguide(
         return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key))
 
     return guided
+
+
+def _stack(null: Any, cond: Any) -> Any:
+    """The two conditions as a batch of two."""
+    if jax.tree.structure(null) != jax.tree.structure(cond):
+        raise ValueError(
+            f"guide: null and cond must be alike, got {null} and {cond}. Was cond forgotten?"
+        )
+
+    def stack(n: Any, c: Any) -> Array:
+        n, c = jnp.asarray(n), jnp.asarray(c)
+        if n.shape != c.shape:
+            raise ValueError(
+                f"guide: null has the shape {n.shape} and cond {c.shape}. Both are of one "
+                "example; jax.vmap makes the batch."
+            )
+        if jnp.issubdtype(n.dtype, jnp.inexact) != jnp.issubdtype(c.dtype, jnp.inexact):
+            raise ValueError(f"guide: null is {n.dtype} and cond {c.dtype}; labels are integers.")
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(n.dtype, c.dtype)  # a null of 256 must not become a uint8
+        return jnp.stack([n.astype(dtype), c.astype(dtype)])
+
+    return jax.tree.map(stack, null, cond)
 
 
 def _within(interval, t, both, alone):

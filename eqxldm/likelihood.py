@@ -23,6 +23,7 @@ from .paths import (
     AbstractPath,
     DiscreteVP,
     at_least_float32,
+    check_concrete_time,
     posterior_coefficients,
     q_sample,
 )
@@ -192,6 +193,8 @@ def step_bits(
     0.0
     """
     x0 = x0.astype(at_least_float32(x0.dtype))
+    cast = lambda a: a.astype(x0.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else a
+    table = jax.tree.map(cast, table)
     logvar = log_variance(table.low, table.high, estimate)
     logvar = jnp.broadcast_to(logvar, x0.shape)
     error = table.c0 * (x0 - estimate.x0)
@@ -228,13 +231,14 @@ def variational_bound(
     key: Key[Array, ""],
     variance: Variance = fixed_small,
     log_likelihood: LogLikelihood = discretized_gaussian_log_likelihood,
-    prior_std: float = 1.0,
+    prior_std: float | None = None,
 ) -> Bound:
     """`-log p(x0) <= prior + sum of steps`, with one draw of `x_t` for each step of the grid.
 
     `x0` is 8-bit data scaled to [-1, 1]. An unbiased estimate of the bound (Ho et al. 2020,
     eq. 5; Nichol & Dhariwal 2021); `len(times) - 1` network calls. For latents, which are not
-    8-bit, only the terms with `s > 0` mean something.
+    8-bit, only the terms with `s > 0` mean something. `prior_std` is that of `prior_bits`: 1, or
+    `sigma(times[0])` on a path whose alpha stays 1.
 
     >>> from eqxldm import CosineVP, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
@@ -246,6 +250,11 @@ def variational_bound(
     if variance is learned_range and not isinstance(prediction, LearnedRange):
         raise ValueError("variational_bound: learned_range needs LearnedRange(prediction).")
     check_combination(path, prediction, DDPM(variance), times)
+    if times[-1] != 0:
+        raise ValueError(f"variational_bound: times must end at 0, got {times[-1]}.")
+    if prior_std is None:
+        start = path.coefficients(float(times[0]))
+        prior_std = float(start.sigma) if start.alpha == 1 else 1.0
     table = step_table(path, times, variance)
 
     def one(_, row):
@@ -274,7 +283,8 @@ def hybrid_loss(
 
     DiT's loss and `L_hybrid` (Nichol & Dhariwal 2021, eq. 16, where the weight is 0.001 of a sum
     over T; DiT takes 1). `t` is one of the table's own times, `(i + 1) / T`, as `discrete_time(T)`
-    draws them; `L_vlb(t)` is its step's term of the bound, in bits a dimension.
+    draws them, or is rounded to the nearest; `L_vlb(t)` is its step's term of the bound, in bits
+    a dimension.
 
     >>> from eqxldm import alpha_bar_from_betas, linear_betas, predict_eps
     >>> path = DiscreteVP(alpha_bar_from_betas(linear_betas(10, 0.01, 0.5)))
@@ -286,7 +296,9 @@ def hybrid_loss(
     """
     timesteps = path.timesteps
     table = step_table(path, timestep_times(timesteps, np.arange(timesteps)), learned_range)
-    step = timesteps - jnp.round(t * timesteps).astype(int)
+    check_concrete_time(t)
+    i = jnp.clip(jnp.round(t * timesteps).astype(int), 1, timesteps)
+    t, step = i.astype(t.dtype) / timesteps, timesteps - i
     row = jax.tree.map(lambda a: a[step], table)
     eps_key, denoiser_key = jax.random.split(key)
     eps = jax.random.normal(eps_key, x0.shape, x0.dtype)

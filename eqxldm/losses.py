@@ -196,27 +196,27 @@ def denoising_loss(
     out, _ = split_output(prediction, x_t, denoiser(x_t, t, cond, key=denoiser_key))
     work = at_least_float32(x0.dtype)
     error = out.astype(work) - target(prediction, at, x0, eps).astype(work)
-    return weight(at).astype(work) * jnp.mean(error * error)
+    return jnp.asarray(weight(at), work) * jnp.mean(error * error)
 
 
 def uniform_time(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
-    """`t ~ U(0, 1)`, independent.
+    """`t ~ U(0, 1]`, independent; never exactly 0, where some losses are infinite.
 
     >>> uniform_time(jax.random.key(0), 3).shape
     (3,)
     """
-    return jax.random.uniform(key, (batch,))
+    return 1 - jax.random.uniform(key, (batch,))
 
 
 def stratified_time(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
-    """`t_i = (u + i / n) mod 1`: each `t_i ~ U(0, 1)`, together evenly spread (Kingma et al. 2021).
+    """`t_i = 1 - (u + i / n) mod 1`: each `U(0, 1]`, together evenly spread (Kingma et al. 2021).
 
     The batch mean of a loss has a lower variance than with `uniform_time`.
 
     >>> bool(jnp.ptp(jnp.diff(jnp.sort(stratified_time(jax.random.key(0), 4)))) < 1e-6)
     True
     """
-    return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
+    return 1 - (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
 
 
 def logit_normal_time(mean: float = 0.0, stddev: float = 1.0) -> TimeSampler:

@@ -5,6 +5,7 @@ gives float64 NumPy (what a solver's tables are made of), a JAX array gives JAX 
 """
 
 import abc
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -94,49 +95,52 @@ class DiscreteVP(AbstractPath):
     0.9999
     """
 
-    alpha_table: Any
-    sigma_table: Any
-    turn_table: Any
+    alpha_bar: tuple[float, ...] = eqx.field(static=True)  # a constant: nothing to train
 
     def __init__(self, alpha_bar: Table):
-        alpha_bar = check_alpha_bar(alpha_bar)
-        alpha = np.concatenate([[1.0], np.sqrt(alpha_bar)])
-        sigma = np.concatenate([[0.0], np.sqrt(1 - alpha_bar)])
-        self.alpha_table, self.sigma_table = alpha, sigma
-        # The angle from one timestep to the next, without the difference of two angles.
-        turns = np.arctan2(
-            sigma[1:] * alpha[:-1] - alpha[1:] * sigma[:-1],
-            alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1],
-        )
-        knots = np.arange(len(alpha))
-        slopes = PchipInterpolator(knots, np.append(0.0, np.cumsum(turns))).derivative()(knots)
-        # That rule may set the slope at an end to 0, where a velocity would say nothing.
-        slopes[0] = max(slopes[0], turns[0] / 2)
-        slopes[-1] = max(slopes[-1], turns[-1] / 2)
-        first = slopes[:-1]
-        square = 3 * turns - 2 * slopes[:-1] - slopes[1:]
-        cubic = slopes[:-1] + slopes[1:] - 2 * turns
-        # One more, so that the last timestep is an entry like the others.
-        beyond = [slopes[-1], 0.0, 0.0]
-        self.turn_table = np.column_stack([np.stack([first, square, cubic]), beyond])
+        self.alpha_bar = tuple(check_alpha_bar(alpha_bar).tolist())
 
     @property
     def timesteps(self) -> int:
         """The length `T` of the table."""
-        return len(self.alpha_table) - 1
+        return len(self.alpha_bar)
 
     def coefficients(self, t: Time) -> Coefficients:
         xp, t = _as_array(t)
         at = t * self.timesteps
         i = xp.clip(xp.floor(at).astype(int), 0, self.timesteps)
-        tables = (self.alpha_table, self.sigma_table, *self.turn_table)
-        a, s, first, square, cubic = (xp.asarray(table, t.dtype)[i] for table in tables)
+        tables = (xp.asarray(table, t.dtype)[i] for table in _circle(self.alpha_bar))
+        a, s, first, square, cubic = tables
         u = at - i.astype(t.dtype)
         turned = u * (first + u * (square + u * cubic))
         slope = self.timesteps * (first + u * (2 * square + u * 3 * cubic))
         c, d = xp.cos(turned), xp.sin(turned)
         alpha, sigma = a * c - s * d, s * c + a * d
         return Coefficients(alpha, sigma, -sigma * slope, alpha * slope)
+
+
+@functools.lru_cache(maxsize=64)
+def _circle(alpha_bar: tuple[float, ...]) -> np.ndarray:
+    """Of `DiscreteVP`: alpha, sigma and the cubic of the angle from each timestep to the next."""
+    alpha = np.sqrt(np.array([1.0, *alpha_bar]))
+    sigma = np.sqrt(1 - np.array([1.0, *alpha_bar]))
+    # The angle from one timestep to the next, without the difference of two angles.
+    turns = np.arctan2(
+        sigma[1:] * alpha[:-1] - alpha[1:] * sigma[:-1],
+        alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1],
+    )
+    knots = np.arange(len(alpha))
+    slopes = PchipInterpolator(knots, np.append(0.0, np.cumsum(turns))).derivative()(knots)
+    # That rule may set the slope at an end to 0, where a velocity would say nothing.
+    slopes[0] = max(slopes[0], turns[0] / 2)
+    slopes[-1] = max(slopes[-1], turns[-1] / 2)
+    first = slopes[:-1]
+    square = 3 * turns - 2 * slopes[:-1] - slopes[1:]
+    cubic = slopes[:-1] + slopes[1:] - 2 * turns
+    # One more, so that the last timestep is an entry like the others.
+    beyond = [slopes[-1], 0.0, 0.0]
+    turns = np.column_stack([np.stack([first, square, cubic]), beyond])
+    return np.stack([alpha, sigma, *turns])
 
 
 class CosineVP(AbstractPath):
@@ -217,7 +221,10 @@ class VarianceExploding(AbstractPath):
 
 
 def q_sample(
-    path: AbstractPath, x0: Float[Array, "*shape"], t: Float[Array, ""], eps: Float[Array, "*shape"]
+    path: AbstractPath,
+    x0: Float[Array, "*shape"],
+    t: Float[Array, ""] | float,
+    eps: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
     """The forward process in one jump: `x_t = alpha(t) x0 + sigma(t) eps` (Ho et al. 2020, eq. 4).
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,15 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from .grids import Grid, check_times
 from .paths import AbstractPath, at_least_float32
-from .predictions import Denoiser, Prediction, apply_inverse, inverse, split_output
-from .solvers import DDIM, AbstractSolver, Estimate
+from .predictions import (
+    Denoiser,
+    LearnedRange,
+    Prediction,
+    apply_inverse,
+    inverse,
+    split_output,
+)
+from .solvers import DDIM, DDPM, AbstractSolver, Estimate, learned_range
 
 X = Float[Array, "*shape"]
 
@@ -43,13 +51,15 @@ def sample(
 
     **Arguments**:
 
-    - `denoiser`: `(x_t, t, cond, key=) -> out`; wrap it with `guidance.guide` for guidance.
+    - `denoiser`: `(x_t, t, cond, key=) -> out`, called with `key=None`; wrap it with
+      `guidance.guide` for guidance.
     - `prediction`: what `out` means.
     - `times`: a descending grid in [0, 1], one entry more than there are steps
-      (`grids.uniform_times`, `timestep_times`, `karras_times`, ...). Of a NumPy grid the
-      coefficients are computed in float64 and checked, also when this function is traced; of a
-      JAX grid in its own dtype and unchecked.
-    - `x_T`: noise, `N(0, sigma(1)^2)`. The result has its shape and dtype.
+      (`grids.uniform_times`, `timestep_times`, `karras_times`, ...). Close over it: its
+      coefficients are then computed in float64 and checked when this function is traced. A grid
+      that is itself traced (an argument of `jit`) works in its own dtype, with its coefficients
+      checked at run time only.
+    - `x_T`: noise, `N(0, sigma(times[0])^2)`. The result has its shape and dtype.
     - `denoised_fn`: applied to every estimate of `x0`, eps following: `lambda x0: jnp.clip(x0,
       -1, 1)` is the clipping of pixel-space models (Ho et al. 2020, their code).
 
@@ -65,11 +75,8 @@ def sample(
     ...        key=jax.random.key(0))
     Array([7., 7.], dtype=float32)
     """
-    start, body, rows = _prepare(
-        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
-    )
-    (x, _), _ = jax.lax.scan(lambda state, row: (body(state, row)[0], None), start, rows)
-    return x.astype(x_T.dtype)
+    times = _descending(times)
+    return _run(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn)
 
 
 def sample_trajectory(
@@ -104,7 +111,7 @@ def sample_trajectory(
             f"sample_trajectory: every must lie in 1 .. {steps}, the steps, got {every}."
         )
     start, body, rows = _prepare(
-        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
+        denoiser, path, prediction, solver, _descending(times), x_T, cond, key, denoised_fn
     )
     saved = -(-steps // every)
 
@@ -120,27 +127,48 @@ def sample_trajectory(
     return Trajectory(jnp.concatenate([x_T[None], states]), estimates)
 
 
+def encode(
+    denoiser: Denoiser,
+    path: AbstractPath,
+    prediction: Prediction,
+    solver: AbstractSolver,
+    times: Grid | Float[Array, " steps_and_one"],
+    x0: Float[Array, "*shape"],
+    cond: PyTree = None,
+) -> Float[Array, "*shape"]:
+    """`sample` run backwards, from data at `times[-1]` to noise at `times[0]`, without noise drawn.
+
+    `times` descends, as for `sample`, which with the same solver leads back, to the solver's
+    order. The solver must be one of the ODE: `DDIM()`, `Euler()`, `Heun()`, `DPMSolverPP2M()`.
+
+    >>> from eqxldm import Heun, LinearFlow, predict_velocity, uniform_times
+    >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
+    >>> encode(denoiser, LinearFlow(), predict_velocity, Heun(), uniform_times(4), jnp.zeros(1))
+    Array([1.], dtype=float32)
+    """
+    times = _descending(times)[::-1]
+    return _run(denoiser, path, prediction, solver, times, x0, cond, jax.random.key(0), None)
+
+
 def ddim_invert(
     denoiser: Denoiser,
     path: AbstractPath,
     prediction: Prediction,
-    times: Grid,
+    times: Grid | Float[Array, " steps_and_one"],
     x0: Float[Array, "*shape"],
     cond: PyTree = None,
 ) -> Float[Array, "*shape"]:
-    """DDIM run backwards, from `x0` at `times[-1]` to the noise at `times[0]`: encoding.
+    """DDIM inversion: `encode` with `DDIM(0)`, the network asked where each step begins.
 
-    The step of `DDIM(0)` on the reversed grid, the network asked where the step begins (Song et
-    al. 2021a, section 4.3 and eq. 14). `sample` with `DDIM()` leads back, to the solver's order.
-    The other ODE solvers encode as well: `sample(..., times[::-1], x0)`. A network trained on
-    DDPM's timesteps never saw `t = 0`: end the grid at its first timestep.
+    (Song et al. 2021a, section 4.3 and eq. 14.) A network trained on DDPM's timesteps never saw
+    `t = 0`: end the grid at its first timestep.
 
     >>> from eqxldm import LinearFlow, predict_velocity, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
     >>> ddim_invert(denoiser, LinearFlow(), predict_velocity, uniform_times(4), jnp.zeros(1))
     Array([1.], dtype=float32)
     """
-    return sample(denoiser, path, prediction, DDIM(), times[::-1], x0, cond, key=jax.random.key(0))
+    return encode(denoiser, path, prediction, DDIM(), times, x0, cond)
 
 
 def evaluations(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
@@ -168,20 +196,49 @@ def check_combination(
     _tables(path, prediction, solver, check_times(times))
 
 
+def _descending(times):
+    """The grid in float64, checked, unless it is traced."""
+    if isinstance(times, Tracer):
+        return times
+    times = check_times(times)
+    if times[0] < times[-1]:
+        raise ValueError(
+            "times must descend, from noise at 1 to data at 0; these ascend. Reverse them, or use "
+            "encode to go from data to noise."
+        )
+    return times
+
+
+def _run(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn):
+    start, body, rows = _prepare(
+        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
+    )
+    (x, _), _ = jax.lax.scan(lambda state, row: (body(state, row)[0], None), start, rows)
+    return x.astype(x_T.dtype)
+
+
 def _tables(path, prediction, solver, times):
     """The plan, the path's coefficients at its times and those of `(x0, eps)` from the output."""
-    plan = solver.plan(path, times)
-    at = path.coefficients(plan.t)
-    solution = inverse(prediction, at)
-    if not isinstance(times, jax.Array):
+    learned = isinstance(solver, DDPM) and solver.variance is learned_range
+    if learned and not isinstance(prediction, LearnedRange):
+        raise ValueError(
+            "DDPM(learned_range) needs a network that outputs its variance. Wrap the prediction, "
+            "as in LearnedRange(predict_eps), or choose fixed_small or fixed_large."
+        )
+    if isinstance(times, Tracer):
+        plan = solver.plan(path, times)
+        at = path.coefficients(plan.t)
+        return plan, at, inverse(prediction, at)
+    with jax.ensure_compile_time_eval():  # paths and predictions may be written with jnp
+        plan = solver.plan(path, times)
+        at = path.coefficients(plan.t)
+        solution = inverse(prediction, at)
         _check_coefficients(path, prediction, solver, plan, at, solution)
     return plan, at, solution
 
 
 def _prepare(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn):
     _check_finite(x_T)
-    if not isinstance(times, jax.Array):
-        times = check_times(times)
     plan, at, solution = _tables(path, prediction, solver, times)
     rows = (solution, plan.table)
     rows = (plan.step, np.arange(len(plan.t)), plan.t, at, *rows)
@@ -190,18 +247,26 @@ def _prepare(denoiser, path, prediction, solver, times, x_T, cond, key, denoised
     def body(state, row):
         _, i, t, at, solution, table = row
         x, carry = state
-        out = denoiser(x.astype(x_T.dtype), t, cond, key=None).astype(x.dtype)
+        out = denoiser(x.astype(x_T.dtype), t.astype(x.dtype), cond, key=None).astype(x.dtype)
         out, variance = split_output(prediction, x, out)
         x0, eps = apply_inverse(solution, x, out)
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
             alpha, sigma = (jnp.asarray(c, x.dtype) for c in (at.alpha, at.sigma))
-            eps = (x - alpha * x0) / sigma
+            followed = (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1)
+            eps = jnp.where(sigma > 0, followed, eps)  # at sigma = 0, x is x0 and eps stays
         noise_key = jax.random.fold_in(key, i)
         x, carry = solver.step(table, x, Estimate(x0, eps, variance), carry, key=noise_key)
         return (x, carry), x0
 
     x = x_T.astype(at_least_float32(x_T.dtype))  # the state is never bfloat16
+    if isinstance(times, Tracer):
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((solution, plan.table))]
+        message = (
+            "A coefficient of the solver is infinite at one of the times. Close over the grid "
+            "instead of tracing it, and the message will say at which and why."
+        )
+        x = eqx.error_if(x, ~jnp.all(jnp.stack(finite)), message)
     return (x, solver.init(x)), body, rows
 
 
@@ -215,9 +280,10 @@ def _check_coefficients(path, prediction, solver, plan, at, solution) -> None:
         return int(np.argmax(wrong)) if np.any(wrong) else None
 
     def where(i):
-        off = "start=0.999" if at.alpha[i] == 0 else "end=0.001"
+        off = {at.alpha[i] == 0: "start=0.999", at.sigma[i] == 0: "end=0.001"}.get(True)
         here = f"at t = {t[i]:g}, where alpha = {at.alpha[i]:g} and sigma = {at.sigma[i]:g}"
-        return here, f"Keep the grid off that time, as in uniform_times(20, {off})"
+        example = f", as in uniform_times(20, {off})" if off else ""
+        return here, f"Keep the grid off that time{example}"
 
     i = first_infinite(solution)
     if i is not None:

@@ -382,14 +382,14 @@ class DDPM(AbstractSolver):
         return c0 * estimate.x0 + ct * x + noise, carry
 
 
-def reverse_diffusion(at: Coefficients) -> Time:
-    """`g^2 = d(sigma^2)/dt - 2 (alpha'/alpha) sigma^2`: the diffusion of the forward SDE.
+def forward_diffusion(at: Coefficients) -> Time:
+    """`g^2 = d(sigma^2)/dt - 2 (alpha'/alpha) sigma^2`, of the forward SDE `dx = f x dt + g dw`.
 
     `= 2 sigma (sigma' - sigma alpha' / alpha)` (Song et al. 2021b; Kingma et al. 2021).
     Infinite where alpha = 0.
 
     >>> from eqxldm import LinearFlow
-    >>> float(reverse_diffusion(LinearFlow().coefficients(0.5)))
+    >>> float(forward_diffusion(LinearFlow().coefficients(0.5)))
     2.0
     """
     return 2 * at.sigma * (at.dsigma - at.sigma * at.dalpha / at.alpha)
@@ -413,7 +413,7 @@ class EulerMaruyama(AbstractSolver):
     Array([1.], dtype=float32)
     """
 
-    diffusion: Callable[[Coefficients], Time] = eqx.field(static=True, default=reverse_diffusion)
+    diffusion: Callable[[Coefficients], Time] = eqx.field(static=True, default=forward_diffusion)
 
     def plan(self, path: AbstractPath, times: Any) -> Plan:
         _check_descending(self, times)

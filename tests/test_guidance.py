@@ -160,8 +160,7 @@ def test_a_bounded_scale_bounds_what_guidance_adds(x64, scale, bound):
     guided = eqxldm.guide(denoiser, null, eqxldm.bounded_scale(scale, bound))(x, t, cond)
     added = float(jnp.sqrt(jnp.mean((guided - denoiser(x, t, cond)) ** 2)))
     free = float(jnp.sqrt(jnp.mean((denoiser(x, t, cond) - denoiser(x, t, null)) ** 2)))
-    # The size is computed in float32.
-    assert added == pytest.approx((scale - 1) * min(free, bound), rel=1e-5, abs=1e-12)
+    assert added == pytest.approx((scale - 1) * min(free, bound), rel=1e-12, abs=1e-14)
 
 
 def test_a_bounded_scale_of_equal_outputs_is_finite():
@@ -215,6 +214,14 @@ def test_a_learned_variance_is_the_conditional_networks_own():
     guided = eqxldm.guide(learned, NULL, 4.0)(X, T, COND)
     np.testing.assert_allclose(guided[:2], eqxldm.guide(denoiser, NULL, 4.0)(X, T, COND))
     np.testing.assert_allclose(guided[2:], jnp.cos(COND * X), rtol=1e-6)
+
+
+def test_labels_may_be_python_numbers_and_of_any_integer_type():
+    table = jnp.arange(300.0)
+    network = lambda x_t, t, cond, key=None: table[cond] * x_t
+    for cond in (3, jnp.array(3, jnp.uint8), np.int64(3)):
+        guided = eqxldm.guide(network, jnp.array(256), 2.0)(jnp.ones(1), T, cond)
+        assert float(guided[0]) == 256 + 2 * (3 - 256)  # a null of 256 is no uint8
 
 
 def test_both_branches_are_one_batched_call():
@@ -277,6 +284,16 @@ def test_a_wrong_interval_is_refused(interval):
         (lambda: eqxldm.linear_scale(1.0, np.nan), "linear_scale: the scale must be finite"),
         (lambda: eqxldm.cosine_scale(np.inf, 1.0), "cosine_scale: the scale must be finite"),
         (lambda: eqxldm.bounded_scale(2.0, 0.0), "bound must be positive, got 0"),
+        (lambda: eqxldm.guide(denoiser, NULL, 2.0)(X, T, None), "Was cond forgotten"),
+        (lambda: eqxldm.guide(denoiser, None, 2.0)(X, T, COND), "null and cond must be alike"),
+        (
+            lambda: eqxldm.guide(denoiser, NULL, 2.0)(X, T, jnp.ones(3)),
+            r"null has the shape \(\) and cond \(3,\)",
+        ),
+        (
+            lambda: eqxldm.guide(denoiser, NULL, 2.0)(X, T, jnp.array(3)),
+            "null is float32 and cond int32; labels are integers",
+        ),
         (
             lambda: eqxldm.guide(denoiser, NULL, 2.0, channels=3)(X, T, COND),
             r"channels = 3, but x_t has the shape \(2, 2\)",

@@ -17,7 +17,7 @@ DIFFUSION = {
     "predictions": {"paths"},
     "grids": {"schedules", "paths"},
     "losses": {"paths", "predictions"},
-    "guidance": {"predictions"},
+    "guidance": {"paths", "predictions"},
     "checks": {"predictions"},
     "exact": {"paths", "predictions"},
     "solvers": {"paths"},

@@ -372,10 +372,10 @@ def test_the_sde_variant_of_dpmpp_draws_from_the_posterior(path):
 
 @each_path
 @given(t=st.floats(0.05, 0.95))
-def test_reverse_diffusion_is_the_rate_of_fresh_noise(path, t):
+def test_forward_diffusion_is_the_rate_of_fresh_noise(path, t):
     """g^2 = -sigma^2 d logSNR / dt, and noise of variance g^2 dt comes in from t - dt to t."""
     at, dt = path.coefficients(t), 1e-6
-    g2 = float(eqxldm.reverse_diffusion(at))
+    g2 = float(eqxldm.forward_diffusion(at))
     slope = (path.logsnr(t + dt) - path.logsnr(t - dt)) / (2 * dt)
     # Central differences: rounding of logSNR over dt, and a third derivative below 1e5 times dt^2.
     assert g2 == pytest.approx(-(float(at.sigma) ** 2) * float(slope), rel=1e-6)
@@ -416,7 +416,9 @@ def test_encoding_and_decoding_return_the_start_to_the_order(path, x64):
     misses, encodings = [], []
     for steps in (64, 128, 256):
         times = eqxldm.uniform_times(steps, 0.8, 0.1)
-        x = eqxldm.ddim_invert(denoiser, path, prediction, times, jnp.asarray(x0))
+        x = jax.jit(
+            lambda x, times=times: eqxldm.ddim_invert(denoiser, path, prediction, times, x)
+        )(jnp.asarray(x0))
         back = sample(eqxldm.DDIM(), path, times, x)
         misses.append(float(jnp.max(jnp.abs(back - x0))))
         encodings.append(np.max(np.abs(x - transported(path, MEAN, STD, 0.1, 0.8, x0))))
@@ -425,19 +427,131 @@ def test_encoding_and_decoding_return_the_start_to_the_order(path, x64):
         assert abs(orders[1] - 1) < 0.15
 
 
+def encode(solver, path, times, x0, *, prediction=eqxldm.predict_v):
+    denoiser = gaussian_denoiser(path, prediction, MEAN, STD)
+    run = jax.jit(lambda x: eqxldm.encode(denoiser, path, prediction, solver, times, x))
+    return run(jnp.asarray(x0))
+
+
 @each_ode_solver
 def test_every_ode_solver_encodes(solver, x64):
     path, x0 = PATHS["cosine"], np.array([0.2, 1.3])
-    times = eqxldm.uniform_times(400, 0.9, 0.05)[::-1]
-    x = sample(solver, path, times, x0)
+    x = encode(solver, path, eqxldm.uniform_times(400, 0.9, 0.05), x0)
     np.testing.assert_allclose(x, transported(path, MEAN, STD, 0.05, 0.9, x0), rtol=0.02)
 
 
 def test_encoding_may_begin_at_clean_data(x64):
+    path = PATHS["linear"]
     for name in ("ddim", "euler", "heun"):
-        x = sample(SOLVERS[name], PATHS["linear"], eqxldm.uniform_times(800)[::-1], [0.2, 1.3])
-        exact = transported(PATHS["linear"], MEAN, STD, 0.0, 1.0, np.array([0.2, 1.3]))
+        x = encode(SOLVERS[name], path, eqxldm.uniform_times(800), np.array([0.2, 1.3]))
+        exact = transported(path, MEAN, STD, 0.0, 1.0, np.array([0.2, 1.3]))
         np.testing.assert_allclose(x, exact, rtol=0.02)
+
+
+def test_ascending_grids_are_refused_wherever_a_grid_is_given():
+    up = eqxldm.uniform_times(4)[::-1]
+    path, prediction, x = PATHS["linear"], eqxldm.predict_v, jnp.ones(2)
+    key = jax.random.key(0)
+    for call in (
+        lambda: eqxldm.sample(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
+        lambda: eqxldm.sample_trajectory(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
+        lambda: eqxldm.ddim_invert(ZERO, path, prediction, up, x),
+    ):
+        with pytest.raises(ValueError, match=r"these ascend\. Reverse them, or use encode"):
+            call()
+
+
+def test_clipping_while_encoding_from_clean_data_is_finite():
+    """At sigma = 0 the estimate is x itself, and eps cannot follow it."""
+    solver = eqxldm.DDIM()
+    plan = solver.plan(PATHS["linear"], eqxldm.uniform_times(4)[::-1])
+    assert plan.t[0] == 0
+    x = eqxldm.sample(
+        ZERO, PATHS["linear"], eqxldm.predict_v, solver, eqxldm.uniform_times(4), jnp.ones(2),
+        key=jax.random.key(0), denoised_fn=lambda x0: jnp.clip(x0, -0.1, 0.1),
+    )  # fmt: skip
+    assert jnp.all(jnp.isfinite(x)) and jnp.max(jnp.abs(x)) <= 0.1 + 1e-6
+
+
+@each_path
+def test_a_path_has_nothing_to_train_and_may_be_an_argument_of_jit(path):
+    assert jax.tree.leaves(path) == []
+    times, x_T = eqxldm.uniform_times(4, LATEST), jnp.ones(2)
+
+    def run(path, x_T):
+        denoiser = gaussian_denoiser(path, eqxldm.predict_v, MEAN, STD)
+        return eqxldm.sample(
+            denoiser, path, eqxldm.predict_v, eqxldm.DDIM(), times, x_T, key=jax.random.key(0)
+        )
+
+    np.testing.assert_allclose(jax.jit(run)(path, x_T), run(path, x_T), rtol=1e-5)
+
+
+class Custom(eqxldm.AbstractPath):
+    """As users write one: with jax, derivatives by jax, an angle of their own."""
+
+    def coefficients(self, t):
+        t = jnp.asarray(t, float)
+        both = lambda t: (jnp.cos(jnp.pi / 2 * t**2), jnp.sin(jnp.pi / 2 * t**2))
+        (alpha, sigma), (dalpha, dsigma) = jax.jvp(both, (t,), (jnp.ones_like(t),))
+        return eqxldm.Coefficients(alpha, sigma, dalpha, dsigma)
+
+
+@each_ode_solver
+def test_paths_and_predictions_written_with_jax_work_under_jit(solver, x64):
+    path = Custom()
+    prediction = lambda at: (jnp.cos(at.alpha), 2 + jnp.sin(at.sigma))
+    times = eqxldm.uniform_times(300, 0.9, 0.1)
+    x = sample(solver, path, times, X_T, prediction=prediction)
+    np.testing.assert_allclose(x, transported(path, MEAN, STD, 0.9, 0.1, X_T), atol=0.02)
+
+
+@each_solver
+def test_a_traced_grid_serves_many_grids_with_one_compilation(solver):
+    path, traces = PATHS["cosine"], []
+    denoiser = gaussian_denoiser(path, eqxldm.predict_v, MEAN, STD)
+    x_T = jnp.asarray(X_T, jnp.float32)
+
+    @jax.jit
+    def run(times):
+        traces.append(times)
+        return eqxldm.sample(
+            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
+        )
+
+    for end in (0.01, 0.1):
+        times = eqxldm.uniform_times(6, LATEST, end)
+        closed_over = eqxldm.sample(
+            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
+        )
+        np.testing.assert_allclose(run(jnp.asarray(times, jnp.float32)), closed_over, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_a_traced_grid_with_a_singular_time_is_an_error_and_not_nan():
+    @jax.jit
+    def run(times):
+        return eqxldm.sample(
+            ZERO, PATHS["linear"], eqxldm.predict_eps, eqxldm.DDIM(), times, jnp.ones(2),
+            key=jax.random.key(0),
+        )  # fmt: skip
+
+    with pytest.raises(Exception, match="A coefficient of the solver is infinite"):
+        jax.block_until_ready(run(jnp.array([1.0, 0.5, 0.0])))
+
+
+def test_the_network_sees_times_in_the_dtype_of_its_input(x64):
+    seen = []
+
+    def denoiser(x_t, t, cond, *, key=None):
+        seen.append((x_t.dtype, t.dtype))
+        return x_t * t
+
+    x = eqxldm.sample(
+        denoiser, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
+        jnp.ones(2, jnp.float32), key=jax.random.key(0),
+    )  # fmt: skip
+    assert x.dtype == jnp.float32 and seen == [(jnp.float32, jnp.float32)]
 
 
 @each_path
@@ -583,20 +697,6 @@ def test_stochastic_steps_draw_different_noise_and_obey_the_key():
 
 
 @each_solver
-def test_grid_of_jax_times_is_close_to_the_numpy_grid(solver):
-    denoiser = gaussian_denoiser(PATHS["cosine"], eqxldm.predict_v, MEAN, STD)
-    times = eqxldm.uniform_times(6, LATEST, 0.01)
-    of_numpy, of_jax = (
-        eqxldm.sample(
-            denoiser, PATHS["cosine"], eqxldm.predict_v, solver, grid,
-            jnp.asarray(X_T, jnp.float32), key=jax.random.key(0),
-        )
-        for grid in (times, jnp.asarray(times, jnp.float32))
-    )  # fmt: skip
-    np.testing.assert_allclose(of_numpy, of_jax, atol=1e-5)
-
-
-@each_solver
 def test_bfloat16_noise_gives_bfloat16_and_leaves_the_schedule_alone(solver):
     """The state is float32 between calls: only what the network sees and says is rounded."""
     seen = []
@@ -679,11 +779,20 @@ def test_zero_terminal_snr_is_a_path_to_sample_from(x64):
     ],
 )
 def test_what_cannot_encode_says_so(solver, prediction, message):
-    times = eqxldm.uniform_times(4)[::-1]
+    times = eqxldm.uniform_times(4)
     with pytest.raises(ValueError, match=message):
-        eqxldm.sample(
-            ZERO, PATHS["linear"], prediction, solver, times, jnp.ones(2), key=jax.random.key(0)
-        )
+        eqxldm.encode(ZERO, PATHS["linear"], prediction, solver, times, jnp.ones(2))
+
+
+def test_what_is_singular_between_the_ends_is_told_apart():
+    half = lambda at: (0 * at.alpha + 0.5, 0 * at.alpha + 0.5)
+    with pytest.raises(ValueError, match=r"at t = 0\.5, where .*off that time, or use"):
+        eqxldm.check_combination(PATHS["linear"], half, eqxldm.DDIM(), eqxldm.uniform_times(4))
+    with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
+        eqxldm.check_combination(
+            PATHS["linear"], eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range),
+            eqxldm.uniform_times(4),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -750,7 +859,7 @@ def test_outputs_of_the_wrong_shape_are_explained():
         run(eqxldm.predict_v, eqxldm.DDIM(), (6,))
     with pytest.raises(ValueError, match="LearnedRange needs twice the channels"):
         run(eqxldm.LearnedRange(eqxldm.predict_v), eqxldm.DDIM(), (3,))
-    with pytest.raises(ValueError, match="learned_range: the network's output has no variance"):
+    with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
         run(eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range), (3,))
 
 
