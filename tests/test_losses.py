@@ -378,7 +378,7 @@ def test_each_time_of_a_batch_has_the_documented_density(sampler, cdf, position,
     t = jax.jit(jax.vmap(lambda k: sampler(k, 4)[position]))(keys)
     # P(gap > g) <= 2 exp(-2 n g^2) (Dvoretzky, Kiefer & Wolfowitz), here 1e-6.
     assert largest_gap(t, cdf) < np.sqrt(np.log(2e6) / (2 * n))
-    assert np.all((t >= 0) & (t < 1))
+    assert np.all((t > 0) & (t <= 1))
 
 
 def test_discrete_times_are_the_timesteps_and_equally_likely(key):
