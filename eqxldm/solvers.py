@@ -14,7 +14,7 @@ loop. `sampling.sample` scans `step` over the plan.
 | `EulerMaruyama` | SDE | 1 (weak) | N | yes |
 | `DPMSolverPP2M` | ODE or SDE, in logSNR | 2 | N | for `eta > 0` |
 
-The ODE solvers also run an ascending grid, from data to noise (`sampling.ddim_invert`).
+The ODE solvers also run from data to noise (`sampling.encode`).
 """
 
 import abc
