@@ -69,6 +69,21 @@ def transported(path, mean, std, t, s, x_t):
     return at_s.alpha * mean + spread(at_s) / spread(at_t) * (x_t - at_t.alpha * mean)
 
 
+# Of most paths t = 1 holds no data: some predictions are singular there.
+LATEST = 0.98
+MEAN, STD = 0.7, 0.5
+X_T = np.array([-1.5, -0.2, 0.4, 2.0])
+
+
+def sample(solver, path, times, x_T, *, prediction=eqxldm.predict_v, mean=MEAN, std=STD, seed=0):
+    """From `x_T` with the exact denoiser of N(mean, std^2)."""
+    denoiser = gaussian_denoiser(path, prediction, mean, std)
+    run = jax.jit(
+        lambda x_T, key: eqxldm.sample(denoiser, path, prediction, solver, times, x_T, key=key)
+    )
+    return run(jnp.asarray(x_T), jax.random.key(seed))
+
+
 class WithNoise(eqxldm.AbstractSolver):
     """A solver whose noise is given, one array a call, instead of drawn from the key."""
 

@@ -1,25 +1,29 @@
-"""Solvers and sampling, held against the exact solutions of Gaussian data and mixtures."""
+"""Solvers, held against the exact solutions of Gaussian data and mixtures."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from jaxtyping import TypeCheckError
+from hypothesis import given, strategies as st
 
 import eqxldm
 
 from helpers import (
+    LATEST,
+    MEAN,
     ODE_SOLVERS,
     PATHS,
     PREDICTIONS,
     SDE_SOLVERS,
     SOLVERS,
+    STD,
     VP_PATHS,
+    X_T,
     WithNoise,
     gaussian_denoiser,
     reference,
     relative_error,
+    sample,
     transported,
 )
 
@@ -27,14 +31,8 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 each_prediction = pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
-each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 each_ode_solver = pytest.mark.parametrize("solver", ODE_SOLVERS.values(), ids=ODE_SOLVERS)
 each_sde_solver = pytest.mark.parametrize("solver", SDE_SOLVERS.values(), ids=SDE_SOLVERS)
-# Of most paths t = 1 holds no data: some predictions are singular there.
-LATEST = 0.98
-MEAN, STD = 0.7, 0.5
-X_T = np.array([-1.5, -0.2, 0.4, 2.0])
-ZERO = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
 
 
 def stand_in(x_t, t, cond=None, *, key=None):
@@ -66,14 +64,6 @@ def test_trajectories_equal_reference(name, solver, dtype, bound):
     kept = expected["every10"]
     kept = kept[: steps // (steps // 10) + 1]
     assert relative_error(states[: len(kept)], kept) < bound
-
-
-def sample(solver, path, times, x_T, *, prediction=eqxldm.predict_v, mean=MEAN, std=STD, seed=0):
-    denoiser = gaussian_denoiser(path, prediction, mean, std)
-    run = jax.jit(
-        lambda x_T, key: eqxldm.sample(denoiser, path, prediction, solver, times, x_T, key=key)
-    )
-    return run(jnp.asarray(x_T), jax.random.key(seed))
 
 
 ORDERS = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp": 2}
@@ -448,112 +438,6 @@ def test_encoding_may_begin_at_clean_data(x64):
         np.testing.assert_allclose(x, exact, rtol=0.02)
 
 
-def test_ascending_grids_are_refused_wherever_a_grid_is_given():
-    up = eqxldm.uniform_times(4)[::-1]
-    path, prediction, x = PATHS["linear"], eqxldm.predict_v, jnp.ones(2)
-    key = jax.random.key(0)
-    for call in (
-        lambda: eqxldm.sample(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
-        lambda: eqxldm.sample_trajectory(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
-        lambda: eqxldm.ddim_invert(ZERO, path, prediction, up, x),
-    ):
-        with pytest.raises(ValueError, match=r"these ascend\. Reverse them, or use encode"):
-            call()
-
-
-def test_clipping_while_encoding_from_clean_data_is_finite():
-    """At sigma = 0 the estimate is x itself, and eps cannot follow it."""
-    solver = eqxldm.DDIM()
-    plan = solver.plan(PATHS["linear"], eqxldm.uniform_times(4)[::-1])
-    assert plan.t[0] == 0
-    x = eqxldm.sample(
-        ZERO, PATHS["linear"], eqxldm.predict_v, solver, eqxldm.uniform_times(4), jnp.ones(2),
-        key=jax.random.key(0), denoised_fn=lambda x0: jnp.clip(x0, -0.1, 0.1),
-    )  # fmt: skip
-    assert jnp.all(jnp.isfinite(x)) and jnp.max(jnp.abs(x)) <= 0.1 + 1e-6
-
-
-@each_path
-def test_a_path_has_nothing_to_train_and_may_be_an_argument_of_jit(path):
-    assert jax.tree.leaves(path) == []
-    times, x_T = eqxldm.uniform_times(4, LATEST), jnp.ones(2)
-
-    def run(path, x_T):
-        denoiser = gaussian_denoiser(path, eqxldm.predict_v, MEAN, STD)
-        return eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, eqxldm.DDIM(), times, x_T, key=jax.random.key(0)
-        )
-
-    np.testing.assert_allclose(jax.jit(run)(path, x_T), run(path, x_T), rtol=1e-5)
-
-
-class Custom(eqxldm.AbstractPath):
-    """As users write one: with jax, derivatives by jax, an angle of their own."""
-
-    def coefficients(self, t):
-        t = jnp.asarray(t, float)
-        both = lambda t: (jnp.cos(jnp.pi / 2 * t**2), jnp.sin(jnp.pi / 2 * t**2))
-        (alpha, sigma), (dalpha, dsigma) = jax.jvp(both, (t,), (jnp.ones_like(t),))
-        return eqxldm.Coefficients(alpha, sigma, dalpha, dsigma)
-
-
-@each_ode_solver
-def test_paths_and_predictions_written_with_jax_work_under_jit(solver, x64):
-    path = Custom()
-    prediction = lambda at: (jnp.cos(at.alpha), 2 + jnp.sin(at.sigma))
-    times = eqxldm.uniform_times(300, 0.9, 0.1)
-    x = sample(solver, path, times, X_T, prediction=prediction)
-    np.testing.assert_allclose(x, transported(path, MEAN, STD, 0.9, 0.1, X_T), atol=0.02)
-
-
-@each_solver
-def test_a_traced_grid_serves_many_grids_with_one_compilation(solver):
-    path, traces = PATHS["cosine"], []
-    denoiser = gaussian_denoiser(path, eqxldm.predict_v, MEAN, STD)
-    x_T = jnp.asarray(X_T, jnp.float32)
-
-    @jax.jit
-    def run(times):
-        traces.append(times)
-        return eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
-        )
-
-    for end in (0.01, 0.1):
-        times = eqxldm.uniform_times(6, LATEST, end)
-        closed_over = eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
-        )
-        np.testing.assert_allclose(run(jnp.asarray(times, jnp.float32)), closed_over, atol=1e-5)
-    assert len(traces) == 1
-
-
-def test_a_traced_grid_with_a_singular_time_is_an_error_and_not_nan():
-    @jax.jit
-    def run(times):
-        return eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_eps, eqxldm.DDIM(), times, jnp.ones(2),
-            key=jax.random.key(0),
-        )  # fmt: skip
-
-    with pytest.raises(Exception, match="A coefficient of the solver is infinite"):
-        jax.block_until_ready(run(jnp.array([1.0, 0.5, 0.0])))
-
-
-def test_the_network_sees_times_in_the_dtype_of_its_input(x64):
-    seen = []
-
-    def denoiser(x_t, t, cond, *, key=None):
-        seen.append((x_t.dtype, t.dtype))
-        return x_t * t
-
-    x = eqxldm.sample(
-        denoiser, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-        jnp.ones(2, jnp.float32), key=jax.random.key(0),
-    )  # fmt: skip
-    assert x.dtype == jnp.float32 and seen == [(jnp.float32, jnp.float32)]
-
-
 @each_path
 def test_learned_variance_spans_from_small_to_large(path, x64):
     times = LATEST * eqxldm.uniform_times(6)
@@ -586,101 +470,6 @@ def test_the_clipped_small_variance_equals_the_published_one():
     np.testing.assert_allclose(log_variance[::-1], expected, rtol=1e-10)
 
 
-def test_denoised_fn_bounds_every_estimate_and_eps_follows(x64):
-    path, times = PATHS["cosine"], LATEST * eqxldm.uniform_times(6)
-    for solver in SOLVERS.values():
-        _, estimates = eqxldm.sample_trajectory(
-            gaussian_denoiser(path, eqxldm.predict_v, 3.0, 0.2), path, eqxldm.predict_v, solver,
-            times, jnp.asarray(X_T), key=jax.random.key(0),
-            denoised_fn=lambda x0: jnp.clip(x0, -1, 1),
-        )  # fmt: skip
-        assert jnp.max(jnp.abs(estimates)) == 1
-    # With x0 held at a point, DDIM goes where the exact denoiser of that point leads.
-    held = eqxldm.sample(
-        ZERO, path, eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(4, 0.9, 0.3),
-        jnp.asarray(X_T), key=jax.random.key(0), denoised_fn=lambda x0: jnp.full_like(x0, MEAN),
-    )  # fmt: skip
-    np.testing.assert_allclose(held, transported(path, MEAN, 0.0, 0.9, 0.3, X_T), rtol=1e-12)
-
-
-CALLS = {name: 11 if name == "heun" else 6 for name in SOLVERS}
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_the_network_is_called_as_often_as_reported(name):
-    calls = []
-
-    def denoiser(x_t, t, cond, *, key=None):
-        jax.debug.callback(lambda t: calls.append(float(t)), t)
-        return jnp.zeros_like(x_t)
-
-    times, path = LATEST * eqxldm.uniform_times(6), PATHS["discrete"]
-    x = eqxldm.sample(
-        denoiser, path, eqxldm.predict_v, SOLVERS[name], times, jnp.ones(3), key=jax.random.key(0)
-    )
-    jax.block_until_ready(x)
-    jax.effects_barrier()
-    assert len(calls) == CALLS[name] == eqxldm.evaluations(path, SOLVERS[name], times)
-    np.testing.assert_allclose(sorted(set(calls), reverse=True), times[:-1], rtol=1e-6)
-
-
-@each_solver
-def test_sampling_compiles_once_and_repeats_exactly(solver):
-    traces = []
-
-    def denoiser(x_t, t, cond, *, key=None):
-        traces.append(x_t.shape)
-        return cond * x_t
-
-    times = LATEST * eqxldm.uniform_times(4)
-
-    @jax.jit
-    def run(x_T, cond, scale, key):
-        guided = eqxldm.guide(denoiser, jnp.array(0.2), scale)
-        return eqxldm.sample(
-            guided, PATHS["discrete"], eqxldm.predict_v, solver, times, x_T, cond, key=key
-        )
-
-    x_T = jnp.arange(3.0)
-    first = run(x_T, jnp.array(0.5), jnp.array(2.0), jax.random.key(0))
-    again = run(x_T, jnp.array(0.5), jnp.array(2.0), jax.random.key(0))
-    np.testing.assert_array_equal(first, again)
-    other = run(x_T + 1, jnp.array(0.1), jnp.array(4.0), jax.random.key(1))
-    assert len(traces) == 1 and not np.allclose(first, other)
-
-
-@each_solver
-def test_sample_is_the_end_of_the_trajectory_and_maps_over_a_batch(solver):
-    denoiser = lambda x_t, t, cond, key=None: cond * x_t
-    times = LATEST * eqxldm.uniform_times(4)
-    arguments = (denoiser, PATHS["discrete"], eqxldm.predict_v, solver, times)
-    x_T = jax.random.normal(jax.random.key(0), (3, 2, 2))
-    cond, keys = jnp.array([0.1, 0.2, 0.3]), jax.random.split(jax.random.key(1), 3)
-    one = lambda x, c, k: eqxldm.sample(*arguments, x, c, key=k)
-    batch = jax.jit(jax.vmap(one))(x_T, cond, keys)
-    for i in range(3):
-        states, estimates = eqxldm.sample_trajectory(*arguments, x_T[i], cond[i], key=keys[i])
-        assert states.shape == (5, 2, 2) and estimates.shape == (4, 2, 2)
-        np.testing.assert_array_equal(states[0], x_T[i])
-        np.testing.assert_allclose(states[-1], batch[i], rtol=1e-5, atol=1e-6)
-        eager = one(x_T[i], cond[i], keys[i])
-        np.testing.assert_allclose(eager, batch[i], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("solver", [eqxldm.DDPM(), eqxldm.Heun()], ids=["ddpm", "heun"])
-@settings(max_examples=10)
-@given(every=st.integers(1, 7))
-def test_every_kth_state_is_one_of_all(solver, every):
-    denoiser = lambda x_t, t, cond, key=None: jnp.sin(x_t)
-    times = LATEST * eqxldm.uniform_times(7)
-    arguments = (denoiser, PATHS["cosine"], eqxldm.predict_v, solver, times, jnp.ones(2))
-    states, estimates = eqxldm.sample_trajectory(*arguments, key=jax.random.key(0))
-    some, some_x0 = eqxldm.sample_trajectory(*arguments, key=jax.random.key(0), every=every)
-    chosen = np.unique(np.append(np.arange(0, 8, every), 7))
-    np.testing.assert_allclose(some, states[chosen], rtol=1e-6)
-    np.testing.assert_allclose(some_x0, estimates[chosen[1:] - 1], rtol=1e-6)
-
-
 def test_stochastic_steps_draw_different_noise_and_obey_the_key():
     path, times = PATHS["discrete"], eqxldm.uniform_times(4)
 
@@ -694,62 +483,6 @@ def test_stochastic_steps_draw_different_noise_and_obey_the_key():
     drawn = np.stack(noises(0) + noises(1))
     correlations = np.corrcoef(drawn) - np.eye(6)
     assert np.max(np.abs(correlations)) < 5 / np.sqrt(500)  # five standard errors
-
-
-@each_solver
-def test_bfloat16_noise_gives_bfloat16_and_leaves_the_schedule_alone(solver):
-    """The state is float32 between calls: only what the network sees and says is rounded."""
-    seen = []
-
-    def denoiser(x_t, t, cond, *, key=None):
-        seen.append((x_t.dtype, t.dtype))
-        return jnp.full_like(x_t, 0.25)
-
-    times = LATEST * eqxldm.uniform_times(50)
-    arguments = (denoiser, PATHS["discrete"], eqxldm.predict_x0, solver, times)
-    x = eqxldm.sample(*arguments, jnp.ones(3, jnp.bfloat16), key=jax.random.key(0))
-    assert x.dtype == jnp.bfloat16 and seen == [(jnp.bfloat16, jnp.float32)]
-    wide = eqxldm.sample(*arguments, jnp.ones(3), key=jax.random.key(0))
-    np.testing.assert_array_equal(x, wide.astype(jnp.bfloat16))
-
-
-@each_solver
-def test_gradients_through_sampling_are_finite(solver):
-    denoiser = lambda x_t, t, cond, key=None: jnp.tanh(cond * x_t)
-    times = LATEST * eqxldm.uniform_times(4)
-
-    def end(x_T, cond):
-        return jnp.sum(
-            eqxldm.sample(
-                denoiser, PATHS["cosine"], eqxldm.predict_v, solver, times, x_T, cond,
-                key=jax.random.key(0),
-            )
-        )  # fmt: skip
-
-    for gradient in jax.grad(end, (0, 1))(jnp.array([0.0, 1.0]), jnp.array(0.7)):
-        assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient != 0)
-
-
-@each_path
-@each_prediction
-@each_solver
-def test_what_cannot_work_is_refused_and_all_else_is_finite(path, prediction, solver):
-    """From t = 1 to t = 0, where the singular ends are."""
-    alpha = float(path.alpha(1.0))
-    singular = alpha == 0 and (
-        prediction in (eqxldm.predict_eps, eqxldm.predict_score)
-        or solver is SOLVERS["euler_maruyama"]
-    )
-    times = eqxldm.uniform_times(3)
-    arguments = (ZERO, path, prediction, solver, times, jnp.ones(2))
-    if singular:
-        with pytest.raises(ValueError, match=r"at t = 1, where alpha = 0 and sigma = 1"):
-            eqxldm.check_combination(path, prediction, solver, times)
-        with pytest.raises(ValueError, match=r"start=0\.999"):
-            jax.jit(lambda key: eqxldm.sample(*arguments, key=key))(jax.random.key(0))
-    else:
-        eqxldm.check_combination(path, prediction, solver, times)
-        assert jnp.all(jnp.isfinite(eqxldm.sample(*arguments, key=jax.random.key(0))))
 
 
 def test_zero_terminal_snr_is_a_path_to_sample_from(x64):
@@ -767,100 +500,11 @@ def test_zero_terminal_snr_is_a_path_to_sample_from(x64):
         sample(eqxldm.DDIM(), path, times, X_T, prediction=eqxldm.predict_eps)
 
 
-@pytest.mark.parametrize(
-    "solver, prediction, message",
-    [
-        (eqxldm.DDPM(), eqxldm.predict_v, "DDPM draws noise and cannot run from data to noise"),
-        (eqxldm.DDIM(0.5), eqxldm.predict_v, "DDIM draws noise"),
-        (eqxldm.DPMSolverPP2M(1.0), eqxldm.predict_v, "DPMSolverPP2M draws noise"),
-        (eqxldm.EulerMaruyama(), eqxldm.predict_v, "EulerMaruyama draws noise"),
-        (eqxldm.DDIM(), eqxldm.predict_x0, "says nothing about eps at t = 0.*end=0.001"),
-        (eqxldm.DPMSolverPP2M(), eqxldm.predict_v, "infinite coefficients at t = 0"),
-    ],
-)
-def test_what_cannot_encode_says_so(solver, prediction, message):
-    times = eqxldm.uniform_times(4)
-    with pytest.raises(ValueError, match=message):
-        eqxldm.encode(ZERO, PATHS["linear"], prediction, solver, times, jnp.ones(2))
-
-
-def test_what_is_singular_between_the_ends_is_told_apart():
-    half = lambda at: (0 * at.alpha + 0.5, 0 * at.alpha + 0.5)
-    with pytest.raises(ValueError, match=r"at t = 0\.5, where .*off that time, or use"):
-        eqxldm.check_combination(PATHS["linear"], half, eqxldm.DDIM(), eqxldm.uniform_times(4))
-    with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
-        eqxldm.check_combination(
-            PATHS["linear"], eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range),
-            eqxldm.uniform_times(4),
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "times, message",
-    [
-        ([1.0], "at least two entries"),
-        ([], "at least two entries"),
-        ([0.5, 1.0, 0.0], r"descend strictly.*times\[1\] = 1.0 and times\[2\] = 0.0"),
-        ([1.0, 1.0, 0.0], r"times\[0\] = 1.0 and times\[1\] = 1.0"),
-        ([1.1, 0.0], r"lie in \[0, 1\], got times\[0\] = 1.1"),
-        ([1.0, -0.1], r"got times\[1\] = -0.1"),
-        ([1.0, np.nan], r"got times\[1\] = nan"),
-    ],
-)
-def test_a_wrong_grid_is_refused(times, message):
-    with pytest.raises(ValueError, match=message):
-        sample(eqxldm.DDIM(), PATHS["linear"], np.array(times), jnp.ones(2))
-
-
 @pytest.mark.parametrize("solver", [eqxldm.DDIM, eqxldm.DPMSolverPP2M])
 @pytest.mark.parametrize("eta", [-0.1, 1.5, np.nan])
 def test_a_wrong_eta_is_refused(solver, eta):
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
         solver(eta)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_noise_that_is_not_finite_is_refused(bad):
-    with pytest.raises(ValueError, match="x_T holds NaN or infinity"):
-        eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-            jnp.array([1.0, bad]), key=jax.random.key(0),
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("every", [0, 5])
-def test_a_wrong_every_is_refused(every):
-    with pytest.raises(ValueError, match=r"every must lie in 1 \.\. 4"):
-        eqxldm.sample_trajectory(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(4),
-            jnp.ones(2), key=jax.random.key(0), every=every,
-        )  # fmt: skip
-
-
-def test_integer_noise_is_named():
-    with pytest.raises(TypeCheckError, match="parameter 'x_T'"):
-        eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-            jnp.ones(3, int), key=jax.random.key(0),
-        )  # fmt: skip
-
-
-def test_outputs_of_the_wrong_shape_are_explained():
-    def run(prediction, solver, shape):
-        denoiser = lambda x_t, t, cond, key=None: jnp.zeros(shape)
-        eqxldm.sample(
-            denoiser, PATHS["linear"], prediction, solver, eqxldm.uniform_times(2), jnp.ones(3),
-            key=jax.random.key(0),
-        )  # fmt: skip
-
-    with pytest.raises(ValueError, match=r"output has the shape \(5,\), x_t \(3,\)"):
-        run(eqxldm.predict_v, eqxldm.DDIM(), (5,))
-    with pytest.raises(ValueError, match="Then wrap the prediction in LearnedRange"):
-        run(eqxldm.predict_v, eqxldm.DDIM(), (6,))
-    with pytest.raises(ValueError, match="LearnedRange needs twice the channels"):
-        run(eqxldm.LearnedRange(eqxldm.predict_v), eqxldm.DDIM(), (3,))
-    with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
-        run(eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range), (3,))
 
 
 @pytest.mark.parametrize(
