@@ -472,9 +472,10 @@ def test_the_clipped_small_variance_equals_the_published_one():
 
 def test_stochastic_steps_draw_different_noise_and_obey_the_key():
     path, times = PATHS["discrete"], eqxldm.uniform_times(4)
+    zero = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
 
     def noises(seed):
-        arguments = (ZERO, path, eqxldm.predict_x0, eqxldm.DDPM(), times, jnp.zeros(500))
+        arguments = (zero, path, eqxldm.predict_x0, eqxldm.DDPM(), times, jnp.zeros(500))
         states, _ = eqxldm.sample_trajectory(*arguments, key=jax.random.key(seed))
         at, nxt = path.coefficients(times[:-1]), path.coefficients(times[1:])
         _, ct, variance = eqxldm.posterior_coefficients(nxt, at)
