@@ -29,6 +29,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("eqxldm")
 
 
+# Need torch and diffusers, which the tests do not: they made the reference files.
+collect_ignore_glob = ["reference/make_*.py"]
+
+
 @pytest.fixture
 def strict_dtypes():
     """No implicit promotion. Not for what trains: Adam takes a float to the power of its count."""
