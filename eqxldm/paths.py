@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
-from scipy.interpolate import PchipInterpolator
 
 from .schedules import Table, check_alpha_bar
 
@@ -122,6 +121,8 @@ class DiscreteVP(AbstractPath):
 @functools.lru_cache(maxsize=64)
 def _circle(alpha_bar: tuple[float, ...]) -> np.ndarray:
     """Of `DiscreteVP`: alpha, sigma and the cubic of the angle from each timestep to the next."""
+    from scipy.interpolate import PchipInterpolator  # slow to import, and for this path only
+
     alpha = np.sqrt(np.array([1.0, *alpha_bar]))
     sigma = np.sqrt(1 - np.array([1.0, *alpha_bar]))
     # The angle from one timestep to the next, without the difference of two angles.
