@@ -247,8 +247,6 @@ def variational_bound(
     >>> bound.steps.shape
     (5,)
     """
-    if variance is learned_range and not isinstance(prediction, LearnedRange):
-        raise ValueError("variational_bound: learned_range needs LearnedRange(prediction).")
     check_combination(path, prediction, DDPM(variance), times)
     if times[-1] != 0:
         raise ValueError(f"variational_bound: times must end at 0, got {times[-1]}.")

@@ -558,7 +558,7 @@ def bound_of(path=PATHS["cosine"], prediction=eqxldm.predict_v, times=None, deno
 
 def test_the_bound_refuses_what_makes_no_sense():
     bound_of()
-    with pytest.raises(ValueError, match=r"learned_range needs LearnedRange\(prediction\)"):
+    with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
         bound_of(variance=eqxldm.learned_range)
     with pytest.raises(ValueError, match="LearnedRange needs twice the channels"):
         bound_of(prediction=LEARNED(eqxldm.predict_v), variance=eqxldm.learned_range)
