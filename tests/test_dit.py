@@ -501,8 +501,9 @@ def test_bfloat16_has_islands_of_float32_and_its_matmuls_outside_of_them(qk_norm
 def test_the_float32_vector_of_time_and_condition_is_rounded_once():
     dit = filled(lambda: vector_dit(EMBED))
     cond = jnp.linspace(-1, 1, 5)
-    assert dit._embed(T, cond).dtype == jnp.float32
-    assert dit._embed(T, cond.astype(BF16)).dtype == jnp.float32
+    time, embed = dit.time_embedding(T), dit.label_embedding
+    for c in (cond, cond.astype(BF16)):
+        assert nn.condition_vector("DiT", time, embed, c).dtype == jnp.float32
     out = run(dit, LATENT.astype(BF16), T, cond.astype(BF16))
     exact = run(dit, LATENT, T, cond)
     error = jnp.sqrt(jnp.mean((out.astype(jnp.float32) - exact) ** 2) / jnp.mean(exact**2))

@@ -94,7 +94,7 @@ def test_read_into_a_made_model_the_frequencies_are_the_official_ones(tmp_path):
             key=jax.random.key(0)),
         folder,
     )  # fmt: skip
-    assert not isinstance(ours.time_embedding, weights.DiffusersTimeEmbedding)
+    assert ours.time_embedding.freq_shift == 0 and theirs.time_embedding.freq_shift == 1
     assert equal(weights.with_diffusers_time(ours), theirs)
     out = forward(ours, jnp.asarray(VALUES["x"]))
     assert relative_error(out, VALUES["official"]) < 2e-5
@@ -288,7 +288,18 @@ SD_CONFIG = dict(
     layers_per_block=2,
     sample_size=256,
 )
-TINY_SD = SD_CONFIG | dict(block_out_channels=[4, 8], layers_per_block=1, norm_num_groups=2)
+
+
+def levels(n):
+    """The block types of `n` levels without attention."""
+    return dict(
+        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n
+    )
+
+
+TINY_SD = SD_CONFIG | dict(
+    block_out_channels=[4, 8], layers_per_block=1, norm_num_groups=2, **levels(2)
+)
 
 
 def state_of_diffusers(name):
@@ -303,6 +314,10 @@ def tiny_autoencoder(**changes):
 AUTOENCODERS = {
     "stable diffusion": dict(),
     "plain": dict(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
+    "attention": dict(
+        down_block_types=["AttnDownEncoderBlock2D", "DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
+    ),
     "shifted": dict(shift_factor=0.125, scaling_factor=0.25),
     "per channel": dict(latents_mean=[0.0, 1.0, 2.0, -1.0], latents_std=[1.0, 2.0, 0.5, 0.25]),
 }
@@ -325,6 +340,19 @@ def test_autoencoders_come_back_identical_from_both_formats(changes, tmp_path):
         assert again.shift == ae.shift == (0.0, 1.0, 2.0, -1.0)
 
 
+def test_attention_in_a_level_of_the_autoencoder_has_diffusers_names():
+    ae = tiny_autoencoder(**AUTOENCODERS["attention"])
+    names = tensor_shapes(ae, weights.autoencoder.diffusers_layout(ae))
+    assert {n for n in names if "attentions" in n and n.endswith("group_norm.bias")} == {
+        f"{half}.attentions.{i}.group_norm.bias"
+        for half, n in [
+            ("encoder.down_blocks.0", 1), ("encoder.mid_block", 1),
+            ("decoder.up_blocks.1", 2), ("decoder.mid_block", 1),
+        ]
+        for i in range(n)
+    }  # fmt: skip
+
+
 def test_an_autoencoder_of_our_own_sizes(tmp_path):
     ae = small_autoencoder(patch=2, attention=True).with_latent_stats((0.1, 0.2), (3.0, 4.0))
     weights.save(ae, tmp_path / "a.safetensors")
@@ -343,7 +371,7 @@ def test_autoencoder_weights_of_diffusers(name, channels, blocks, groups, quant,
         in_channels=3 if quant else 1, out_channels=3 if quant else 1,
         latent_channels=4 if quant else 2, block_out_channels=channels, layers_per_block=blocks,
         norm_num_groups=groups, use_quant_conv=quant, use_post_quant_conv=quant,
-        mid_block_add_attention=quant,
+        mid_block_add_attention=quant, **levels(len(channels)),
     )  # fmt: skip
     ae = weights.load(write_folder(tmp_path / "new", config=config, tensors=state))
     file = reference(f"autoencoder_{name}")
@@ -387,7 +415,12 @@ def test_every_name_of_the_full_stable_diffusion_autoencoder():
     [
         ({"act_fn": "relu"}, r"act_fn = 'relu' \('silu'\)"),
         ({"use_quant_conv": False}, r"use_post_quant_conv = True \(False\)"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_ty"),
+        (levels(1), r"down_block_types = \['DownEncoderBlock2D'\] \(2 of"),
+        ({"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]}, "down_block_types = "),
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            r"up_block_types = .* \(the mirror of down_block_types\)",
+        ),
     ],
 )
 def test_autoencoder_options_that_the_network_does_not_have(change, message, tmp_path):

@@ -1,4 +1,4 @@
-"""The networks, one example at a time: autoencoder, discriminator, DiT."""
+"""The networks, one example at a time: autoencoder, discriminator, DiT, U-Net."""
 
 from .autoencoder import (
     AutoencoderKL as AutoencoderKL,
@@ -8,7 +8,10 @@ from .autoencoder import (
     kl_f16 as kl_f16,
 )
 from .classifier import ConvClassifier as ConvClassifier
-from .discriminator import PatchDiscriminator as PatchDiscriminator
+from .discriminator import (
+    PatchDiscriminator as PatchDiscriminator,
+    patch_layers as patch_layers,
+)
 from .dit import (
     DiT as DiT,
     dit_b_2 as dit_b_2,
@@ -27,9 +30,11 @@ from .dit import (
     parameter_count as parameter_count,
     save_matmuls as save_matmuls,
 )
+from .lpips import LPIPS as LPIPS
 from .tiling import (
     decode_sliced as decode_sliced,
     decode_tiled as decode_tiled,
     encode_sliced as encode_sliced,
     encode_tiled as encode_tiled,
 )
+from .unet import UNet as UNet, unet_ddpm as unet_ddpm, unet_sd1 as unet_sd1

@@ -1,7 +1,7 @@
 """AutoencoderKL: a convolutional VAE for latent diffusion (Rombach et al. 2022)."""
 
-import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ..nn.conv import Conv, ConvPair, depth_to_space, space_to_depth, upsample_nearest
+from ..nn.fields import with_fields
 from ..nn.norms import GroupNorm
 from ..nn.resnet import AttentionBlock, ResnetBlock
 
@@ -39,7 +40,7 @@ class Encoder(eqx.Module):
     """
 
     stem: Conv
-    levels: list[list[ResnetBlock]]
+    levels: list[list[Any]]  # residual blocks, and attentions between them
     downs: list[Conv]
     middle: list[ResnetBlock | AttentionBlock]
     norm: GroupNorm
@@ -55,17 +56,18 @@ class Encoder(eqx.Module):
         patch,
         groups,
         attention,
+        attention_levels,
         quant_conv,
         *,
         key,
     ):
-        keys = iter(jax.random.split(key, 6 + len(channels) * (blocks + 1)))
+        keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
         self.patch = patch
         self.stem = Conv(in_channels * patch * patch, channels[0], 3, key=next(keys))
         self.levels, self.downs, width = [], [], channels[0]
         for i, out in enumerate(channels):
             widths = [width] + [out] * blocks
-            self.levels.append(_resnets(widths, groups, keys))
+            self.levels.append(_blocks(widths, groups, attention_levels[i], keys))
             width = out
             if i < len(channels) - 1:
                 # Padding only below and right, as in the published autoencoders.
@@ -99,7 +101,7 @@ class Decoder(eqx.Module):
 
     stem: Conv | ConvPair
     middle: list[ResnetBlock | AttentionBlock]
-    levels: list[list[ResnetBlock]]
+    levels: list[list[Any]]  # residual blocks, and attentions between them
     ups: list[Conv]
     norm: GroupNorm
     head: Conv
@@ -114,11 +116,12 @@ class Decoder(eqx.Module):
         patch,
         groups,
         attention,
+        attention_levels,
         quant_conv,
         *,
         key,
     ):
-        keys = iter(jax.random.split(key, 6 + len(channels) * (blocks + 1)))
+        keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
         self.patch = patch
         width = channels[-1]
         self.stem = Conv(in_channels, width, 3, key=next(keys))
@@ -127,7 +130,8 @@ class Decoder(eqx.Module):
         self.middle = _middle(width, groups, attention, keys)
         self.levels, self.ups = [], []
         for i, out in enumerate(reversed(channels)):
-            self.levels.append(_resnets([width] + [out] * blocks, groups, keys))
+            here = attention_levels[-1 - i]
+            self.levels.append(_blocks([width] + [out] * blocks, groups, here, keys))
             width = out
             if i < len(channels) - 1:
                 self.ups.append(Conv(out, out, 3, key=next(keys)))
@@ -166,7 +170,8 @@ class AutoencoderKL(eqx.Module):
     - `decoder_blocks`: those of the decoder; `None` means as many, Stable Diffusion has one more.
     - `patch`: a space-to-depth before the first and after the last layer.
     - `groups`: of every GroupNorm; divides every width.
-    - `attention`: single-head self-attention in the middle.
+    - `attention`: single-head self-attention in the middle. `attention_levels`: one also after
+      each residual block of these levels, a boolean for each; `()` means none.
     - `quant_convs`: a 1 x 1 convolution on the moments and one on the raw latent.
 
     The downsampling factor is `patch * 2^(len(channels) - 1)`; image sides must divide by it.
@@ -196,6 +201,7 @@ class AutoencoderKL(eqx.Module):
         patch: int = 1,
         groups: int = 32,
         attention: bool = False,
+        attention_levels: tuple[bool, ...] = (),
         quant_convs: bool = False,
         key,
     ):
@@ -208,8 +214,14 @@ class AutoencoderKL(eqx.Module):
                 f"channels={channels}, blocks={blocks}, decoder_blocks={decoder_blocks}, "
                 f"patch={patch}, groups={groups}."
             )
+        attention_levels = attention_levels or (False,) * len(channels)
+        if len(attention_levels) != len(channels):
+            raise ValueError(
+                f"AutoencoderKL: attention_levels needs one entry for each of the {len(channels)} "
+                f"levels of channels, got {attention_levels}."
+            )
         k1, k2 = jax.random.split(key)
-        options = (patch, groups, attention, quant_convs)
+        options = (patch, groups, attention, attention_levels, quant_convs)
         self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, *options, key=k1)
         self.decoder = Decoder(
             latent_channels, in_channels, channels, decoder_blocks, *options, key=k2
@@ -244,11 +256,7 @@ class AutoencoderKL(eqx.Module):
                 f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
                 f"channels; got {shift} and {scale}."
             )
-        new = object.__new__(AutoencoderKL)
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in {**values, "shift": shift, "scale": scale}.items():
-            object.__setattr__(new, name, value)
-        return new
+        return with_fields(self, shift=shift, scale=scale)
 
     def posterior(self, x: Float[Array, "c h w"]) -> Posterior:
         """`q(z_raw | x)`, the log-variance clamped to [-30, 20]."""
@@ -312,14 +320,14 @@ def kl_f4(in_channels: int = 3, latent_channels: int = 3, *, key, **options) -> 
 def kl_f16(in_channels: int = 3, latent_channels: int = 16, *, key, **options) -> AutoencoderKL:
     """The autoencoder of factor 16 (Rombach et al. 2022, table 8); measure shift and scale.
 
-    The published one has attention in its deepest level as well as in the middle; this one, built
-    of Stable Diffusion's blocks, in the middle only.
+    It has attention in its deepest level as well as in the middle.
 
     >>> ae = eqx.filter_eval_shape(kl_f16, key=jax.random.key(0))
     >>> ae.latent_shape(256, 256)
     (16, 16, 16)
     """
-    return _published(in_channels, latent_channels, (128, 128, 256, 256, 512), options, key)
+    deepest = dict(attention_levels=(False, False, False, False, True)) | options
+    return _published(in_channels, latent_channels, (128, 128, 256, 256, 512), deepest, key)
 
 
 def _published(in_channels, latent_channels, channels, options, key):
@@ -329,8 +337,14 @@ def _published(in_channels, latent_channels, channels, options, key):
     )
 
 
-def _resnets(widths, groups, keys):
-    return [ResnetBlock(a, b, groups=groups, key=next(keys)) for a, b in pairwise(widths)]
+def _blocks(widths, groups, attention, keys):
+    """The residual blocks of a level, each with an attention after it where asked for."""
+    blocks = []
+    for a, b in pairwise(widths):
+        blocks.append(ResnetBlock(a, b, groups=groups, key=next(keys)))
+        if attention:
+            blocks.append(AttentionBlock(b, groups=groups, key=next(keys)))
+    return blocks
 
 
 def _middle(width, groups, attention, keys):

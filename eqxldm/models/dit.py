@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
-from ..nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_positions
+from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
 from ..nn.norms import layer_norm
@@ -81,6 +81,7 @@ class DiT(eqx.Module):
     - `learn_sigma`: the output has `2 channels`: the prediction, then the variance's part, as
       `eqxldm.LearnedRange` reads it.
     - `qk_norm`: a norm of queries and keys, made from the head size, such as `nn.RMSNorm`.
+    - `freq_shift`: of the timestep's frequencies, see `nn.sinusoidal`; diffusers' DiT has 1.
     - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
     - `remat`: a `jax.checkpoint` policy for the blocks. The default keeps the outputs of the
       linear layers and recomputes the rest; None keeps everything.
@@ -127,6 +128,7 @@ class DiT(eqx.Module):
         learn_sigma: bool = False,
         mlp_ratio: float = 4.0,
         qk_norm: Callable[[int], Any] | None = None,
+        freq_shift: int = 0,
         attention: Attention = attend,
         remat: Callable[..., Any] | None = save_matmuls,
         unroll: int = 1,
@@ -149,7 +151,7 @@ class DiT(eqx.Module):
         k1, k2, k3, k4, k5, k6 = jax.random.split(key, 6)
         token = channels * patch * patch
         self.patch_embedding = Linear(token, width, key=k1)
-        self.time_embedding = TimeEmbedding(width, key=k2)
+        self.time_embedding = TimeEmbedding(width, freq_shift=freq_shift, key=k2)
         self.label_embedding = (
             embed_cond if num_classes is None else LabelEmbedding(num_classes, width, key=k3)
         )
@@ -179,32 +181,14 @@ class DiT(eqx.Module):
         if x_t.shape != self.shape:
             raise ValueError(f"DiT: x_t must have shape {self.shape}, got {x_t.shape}.")
         _, height, width = self.shape
-        c = self._embed(t, cond).astype(x_t.dtype)
+        c = condition_vector("DiT", self.time_embedding(t), self.label_embedding, cond)
+        c = c.astype(x_t.dtype)
         x = self.patch_embedding(patchify(x_t, self.patch))
         grid = sincos_positions(height // self.patch, width // self.patch, x.shape[-1])
         x = self._run_blocks(x + jnp.asarray(grid, x.dtype), c)
         shift, scale = self.final_modulation(c)
         x = self.final_linear(modulate(layer_norm(x), shift, scale))
         return unpatchify(x, height, width, self.patch)
-
-    def _embed(self, t: Float[Array, ""], cond: PyTree) -> Float[Array, " d"]:
-        """The float32 vector of time and condition on which every block is modulated."""
-        time = self.time_embedding(t)
-        if self.label_embedding is None:
-            if cond is not None:
-                raise ValueError(
-                    "DiT: the network is unconditional, so cond must be None. "
-                    "Make it with num_classes or embed_cond."
-                )
-            return time
-        if cond is None:
-            raise ValueError("DiT: the network is conditional, but cond is None.")
-        vector = self.label_embedding(cond)
-        if vector.shape != time.shape:
-            raise ValueError(
-                f"DiT: embed_cond must give a vector of shape {time.shape}, got {vector.shape}."
-            )
-        return time + vector.astype(time.dtype)
 
     def _run_blocks(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
         params, static = eqx.partition(self.blocks, eqx.is_array)

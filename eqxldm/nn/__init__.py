@@ -2,6 +2,7 @@
 
 from .attention import (
     Attention as Attention,
+    CrossAttention as CrossAttention,
     NormedSelfAttention as NormedSelfAttention,
     RMSNorm as RMSNorm,
     SelfAttention as SelfAttention,
@@ -19,9 +20,11 @@ from .embeddings import (
     LabelEmbedding as LabelEmbedding,
     TimeEmbedding as TimeEmbedding,
     check_label as check_label,
+    condition_vector as condition_vector,
     sincos_positions as sincos_positions,
     sinusoidal as sinusoidal,
 )
+from .fields import with_fields as with_fields
 from .linear import (
     Linear as Linear,
     normal as normal,
@@ -29,6 +32,15 @@ from .linear import (
     zeros as zeros,
 )
 from .modulation import Modulation as Modulation, modulate as modulate
-from .norms import GroupNorm as GroupNorm, layer_norm as layer_norm
+from .norms import GroupNorm as GroupNorm, LayerNorm as LayerNorm, layer_norm as layer_norm
 from .patchify import patchify as patchify, unpatchify as unpatchify
-from .resnet import AttentionBlock as AttentionBlock, ResnetBlock as ResnetBlock
+from .resnet import (
+    AttentionBlock as AttentionBlock,
+    ConditionedResnetBlock as ConditionedResnetBlock,
+    ResnetBlock as ResnetBlock,
+)
+from .spectral import SpectralConv as SpectralConv, spectral_norm as spectral_norm
+from .transformer import (
+    SpatialTransformer as SpatialTransformer,
+    TransformerBlock as TransformerBlock,
+)

@@ -88,7 +88,7 @@ class SelfAttention(eqx.Module):
     """Multi-head self-attention over tokens `(n, d)`, with biases (Vaswani et al. 2017).
 
     **Arguments**: `width` must be a multiple of `heads`. `attention` is `attend`, `cudnn_attend`,
-    or any function of such arguments.
+    or any function of such arguments. `qkv_bias`: whether queries, keys and values have one.
 
     >>> SelfAttention(8, 2, key=jax.random.key(0))(jnp.ones((5, 8))).shape
     (5, 8)
@@ -99,8 +99,16 @@ class SelfAttention(eqx.Module):
     heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
-    def __init__(self, width: int, heads: int, *, attention: Attention = attend, key):
-        self.qkv, self.proj = _projections(width, heads, key)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        attention: Attention = attend,
+        qkv_bias: bool = True,
+        key,
+    ):
+        self.qkv, self.proj = _projections(width, heads, key, qkv_bias)
         self.heads, self.attention = heads, attention
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -148,11 +156,59 @@ class NormedSelfAttention(eqx.Module):
         return self.proj(y.reshape(x.shape))
 
 
-def _projections(width: int, heads: int, key) -> tuple[Linear, Linear]:
+class CrossAttention(eqx.Module):
+    """Multi-head attention of tokens `(n, d)` to a context `(m, context_size)`.
+
+    Queries come from `x`, keys and values from the context, all without biases, as in latent
+    diffusion (Rombach et al. 2022, section 3.3). Arguments as in `SelfAttention`.
+
+    >>> layer = CrossAttention(8, 6, heads=2, key=jax.random.key(0))
+    >>> layer(jnp.ones((5, 8)), jnp.ones((3, 6))).shape
+    (5, 8)
+    """
+
+    query: Linear
+    key: Linear
+    value: Linear
+    proj: Linear
+    heads: int = eqx.field(static=True)
+    attention: Attention = eqx.field(static=True)
+
+    def __init__(
+        self, width: int, context_size: int, *, heads: int, attention: Attention = attend, key
+    ):
+        check_heads(width, heads)
+        kq, kk, kv, ko = jax.random.split(key, 4)
+        self.query = Linear(width, width, use_bias=False, key=kq)
+        self.key = Linear(context_size, width, use_bias=False, key=kk)
+        self.value = Linear(context_size, width, use_bias=False, key=kv)
+        self.proj = Linear(width, width, key=ko)
+        self.heads, self.attention = heads, attention
+
+    def __call__(
+        self, x: Float[Array, "n d"], context: Float[Array, "m context_size"]
+    ) -> Float[Array, "n d"]:
+        split = lambda y: y.reshape(len(y), self.heads, -1)
+        q, k, v = split(self.query(x)), split(self.key(context)), split(self.value(context))
+        return self.proj(self.attention(q, k, v).reshape(x.shape))
+
+
+def check_heads(width: int, heads: int) -> None:
+    """`ValueError` unless the width divides into the heads.
+
+    >>> check_heads(8, 3)
+    Traceback (most recent call last):
+    ValueError: attention: width 8 does not divide into 3 heads.
+    """
     if heads < 1 or width % heads:
-        raise ValueError(f"SelfAttention: width {width} does not divide into {heads} heads.")
+        raise ValueError(f"attention: width {width} does not divide into {heads} heads.")
+
+
+def _projections(width: int, heads: int, key, qkv_bias: bool = True) -> tuple[Linear, Linear]:
+    check_heads(width, heads)
     k1, k2 = jax.random.split(key)
-    return Linear(width, 3 * width, key=k1), Linear(width, width, key=k2)
+    qkv = Linear(width, 3 * width, use_bias=qkv_bias, key=k1)
+    return qkv, Linear(width, width, key=k2)
 
 
 def _split_heads(qkv: Float[Array, "n d"], heads: int) -> Float[Array, "3 n heads size"]:

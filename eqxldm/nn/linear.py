@@ -42,18 +42,28 @@ def zeros(key: Key[Array, ""], shape: tuple[int, int]) -> Float[Array, "out in"]
 class Linear(eqx.Module):
     """`y = W x + b` on the last axis of `x`, for any leading axes.
 
-    `weight` is stored (out, in), as PyTorch does, and computes in the dtype of `x`.
+    `weight` is stored (out, in), as PyTorch does, and computes in the dtype of `x`. Without
+    `use_bias`, `b` is None.
 
     >>> Linear(2, 3, key=jax.random.key(0))(jnp.ones((5, 2))).shape
     (5, 3)
     """
 
     weight: Float[Array, "out in"]
-    bias: Float[Array, " out"]
+    bias: Float[Array, " out"] | None
 
-    def __init__(self, in_size: int, out_size: int, *, init: Initializer = xavier_uniform, key):
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        init: Initializer = xavier_uniform,
+        use_bias: bool = True,
+        key,
+    ):
         self.weight = init(key, (out_size, in_size))
-        self.bias = jnp.zeros(out_size)
+        self.bias = jnp.zeros(out_size) if use_bias else None
 
     def __call__(self, x: Float[Array, "*leading in"]) -> Float[Array, "*leading out"]:
-        return x @ self.weight.T.astype(x.dtype) + self.bias.astype(x.dtype)
+        y = x @ self.weight.T.astype(x.dtype)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)

@@ -18,6 +18,27 @@ def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[A
     return (centred * jax.lax.rsqrt(variance + norm_eps)).astype(x.dtype)
 
 
+class LayerNorm(eqx.Module):
+    """`scale layer_norm(x) + bias`: with affine parameters (Ba et al. 2016).
+
+    >>> LayerNorm(2)(jnp.array([1.0, 3.0])).shape
+    (2,)
+    """
+
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"]
+    norm_eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, norm_eps: float = 1e-5):
+        self.scale = jnp.ones(size)
+        self.bias = jnp.zeros(size)
+        self.norm_eps = norm_eps
+
+    def __call__(self, x: Float[Array, "*leading d"]) -> Float[Array, "*leading d"]:
+        normed = layer_norm(x.astype(jnp.float32), self.norm_eps)
+        return (normed * self.scale + self.bias).astype(x.dtype)
+
+
 class GroupNorm(eqx.Module):
     """Normalises over space and groups of channels (Wu & He 2018), with affine parameters.
 

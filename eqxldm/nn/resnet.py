@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .attention import attend
+from .attention import Attention, attend, check_heads
 from .conv import Conv
 from .linear import Linear, zeros
 from .norms import GroupNorm
@@ -13,7 +13,8 @@ from .norms import GroupNorm
 class ResnetBlock(eqx.Module):
     """`x + conv(silu(norm(conv(silu(norm(x))))))`, with a 1 x 1 shortcut where widths differ.
 
-    The second convolution starts small, so that a deep stack starts near the identity.
+    `shift`, if given, is added to every pixel between the two convolutions. The second convolution
+    starts small (`gain`, see `Conv`), so that a deep stack starts near the identity.
 
     >>> import jax.numpy as jnp
     >>> ResnetBlock(8, 16, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
@@ -26,23 +27,72 @@ class ResnetBlock(eqx.Module):
     conv2: Conv
     shortcut: Conv | None
 
-    def __init__(self, in_channels: int, out_channels: int, *, groups: int = 32, key):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 32,
+        norm_eps: float = 1e-6,
+        gain: float = 0.1,
+        key,
+    ):
         k1, k2, k3 = jax.random.split(key, 3)
-        self.norm1 = GroupNorm(in_channels, groups)
+        self.norm1 = GroupNorm(in_channels, groups, norm_eps)
         self.conv1 = Conv(in_channels, out_channels, 3, key=k1)
-        self.norm2 = GroupNorm(out_channels, groups)
-        self.conv2 = Conv(out_channels, out_channels, 3, gain=0.1, key=k2)
+        self.norm2 = GroupNorm(out_channels, groups, norm_eps)
+        self.conv2 = Conv(out_channels, out_channels, 3, gain=gain, key=k2)
         same = in_channels == out_channels
         self.shortcut = None if same else Conv(in_channels, out_channels, 1, key=k3)
 
-    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c2"]:
+    def __call__(
+        self, x: Float[Array, "h w c"], shift: Float[Array, " c2"] | None = None
+    ) -> Float[Array, "h w c2"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv2(jax.nn.silu(self.norm2(y if shift is None else y + shift)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
+class ConditionedResnetBlock(eqx.Module):
+    """`ResnetBlock` shifted by `W silu(c) + b`, `c` being the time's vector (Ho et al. 2020).
+
+    The second convolution starts at zero, so the block starts as the identity or its shortcut.
+
+    >>> import jax.numpy as jnp
+    >>> block = ConditionedResnetBlock(8, 16, 4, groups=4, key=jax.random.key(0))
+    >>> block(jnp.ones((4, 4, 8)), jnp.ones(4)).shape
+    (4, 4, 16)
+    """
+
+    block: ResnetBlock
+    shift: Linear
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        cond_size: int,
+        *,
+        groups: int = 32,
+        norm_eps: float = 1e-6,
+        key,
+    ):
+        k1, k2 = jax.random.split(key)
+        self.block = ResnetBlock(
+            in_channels, out_channels, groups=groups, norm_eps=norm_eps, gain=0.0, key=k1
+        )
+        self.shift = Linear(cond_size, out_channels, key=k2)
+
+    def __call__(
+        self, x: Float[Array, "h w c"], c: Float[Array, " cond_size"]
+    ) -> Float[Array, "h w c2"]:
+        return self.block(x, self.shift(jax.nn.silu(c)))
+
+
 class AttentionBlock(eqx.Module):
-    """Single-head self-attention over all positions of a feature map, with a residual.
+    """Self-attention over all positions of a feature map, with a residual.
+
+    `channels` must divide by `heads`; the autoencoder and DDPM have one.
 
     >>> import jax.numpy as jnp
     >>> AttentionBlock(8, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
@@ -54,16 +104,31 @@ class AttentionBlock(eqx.Module):
     key: Linear
     value: Linear
     out: Linear
+    heads: int = eqx.field(static=True)
+    attention: Attention = eqx.field(static=True)
 
-    def __init__(self, channels: int, *, groups: int = 32, key):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int = 1,
+        groups: int = 32,
+        norm_eps: float = 1e-6,
+        attention: Attention = attend,
+        key,
+    ):
+        check_heads(channels, heads)
         kq, kk, kv, ko = jax.random.split(key, 4)
-        self.norm = GroupNorm(channels, groups)
+        self.norm = GroupNorm(channels, groups, norm_eps)
         self.query = Linear(channels, channels, key=kq)
         self.key = Linear(channels, channels, key=kk)
         self.value = Linear(channels, channels, key=kv)
         self.out = Linear(channels, channels, init=zeros, key=ko)
+        self.heads, self.attention = heads, attention
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        tokens = self.norm(x).reshape(-1, 1, x.shape[-1])
-        y = attend(self.query(tokens), self.key(tokens), self.value(tokens))
-        return x + self.out(y).reshape(x.shape)
+        tokens = self.norm(x).reshape(-1, x.shape[-1])
+        split = lambda y: y.reshape(len(tokens), self.heads, -1)
+        q, k, v = split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens))
+        y = self.attention(q, k, v)
+        return x + self.out(y.reshape(tokens.shape)).reshape(x.shape)

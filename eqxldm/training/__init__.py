@@ -2,6 +2,7 @@
 
 from .autoencoder import (
     AutoencoderState as AutoencoderState,
+    MeanDistance as MeanDistance,
     adaptive_weight as adaptive_weight,
     l1_distance as l1_distance,
     l2_distance as l2_distance,

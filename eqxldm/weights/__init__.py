@@ -1,8 +1,7 @@
 """Weights in and out: diffusers' folders, the official DiT files, and our own safetensors."""
 
-from . import autoencoder as autoencoder, dit as dit
+from . import autoencoder as autoencoder, dit as dit, lpips as lpips, unet as unet
 from .dit import (
-    DiffusersTimeEmbedding as DiffusersTimeEmbedding,
     diffusers_layout as diffusers_layout,
     official_layout as official_layout,
     with_diffusers_time as with_diffusers_time,
@@ -16,3 +15,4 @@ from .io import (
     to_state as to_state,
 )
 from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
+from .lpips import load_lpips as load_lpips

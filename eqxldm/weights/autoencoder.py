@@ -1,13 +1,13 @@
 """AutoencoderKL: the names of diffusers, and the configurations."""
 
+from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from ..models import AutoencoderKL
 from ..nn.conv import ConvPair
-from ..nn.resnet import ResnetBlock
-from .layout import Layout, Part, WeightsError
+from ..nn.resnet import AttentionBlock, ResnetBlock
+from .layout import Layout, WeightsError
+from .parts import Leaves, attention_block, conv, norm, old_attention_names, resnet
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -17,6 +17,10 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     shift_factor=None, latents_mean=None, latents_std=None, use_quant_conv=True,
     use_post_quant_conv=True, mid_block_add_attention=True,
 )  # fmt: skip
+
+# Without and with attention.
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 def config(ae: AutoencoderKL) -> dict[str, Any]:
@@ -31,12 +35,13 @@ def config(ae: AutoencoderKL) -> dict[str, Any]:
     return dict(
         in_channels=ae.in_channels,
         latent_channels=ae.latent_channels,
-        channels=[level[-1].conv2.weight.shape[-1] for level in encoder.levels],
-        blocks=len(encoder.levels[0]),
-        decoder_blocks=len(decoder.levels[0]),
+        channels=[level[0].conv2.weight.shape[-1] for level in encoder.levels],
+        blocks=_resnets(encoder.levels[0]),
+        decoder_blocks=_resnets(decoder.levels[0]),
         patch=encoder.patch,
         groups=encoder.norm.groups,
         attention=len(encoder.middle) == 3,
+        attention_levels=[len(level) > _resnets(level) for level in encoder.levels],
         quant_convs=isinstance(encoder.head, ConvPair),
         shift=list(ae.shift),
         scale=list(ae.scale),
@@ -54,7 +59,8 @@ def build(config: dict[str, Any], *, key) -> AutoencoderKL:
     options = dict(config)
     shift, scale = tuple(options.pop("shift")), tuple(options.pop("scale"))
     sizes = options.pop("in_channels"), options.pop("latent_channels")
-    options["channels"] = tuple(options["channels"])
+    for name in ("channels", "attention_levels"):
+        options[name] = tuple(options[name])
     return AutoencoderKL(*sizes, **options, key=key).with_latent_stats(shift, scale)
 
 
@@ -67,21 +73,24 @@ def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
     **Raises** `WeightsError` for an option that our network does not have.
 
     >>> import jax
-    >>> sizes = dict(block_out_channels=[8, 8], norm_num_groups=4)
-    >>> from_diffusers(sizes, key=jax.random.key(0)).scale[0]
+    >>> from_diffusers(dict(block_out_channels=[32]), key=jax.random.key(0)).scale[0]
     0.18215
     """
     given = DIFFUSERS_DEFAULTS | config
+    levels = len(given["block_out_channels"])
     needed = dict(
         act_fn="silu",
         out_channels=given["in_channels"],
         use_post_quant_conv=given["use_quant_conv"],
     )
     wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in needed.items() if given[k] != v]
-    for option in ("down_block_types", "up_block_types"):
-        plain = DIFFUSERS_DEFAULTS[option]
-        if set(given[option]) != set(plain):
-            wrong.append(f"{option} = {given[option]!r} (all {plain[0]})")
+    downs, ups = given["down_block_types"], given["up_block_types"]
+    for option, types, known in (("down", downs, DOWN_BLOCKS), ("up", ups, UP_BLOCKS)):
+        if not set(types) <= set(known) or len(types) != levels:
+            wrong.append(f"{option}_block_types = {types!r} ({levels} of {list(known)})")
+    attention = tuple(name == DOWN_BLOCKS[1] for name in downs)
+    if attention != tuple(name == UP_BLOCKS[1] for name in reversed(ups)):
+        wrong.append(f"up_block_types = {ups!r} (the mirror of down_block_types)")
     if wrong:
         raise WeightsError(
             "AutoencoderKL: config.json has what it has not (in brackets): " + ", ".join(wrong)
@@ -95,6 +104,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
         decoder_blocks=given["layers_per_block"] + 1,
         groups=given["norm_num_groups"],
         attention=given["mid_block_add_attention"],
+        attention_levels=attention,
         quant_convs=given["use_quant_conv"],
         key=key,
     )
@@ -109,13 +119,12 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
     **Raises** `WeightsError` if diffusers has no such network; the message lists why.
 
     >>> import jax
-    >>> sizes = dict(block_out_channels=[8, 8], norm_num_groups=4)
-    >>> ae = from_diffusers(sizes, key=jax.random.key(0))
+    >>> ae = from_diffusers(dict(block_out_channels=[32]), key=jax.random.key(0))
     >>> diffusers_config(ae)["block_out_channels"]
-    [8, 8]
+    [32]
     """
     ours = config(ae)
-    blocks, decoder_blocks, levels = ours["blocks"], ours["decoder_blocks"], len(ours["channels"])
+    blocks, decoder_blocks = ours["blocks"], ours["decoder_blocks"]
     reasons = {
         f"its patch is {ours['patch']}, not 1": ours["patch"] != 1,
         f"its decoder has {decoder_blocks} blocks a level, not {blocks + 1}": (
@@ -135,8 +144,8 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
         _class_name="AutoencoderKL",
         in_channels=ours["in_channels"],
         out_channels=ours["in_channels"],
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
+        down_block_types=[DOWN_BLOCKS[at] for at in ours["attention_levels"]],
+        up_block_types=[UP_BLOCKS[at] for at in reversed(ours["attention_levels"])],
         block_out_channels=ours["channels"],
         layers_per_block=blocks,
         latent_channels=ours["latent_channels"],
@@ -160,86 +169,48 @@ def diffusers_layout(ae: AutoencoderKL) -> Layout:
     first = ".first" if isinstance(encoder.head, ConvPair) else ""
     second = ".second" if isinstance(decoder.stem, ConvPair) else ""
     leaves = {
-        **_conv("encoder.stem", "encoder.conv_in"),
-        **_conv(f"encoder.head{first}", "encoder.conv_out"),
-        **_conv(f"decoder.stem{second}", "decoder.conv_in"),
-        **_conv("decoder.head", "decoder.conv_out"),
+        **conv("encoder.stem", "encoder.conv_in"),
+        **conv(f"encoder.head{first}", "encoder.conv_out"),
+        **conv(f"decoder.stem{second}", "decoder.conv_in"),
+        **conv("decoder.head", "decoder.conv_out"),
     }
     if first:
-        leaves |= _conv("encoder.head.second", "quant_conv")
+        leaves |= conv("encoder.head.second", "quant_conv")
     if second:
-        leaves |= _conv("decoder.stem.first", "post_quant_conv")
+        leaves |= conv("decoder.stem.first", "post_quant_conv")
     leaves |= _half("encoder", encoder, "downs", "encoder.down_blocks.{}.downsamplers.0.conv")
     leaves |= _half("decoder", decoder, "ups", "decoder.up_blocks.{}.upsamplers.0.conv")
-    aliases = {
-        f"{half}.mid_block.attentions.0.{old}.{kind}": f"{half}.mid_block.attentions.0.{new}.{kind}"
-        for half in ("encoder", "decoder")
-        for old, new in OLD_ATTENTION.items()
-        for kind in ("weight", "bias")
-    }
+    aliases: dict[str, str] = {}
+    for name, half in (("encoder", encoder), ("decoder", decoder)):
+        for _, theirs, block in _blocks(name, half):
+            aliases |= old_attention_names(theirs) if isinstance(block, AttentionBlock) else {}
     return Layout(leaves, {}, aliases)
 
 
-# Most published files still have the names of 2022.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+def _resnets(level: list) -> int:
+    return sum(isinstance(block, ResnetBlock) for block in level)
 
 
-def _half(half: str, model: Any, resampling: str, resampler: str) -> dict[str, tuple[Part, ...]]:
+def _blocks(half: str, model: Any) -> Iterator[tuple[str, str, ResnetBlock | AttentionBlock]]:
+    """`(ours, theirs, block)` of every block; there they are numbered by kind."""
+    side = "down" if half == "encoder" else "up"
+    parts = [(f"levels[{i}]", f"{side}_blocks.{i}", level) for i, level in enumerate(model.levels)]
+    for ours, theirs, blocks in [*parts, ("middle", "mid_block", model.middle)]:
+        counts = {"resnets": 0, "attentions": 0}
+        for k, block in enumerate(blocks):
+            kind = "resnets" if isinstance(block, ResnetBlock) else "attentions"
+            yield f"{half}.{ours}[{k}]", f"{half}.{theirs}.{kind}.{counts[kind]}", block
+            counts[kind] += 1
+
+
+def _half(half: str, model: Any, resampling: str, resampler: str) -> Leaves:
     """Levels, resampling convolutions, middle and norm of the encoder or the decoder."""
-    leaves = _norm(f"{half}.norm", f"{half}.conv_norm_out")
-    side = resampler.split(".")[1]
-    for i, level in enumerate(model.levels):
-        for j, block in enumerate(level):
-            leaves |= _resnet(block, f"{half}.levels[{i}][{j}]", f"{half}.{side}.{i}.resnets.{j}")
-    for i in range(len(model.levels) - 1):
-        leaves |= _conv(f"{half}.{resampling}[{i}]", resampler.format(i))
-    resnets = attentions = 0
-    for i, block in enumerate(model.middle):
-        ours = f"{half}.middle[{i}]"
+    leaves = norm(f"{half}.norm", f"{half}.conv_norm_out")
+    for ours, theirs, block in _blocks(half, model):
         if isinstance(block, ResnetBlock):
-            leaves |= _resnet(block, ours, f"{half}.mid_block.resnets.{resnets}")
-            resnets += 1
+            leaves |= resnet(block, ours, theirs)
         else:
-            leaves |= _attention(ours, f"{half}.mid_block.attentions.{attentions}")
-            attentions += 1
+            leaves |= attention_block(ours, theirs)
+    for i in range(len(model.levels) - 1):
+        leaves |= conv(f"{half}.{resampling}[{i}]", resampler.format(i))
     return leaves
-
-
-def _resnet(block: ResnetBlock, ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
-    leaves = {}
-    for n in (1, 2):
-        leaves |= _norm(f"{ours}.norm{n}", f"{theirs}.norm{n}")
-        leaves |= _conv(f"{ours}.conv{n}", f"{theirs}.conv{n}")
-    if block.shortcut is not None:
-        leaves |= _conv(f"{ours}.shortcut", f"{theirs}.conv_shortcut")
-    return leaves
-
-
-def _attention(ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
-    leaves = _norm(f"{ours}.norm", f"{theirs}.group_norm")
-    for layer, name in {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}.items():
-        for kind in ("weight", "bias"):
-            leaves[f".{ours}.{layer}.{kind}"] = (Part(f"{theirs}.{name}.{kind}"),)
-    return leaves
-
-
-def _norm(ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
-    return {
-        f".{ours}.scale": (Part(f"{theirs}.weight"),),
-        f".{ours}.bias": (Part(f"{theirs}.bias"),),
-    }
-
-
-def _conv(ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
-    return {
-        f".{ours}.weight": (Part(f"{theirs}.weight", (), _to_hwio, _to_oihw),),
-        f".{ours}.bias": (Part(f"{theirs}.bias"),),
-    }
-
-
-def _to_hwio(kernel: np.ndarray) -> np.ndarray:
-    return kernel.transpose(2, 3, 1, 0)
-
-
-def _to_oihw(kernel: np.ndarray) -> np.ndarray:
-    return kernel.transpose(3, 2, 0, 1)

@@ -7,23 +7,20 @@ official code does. (The other difference, `norm_eps` of one of three norms, 1e-
 at the official 1e-6: it changes outputs by parts in a million.)
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from ..models import DiT
-from ..nn.attention import NormedSelfAttention, RMSNorm, attend, cudnn_attend
+from ..nn.attention import NormedSelfAttention, RMSNorm
 from ..nn.embeddings import LabelEmbedding, sincos_positions
-from ..nn.linear import Linear
-from .layout import Layout, Part, WeightsError, identity
+from ..nn.fields import with_fields
+from .layout import Layout, Part, WeightsError
+from .options import ATTENTION, label_table, name_of, policies
+from .parts import Leaves, linear
 
-ATTENTION = {"attend": attend, "cudnn_attend": cudnn_attend}
 QK_NORM = {None: None, "RMSNorm": RMSNorm}
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -41,38 +38,16 @@ DIFFUSERS_ONLY = dict(
 )
 
 
-class DiffusersTimeEmbedding(eqx.Module):
-    """`nn.TimeEmbedding` with diffusers' frequencies, `10000^(-i / (k - 1))`, `i < k`.
-
-    >>> from eqxldm.nn import TimeEmbedding
-    >>> time = TimeEmbedding(16, key=jax.random.key(0))
-    >>> DiffusersTimeEmbedding(time.linear1, time.linear2, time.frequencies)(jnp.array(0.5)).shape
-    (16,)
-    """
-
-    linear1: Linear
-    linear2: Linear
-    frequencies: int = eqx.field(static=True)
-
-    def __call__(self, t: Float[Array, ""]) -> Float[Array, " d"]:
-        half = self.frequencies // 2
-        exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / (half - 1)
-        frequencies = np.exp(exponents, dtype=np.float64).astype(np.float32)  # exp to the last bit
-        angles = (1000 * t.astype(jnp.float32) - 1) * frequencies
-        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
-        return self.linear2(jax.nn.silu(self.linear1(waves)))
-
-
 def with_diffusers_time(dit: DiT) -> DiT:
     """The same network and weights, but with the timestep frequencies of diffusers.
 
+    >>> import jax
     >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
-    >>> type(with_diffusers_time(dit).time_embedding).__name__
-    'DiffusersTimeEmbedding'
+    >>> with_diffusers_time(dit).time_embedding.freq_shift
+    1
     """
-    time = dit.time_embedding
-    new = DiffusersTimeEmbedding(time.linear1, time.linear2, time.frequencies)
-    return eqx.tree_at(lambda d: d.time_embedding, dit, new)
+    time = with_fields(dit.time_embedding, freq_shift=1)
+    return eqx.tree_at(lambda d: d.time_embedding, dit, time)
 
 
 def config(dit: DiT) -> dict[str, Any]:
@@ -80,18 +55,13 @@ def config(dit: DiT) -> dict[str, Any]:
 
     **Raises** `WeightsError` for a function that has no name here.
 
+    >>> import jax
     >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
     >>> config(dit)["width"], config(dit)["remat"]
     (16, 'dots_with_no_batch_dims_saveable')
     """
     depth, hidden, width = dit.blocks.fc1.weight.shape
-    embedding, attention = dit.label_embedding, dit.blocks.attention
-    labelled = isinstance(embedding, LabelEmbedding)
-    if not labelled and embedding is not None:
-        raise WeightsError(
-            f"DiT: embed_cond = {embedding!r} cannot be written down. Save its arrays with "
-            "equinox.tree_serialise_leaves, and make the model again from your code."
-        )
+    table, attention = label_table(dit.label_embedding, "DiT"), dit.blocks.attention
     norm = type(attention.query_norm) if isinstance(attention, NormedSelfAttention) else None
     return dict(
         shape=list(dit.shape),
@@ -99,30 +69,29 @@ def config(dit: DiT) -> dict[str, Any]:
         depth=depth,
         width=width,
         heads=attention.heads,
-        num_classes=embedding.table.shape[0] - 1 if labelled else None,
+        num_classes=None if table is None else table.num_classes,
         learn_sigma=_learns_sigma(dit),
         mlp_ratio=_ratio(width, hidden),
-        qk_norm=_name_of(norm, QK_NORM, "qk_norm"),
-        attention=_name_of(attention.attention, ATTENTION, "attention"),
-        remat=_name_of(dit.remat, _policies(), "remat"),
+        qk_norm=name_of(norm, QK_NORM, "DiT: qk_norm"),
+        attention=name_of(attention.attention, ATTENTION, "DiT: attention"),
+        remat=name_of(dit.remat, policies(), "DiT: remat"),
         unroll=dit.unroll,
-        diffusers_time=isinstance(dit.time_embedding, DiffusersTimeEmbedding),
+        freq_shift=dit.time_embedding.freq_shift,
     )
 
 
 def build(config: dict[str, Any], *, key) -> DiT:
     """The module that `config` describes, with random weights.
 
+    >>> import jax
     >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
     >>> jax.tree.structure(build(config(dit), key=jax.random.key(0))) == jax.tree.structure(dit)
     True
     """
     options = dict(config)
-    diffusers_time = options.pop("diffusers_time")
-    for option, table in (("qk_norm", QK_NORM), ("attention", ATTENTION), ("remat", _policies())):
+    for option, table in (("qk_norm", QK_NORM), ("attention", ATTENTION), ("remat", policies())):
         options[option] = table[options[option]]
-    dit = DiT(tuple(options.pop("shape")), **options, key=key)
-    return with_diffusers_time(dit) if diffusers_time else dit
+    return DiT(tuple(options.pop("shape")), **options, key=key)
 
 
 def from_diffusers(config: dict[str, Any], *, key) -> DiT:
@@ -132,6 +101,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
 
     **Raises** `WeightsError` for an option that our network does not have.
 
+    >>> import jax
     >>> sizes = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
     >>> from_diffusers(sizes, key=jax.random.key(0)).shape
     (4, 8, 8)
@@ -148,7 +118,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
             "DiT: config.json has what DiT has not (in brackets): " + ", ".join(wrong)
         )
     heads, size = given["num_attention_heads"], given["sample_size"]
-    dit = DiT(
+    return DiT(
         (channels, size, size),
         patch=given["patch_size"],
         depth=given["num_layers"],
@@ -156,9 +126,9 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
         heads=heads,
         num_classes=given["num_embeds_ada_norm"],
         learn_sigma=out == 2 * channels,
+        freq_shift=1,
         key=key,
     )
-    return with_diffusers_time(dit)
 
 
 def diffusers_config(dit: DiT) -> dict[str, Any]:
@@ -166,6 +136,7 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
 
     **Raises** `WeightsError` if diffusers has no such network; the message lists why.
 
+    >>> import jax
     >>> sizes = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
     >>> diffusers_config(from_diffusers(sizes, key=jax.random.key(0)))["num_layers"]
     1
@@ -178,7 +149,7 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
         "it has a QK-norm": ours["qk_norm"] is not None,
         f"its mlp_ratio is {ours['mlp_ratio']}, not 4": ours["mlp_ratio"] != 4,
         "its timestep frequencies are the official ones; weights.with_diffusers_time(model) has "
-        "diffusers', with slightly other outputs": not ours["diffusers_time"],
+        "diffusers', with slightly other outputs": ours["freq_shift"] != 1,
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         raise WeightsError("DiT: diffusers cannot hold this network: " + "; ".join(why) + ".")
@@ -199,13 +170,14 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
 def official_layout(dit: DiT) -> Layout:
     """The names of the official `.pt` files; `pos_embed` is fixed.
 
+    >>> import jax
     >>> dit = DiT((4, 8, 8), patch=2, depth=2, width=16, heads=2, key=jax.random.key(0))
     >>> [part.name for part in official_layout(dit).leaves[".blocks.fc1.bias"]]
     ['blocks.0.mlp.fc1.bias', 'blocks.1.mlp.fc1.bias']
     """
-    leaves = _linear("patch_embedding", "x_embedder.proj", _patch_conv(dit))
-    leaves |= _linear("time_embedding.linear1", "t_embedder.mlp.0")
-    leaves |= _linear("time_embedding.linear2", "t_embedder.mlp.2")
+    leaves = linear("patch_embedding", "x_embedder.proj", _patch_conv(dit))
+    leaves |= linear("time_embedding.linear1", "t_embedder.mlp.0")
+    leaves |= linear("time_embedding.linear2", "t_embedder.mlp.2")
     if isinstance(dit.label_embedding, LabelEmbedding):
         table = Part("y_embedder.embedding_table.weight")
         leaves[".label_embedding.table"] = (table,)
@@ -218,8 +190,8 @@ def official_layout(dit: DiT) -> Layout:
     }.items():
         leaves |= _stacked(dit, ours, f"blocks.{{}}.{theirs}")
     leaves |= _qk_norms(dit)
-    leaves |= _linear("final_modulation.linear", "final_layer.adaLN_modulation.1")
-    leaves |= _linear("final_linear", "final_layer.linear")
+    leaves |= linear("final_modulation.linear", "final_layer.adaLN_modulation.1")
+    leaves |= linear("final_linear", "final_layer.linear")
     return Layout(leaves, {"pos_embed": lambda: _positions(dit)})
 
 
@@ -229,6 +201,7 @@ def diffusers_layout(dit: DiT) -> Layout:
     There every block has its own copy of the embeddings of time and label; ours has one, so all
     the copies must be equal. Queries, keys and values are three tensors.
 
+    >>> import jax
     >>> dit = DiT((4, 8, 8), patch=2, depth=2, width=16, heads=2, key=jax.random.key(0))
     >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.attention.qkv.bias"]][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
@@ -239,7 +212,7 @@ def diffusers_layout(dit: DiT) -> Layout:
         names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
         return Part(names[0], copies=tuple(names[1:]))
 
-    leaves = _linear("patch_embedding", "pos_embed.proj", _patch_conv(dit))
+    leaves = linear("patch_embedding", "pos_embed.proj", _patch_conv(dit))
     for n in (1, 2):
         for kind in ("weight", "bias"):
             part = copied(f"timestep_embedder.linear_{n}.{kind}")
@@ -262,20 +235,13 @@ def diffusers_layout(dit: DiT) -> Layout:
             for i in range(depth)
             for k, letter in enumerate("qkv")
         )
-    leaves |= _linear("final_modulation.linear", "proj_out_1")
-    leaves |= _linear("final_linear", "proj_out_2")
+    leaves |= linear("final_modulation.linear", "proj_out_1")
+    leaves |= linear("final_linear", "proj_out_2")
     # Files of old versions of diffusers hold the table.
     return Layout(leaves, {"pos_embed.pos_embed": lambda: _positions(dit)})
 
 
-def _linear(ours: str, theirs: str, weight=(identity, identity)) -> dict[str, tuple[Part, ...]]:
-    return {
-        f".{ours}.weight": (Part(f"{theirs}.weight", (), *weight),),
-        f".{ours}.bias": (Part(f"{theirs}.bias"),),
-    }
-
-
-def _stacked(dit: DiT, ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
+def _stacked(dit: DiT, ours: str, theirs: str) -> Leaves:
     """A linear layer of every block; `theirs` has a place for the block's number."""
     depth = dit.blocks.fc1.weight.shape[0]
     return {
@@ -286,7 +252,7 @@ def _stacked(dit: DiT, ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
     }
 
 
-def _qk_norms(dit: DiT) -> dict[str, tuple[Part, ...]]:
+def _qk_norms(dit: DiT) -> Leaves:
     """timm's names, as later DiT code bases have them; the published models have no QK-norm."""
     if not isinstance(dit.blocks.attention, NormedSelfAttention):
         return {}
@@ -323,18 +289,3 @@ def _ratio(width: int, hidden: int) -> float:
     """A ratio that `int(width * ratio)` takes back to `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
-
-
-def _policies() -> dict[str | None, Any]:
-    """`{name: policy}` of `jax.checkpoint_policies`; None keeps everything."""
-    return {None: None, **vars(jax.checkpoint_policies)}
-
-
-def _name_of(function: Any, table: dict[Any, Any], option: str) -> str | None:
-    names = [name for name, known in table.items() if known is function]
-    if not names:
-        raise WeightsError(
-            f"DiT: {option} = {function!r} cannot be written down. Known: {list(table)}; "
-            "change it for the saving, and set it on the model that is loaded."
-        )
-    return names[0]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..models import AutoencoderKL, DiT
-from . import autoencoder, dit
+from ..models import LPIPS, AutoencoderKL, DiT, UNet
+from . import autoencoder, dit, lpips, unet
 from .files import (
     WEIGHTS,
     from_arrays,
@@ -68,12 +68,30 @@ ARCHITECTURES: dict[type, Architecture] = {
         autoencoder.diffusers_layout,
         (own_layout, autoencoder.diffusers_layout),
     ),
+    UNet: Architecture(
+        unet.config,
+        unet.build,
+        unet.diffusers_config,
+        unet.from_diffusers,
+        unet.diffusers_layout,
+        (own_layout, unet.diffusers_layout),
+    ),
+    LPIPS: Architecture(
+        lpips.config,
+        lpips.build,
+        lpips.not_in_diffusers,
+        lpips.not_in_diffusers,
+        lpips.published_layout,
+        (own_layout, lpips.published_layout),
+    ),
 }
 # The `_class_name` of a config.json. Transformer2DModel is the old name of diffusers' DiT.
 CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "UNet2DConditionModel": UNet,
+    "UNet2DModel": UNet,
 }
 
 
