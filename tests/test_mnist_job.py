@@ -22,8 +22,8 @@ SMALL = (
     "--classifier.steps 40 --classifier.batch-size 32 --autoencoder.steps 40 "
     "--autoencoder.batch-size 16 --autoencoder.gan-start 20 --autoencoder.channels 8 8 "
     "--autoencoder.groups 4 --autoencoder.discriminator-channels 8 --diffusion.steps 40 "
-    "--diffusion.batch-size 16 --diffusion.warmup 5 --diffusion.depth 2 --diffusion.width 32 "
-    "--diffusion.heads 2 --checkpoint-every 10 --sampling.steps 3 --samples 40 --devices 1"
+    "--diffusion.batch-size 16 --diffusion.warmup 5 --dit.depth 2 --dit.width 32 "
+    "--dit.heads 2 --checkpoint-every 10 --sampling.steps 3 --samples 40 --devices 1"
 ).split()
 FILES = {
     "samples.png", "reconstructions.png", "forward.png", "reverse.png", "curves.png",
@@ -235,6 +235,30 @@ def test_evaluate_brings_the_run_up_to_date(copied, data):
     assert json.loads((copied / "metrics.json").read_text()) == metrics
 
 
+@pytest.mark.parametrize("denoiser", ["unet", "dit"])
+def test_pixels_and_the_unet(denoiser, data, tmp_path, capsys):
+    where = ["--run-dir", str(tmp_path / "run")]
+    which = ["--space", "pixel", "--denoiser", denoiser]
+    options = "--unet.channels 8 8 --unet.groups 4 --unet.heads 2 --diffusion.steps 10".split()
+    args = [*where, "--data-dir", str(data), *which]
+    assert call("train", *SMALL, *args, *options) == 0
+    run = tmp_path / "run"
+    found = {entry.name for entry in run.iterdir()}
+    assert found >= FILES - {"reconstructions.png"} and "latents.npz" not in found
+    assert {entry.name for entry in (run / "checkpoints").iterdir()} == {"classifier", "diffusion"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert "autoencoder" not in metrics and "autoencoder" not in metrics["timings"]
+    with np.load(run / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (40, 28, 28, 1)
+    assert call("sample", *where, *which, "--label", "3", "--n", "2", "--steps", "2") == 0
+    assert (run / "sample-3.png").exists()
+
+
+def test_each_kind_of_run_has_its_folder():
+    names = {cfg.run_name("mnist", s, d) for s in ("latent", "pixel") for d in ("dit", "unet")}
+    assert names == {"mnist", "mnist-pixel", "mnist-unet", "mnist-pixel-unet"}
+
+
 BAD = {
     "zero steps": (["--sampling.steps", "0"], "--sampling.steps must be positive, got 0"),
     "negative batch": (["--diffusion.batch-size", "-1"], "--diffusion.batch-size must be positive"),
@@ -251,10 +275,16 @@ BAD = {
         "--diffusion.path cosine, --diffusion.prediction eps and --sampling.solver ddim do not go "
         "together: predict_eps on CosineVP says nothing about x0 at t = 1",
     ),
-    "heads": (["--diffusion.heads", "3"], "width 32 does not divide into 3 heads"),
+    "heads": (["--dit.heads", "3"], "width 32 does not divide into 3 heads"),
     "size": (["--autoencoder.pad", "1"], "does not divide by the downsampling factor 4"),
-    "patch": (["--diffusion.patch", "3"], "does not divide by the patch 3"),
+    "patch": (["--dit.patch", "3"], "does not divide by the patch 3"),
     "groups": (["--autoencoder.groups", "3"], "8 channels do not divide into 3 groups"),
+    "unet": (["--denoiser", "unet", "--unet.heads", "7"], "does not divide into 7 heads"),
+    "unet levels": (
+        ["--denoiser", "unet", "--unet.channels", *["16"] * 5],
+        "a 8 x 8 input does not divide by 16, as 5 levels need",
+    ),
+    "pixels": (["--space", "pixel", "--dit.patch", "5"], "does not divide by the patch 5"),
     "layers": (["--autoencoder.discriminator-layers", "6"], "leave nothing of a 32 x 32 image"),
     "warmup": (["--diffusion.warmup", "40"], "must be below --diffusion.steps"),
     "devices": (["--devices", "99"], "asked for 99 devices"),
@@ -298,11 +328,11 @@ def test_bad_data_folders(data, tmp_path, capsys):
 
 def test_another_configuration_is_refused_and_overwritten_on_request(copied, data, capsys):
     args = ["train", *SMALL, "--run-dir", str(copied), "--data-dir", str(data)]
-    assert call(*args, "--diffusion.depth", "1", "--seed", "3") == 2
+    assert call(*args, "--dit.depth", "1", "--seed", "3") == 2
     said = capsys.readouterr().err
-    assert "--diffusion.depth: the folder has 2, now 1" in said
+    assert "--dit.depth: the folder has 2, now 1" in said
     assert "--seed: the folder has 0, now 3" in said
-    assert "--diffusion.width" not in said
+    assert "--dit.width" not in said
     assert (copied / "metrics.json").exists()
 
 

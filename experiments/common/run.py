@@ -79,7 +79,14 @@ class RunFolder:
     def _delete(self) -> None:
         """What a run writes; files of others stay."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for pattern in ("*.png", "*.npz", "*.jsonl", "autoencoder.json", "metrics.json"):
+        for pattern in (
+            "*.png",
+            "*.npz",
+            "*.jsonl",
+            "autoencoder.json",
+            "data.json",
+            "metrics.json",
+        ):
             for entry in self.path.glob(pattern):
                 entry.unlink()
 

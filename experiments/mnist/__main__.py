@@ -19,7 +19,8 @@ from ..common.figures import image_grid, save_png
 from ..common.run import RunFolder, as_dict, write_json
 from ..common.terminal import Signals, UserError, console, run_main
 from . import config as cfg, evaluate as ev, stages
-from .config import Config, Dataset, SamplingConfig, SolverName
+from .config import Config, Dataset, DenoiserName, SamplingConfig, SolverName, SpaceName
+from .spaces import Pixels
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Place:
     """Where things are and what they run on."""
 
     run_dir: Path | None = None
-    """The run folder; runs/<dataset> by default."""
+    """The run folder; runs/<dataset> by default, with -pixel and -unet for such a run."""
     data_dir: Path | None = None
     """A folder with the four IDX files, gzip'd or not; by default they are fetched and cached."""
     devices: int | None = None
@@ -52,6 +53,8 @@ class Sample:
     """Sample from a finished run into a PNG."""
 
     dataset: Dataset = "mnist"
+    space: SpaceName = "latent"
+    denoiser: DenoiserName = "dit"
     place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
     label: int | None = None
     """The class; without it one row for each class."""
@@ -71,6 +74,8 @@ class Evaluate:
     """Sample a finished run again and bring samples.npz and metrics.json up to date."""
 
     dataset: Dataset = "mnist"
+    space: SpaceName = "latent"
+    denoiser: DenoiserName = "dit"
     place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
         default_factory=SamplingConfig
@@ -87,7 +92,7 @@ Command = (
 
 
 def train(command: Train) -> None:
-    config, sampling = command.config, command.sampling
+    config, sampling = cfg.resolved(command.config), command.sampling
     cfg.check(config)
     cfg.check(sampling, "sampling.")
     check_count("--samples", command.samples)
@@ -95,7 +100,7 @@ def train(command: Train) -> None:
     digits, mesh = load(command.place, config.dataset), make_mesh(command.place)
     cfg.check_sizes(config, digits, mesh.size)
     cfg.check_sampling(config.diffusion, sampling)
-    run = open_run(command.place, config.dataset)
+    run = open_run(command.place, config)
     with run.locked():
         run.open(as_dict(config), overwrite=command.overwrite)
         run_stages(command, stages.Job(config, digits, run, mesh, signals))
@@ -111,21 +116,24 @@ def run_stages(command: Train, job: stages.Job) -> None:
         )
         console.print(ev.summary(metrics, run.path))
         return
+    stages.describe_data(job)
     classifier = stages.train_classifier(job)
-    autoencoder, latents = stages.encode_training_set(job, stages.train_autoencoder(job))
-    begin = time.monotonic()
-    measured = ev.measure_autoencoder(config, autoencoder, classifier, digits)
-    spent = time.monotonic() - begin
-    dit = stages.train_diffusion(job, autoencoder, latents)
-    results = ev.evaluate(
-        config, sampling, run, autoencoder, dit, classifier, digits, command.samples
-    )
-    ev.write_pictures(config, sampling, run, autoencoder, dit, digits)
+    measured, spent = {}, 0.0
+    if config.space == "pixel":
+        space, arrays = Pixels(job.image_shape[0]), {"image": digits.train_images}
+    else:
+        space, arrays = stages.encode_training_set(job, stages.train_autoencoder(job))
+        begin = time.monotonic()
+        measured["autoencoder"] = ev.measure_autoencoder(config, space, classifier, digits)
+        spent = time.monotonic() - begin
+    trained = stages.train_diffusion(job, space, arrays)
+    results = ev.evaluate(config, sampling, run, trained, classifier, digits, command.samples)
+    ev.write_pictures(config, sampling, run, trained, digits)
     timings = {**job.timings, **results["timings"]}
     timings["measuring"] = {"seconds": timings["measuring"]["seconds"] + spent}
     timings["total"] = {"seconds": sum(stage["seconds"] for stage in timings.values())}
     metrics = {
-        "autoencoder": measured,
+        **measured,
         "diffusion": results["diffusion"],
         "timings": timings,
         **ev.describe(config),
@@ -141,7 +149,7 @@ def sample(command: Sample) -> None:
     cfg.check(sampling)
     check_count("--n", command.n)
     Signals()
-    config, run, models, classes = finished_run(command.place, command.dataset)
+    config, run, trained, classes = finished_run(command)
     cfg.check_sampling(config.diffusion, sampling)
     if command.label is None:
         labels = np.repeat(np.arange(classes, dtype=np.int32), command.n)
@@ -149,7 +157,7 @@ def sample(command: Sample) -> None:
         labels = np.full(command.n, command.label, np.int32)
     else:
         raise UserError(f"--label {command.label}: the classes are 0 to {classes - 1}.")
-    images = ev.draw_samples(config, sampling, *models, labels, command.seed)
+    images = ev.draw_samples(config, sampling, trained, labels, command.seed)
     name = "sample.png" if command.label is None else f"sample-{command.label}.png"
     out = command.out or run.path / name
     columns = command.n if command.label is None else math.ceil(math.sqrt(command.n))
@@ -161,7 +169,7 @@ def evaluate(command: Evaluate) -> None:
     cfg.check(command.sampling)
     check_count("--n", command.n, least=10)
     signals = Signals()
-    config, run, models, _ = finished_run(command.place, command.dataset)
+    config, run, trained, _ = finished_run(command)
     cfg.check_sampling(config.diffusion, command.sampling)
     metrics = run.metrics()
     if metrics is None:
@@ -169,7 +177,7 @@ def evaluate(command: Evaluate) -> None:
     digits, mesh = load(command.place, config.dataset), make_mesh(command.place)
     with run.locked():
         classifier = stages.train_classifier(stages.Job(config, digits, run, mesh, signals))
-        results = ev.evaluate(config, command.sampling, run, *models, classifier, digits, command.n)
+        results = ev.evaluate(config, command.sampling, run, trained, classifier, digits, command.n)
         metrics["diffusion"] = results["diffusion"]
         metrics["timings"].update(results["timings"])
         write_json(run.path / "metrics.json", metrics)
@@ -187,16 +195,17 @@ def make_mesh(place: Place) -> Mesh:
         raise UserError(f"--devices: {error}") from None
 
 
-def open_run(place: Place, dataset: str) -> RunFolder:
-    return RunFolder(place.run_dir or Path("runs") / dataset)
+def open_run(place: Place, which: Config | Sample | Evaluate) -> RunFolder:
+    name = cfg.run_name(which.dataset, which.space, which.denoiser)
+    return RunFolder(place.run_dir or Path("runs") / name)
 
 
-def finished_run(place: Place, dataset: str):
+def finished_run(command: Sample | Evaluate):
     """A run's configuration, folder, averaged models and number of classes."""
-    run = open_run(place, dataset)
+    run = open_run(command.place, command)
     config = cfg.from_dict(run.config())
-    models, classes = stages.load_finished(config, run)
-    return config, run, models, classes
+    trained, classes = stages.load_finished(config, run)
+    return config, run, trained, classes
 
 
 def check_count(option: str, count: int, *, least: int = 1) -> None:

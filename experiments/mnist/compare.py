@@ -16,19 +16,21 @@ import tyro
 from ..common.run import RunFolder, as_dict, write_json
 from ..common.terminal import UserError, console, run_main
 from . import __main__ as program, config as cfg
-from .config import DiffusionConfig
+from .config import Config, DiffusionConfig, DiTConfig
 
-BASE = DiffusionConfig()
+BASE = cfg.resolved(Config()).diffusion
+HALF = replace(BASE, steps=BASE.steps and BASE.steps // 2)
 VARIANTS: dict[str, DiffusionConfig] = {
     "default": BASE,
     "flow, velocity": replace(BASE, path="flow", prediction="velocity"),
     "ddpm, eps": replace(BASE, path="ddpm", prediction="eps"),
     "learning rate 1e-3": replace(BASE, learning_rate=1e-3),
     "learning rate 2e-3": replace(BASE, learning_rate=2e-3),
-    "batch 128": replace(BASE, batch_size=2 * BASE.batch_size, steps=BASE.steps // 2),
+    "batch 128": replace(HALF, batch_size=2 * BASE.batch_size),
     "time_mean 0.5": replace(BASE, time_mean=0.5),
-    "192 wide": replace(BASE, width=192, heads=6, steps=BASE.steps // 2),
+    "192 wide": HALF,
 }
+SIZES = {"192 wide": DiTConfig(width=192, heads=6)}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def compare(options: Compare) -> None:
         if name not in VARIANTS:
             raise UserError(f"--only {name!r}: known are {', '.join(map(repr, VARIANTS))}.")
         variant = VARIANTS[name]
-        variant = replace(variant, steps=max(2, int(variant.steps * options.share)))
-        config = replace(base, diffusion=variant)
+        variant = replace(variant, steps=max(2, int((variant.steps or 0) * options.share)))
+        config = replace(base, diffusion=variant, dit=SIZES.get(name, base.dit))
+        config = cfg.resolved(config)
         run = RunFolder(options.out / name.replace(", ", "-").replace(" ", "-"))
         if not (run.path / "config.json").exists():
             shutil.rmtree(run.path, ignore_errors=True)

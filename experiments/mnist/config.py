@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import equinox as eqx
@@ -10,11 +10,14 @@ import jax
 
 import eqxldm as ex
 from eqxldm.data import Digits
-from eqxldm.models import AutoencoderKL, ConvClassifier, DiT, PatchDiscriminator
+from eqxldm.models import AutoencoderKL, ConvClassifier, DiT, PatchDiscriminator, UNet
 
 from ..common.terminal import UserError
+from .spaces import Pixels
 
 Dataset = Literal["mnist", "fashion-mnist"]
+SpaceName = Literal["latent", "pixel"]
+DenoiserName = Literal["dit", "unet"]
 PathName = Literal["flow", "cosine", "ddpm"]
 PredictionName = Literal["velocity", "eps", "v", "x0"]
 WeightName = Literal["constant", "min-snr"]
@@ -64,20 +67,42 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """The latent DiT."""
+class DiTConfig:
+    """The transformer's size."""
 
-    steps: int = 3200
+    depth: int = 6
+    width: int = 128
+    heads: int = 4
+    patch: int | None = None
+    """By default 2 for latents, 4 for pixels."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net's size."""
+
+    channels: tuple[int, ...] | None = None
+    """The width of each level; by default 64 128 for latents, 16 32 64 for pixels."""
+    blocks: int = 1
+    """Residual blocks a level, one more on the way up."""
+    heads: int = 4
+    """Of the attention, which is in the deepest level and the middle."""
+    groups: int = 8
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion, and the training of its network."""
+
+    steps: int | None = None
+    """By default what takes some six minutes on two cores."""
     batch_size: int = 64
-    learning_rate: float = 4e-3
+    learning_rate: float | None = None
+    """By default 4e-3 for the DiT, 2e-3 for the U-Net."""
     warmup: int = 50
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.995
-    depth: int = 6
-    width: int = 128
-    heads: int = 4
-    patch: int = 2
     label_dropout: float = 0.1
     path: PathName = "cosine"
     prediction: PredictionName = "v"
@@ -104,12 +129,52 @@ class Config:
     """One training run; the run folder belongs to it."""
 
     dataset: Dataset = "mnist"
+    space: SpaceName = "latent"
+    """What is diffused: an autoencoder's latents or the pixels."""
+    denoiser: DenoiserName = "dit"
     seed: int = 0
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+
+
+# What None stands for.
+STEPS = {
+    ("latent", "dit"): 3200,
+    ("latent", "unet"): 1600,
+    ("pixel", "dit"): 2000,
+    ("pixel", "unet"): 800,
+}
+RATES = {"dit": 4e-3, "unet": 2e-3}
+PATCHES = {"latent": 2, "pixel": 4}
+CHANNELS = {"latent": (64, 128), "pixel": (16, 32, 64)}
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with nothing left open."""
+    or_else = lambda value, default: default if value is None else value
+    diffusion, dit, unet = config.diffusion, config.dit, config.unet
+    return replace(
+        config,
+        diffusion=replace(
+            diffusion,
+            steps=or_else(diffusion.steps, STEPS[config.space, config.denoiser]),
+            learning_rate=or_else(diffusion.learning_rate, RATES[config.denoiser]),
+        ),
+        dit=replace(dit, patch=or_else(dit.patch, PATCHES[config.space])),
+        unet=replace(unet, channels=or_else(unet.channels, CHANNELS[config.space])),
+    )
+
+
+def run_name(dataset: Dataset, space: SpaceName, denoiser: DenoiserName) -> str:
+    """The run folder's name: the dataset, and what is not the default."""
+    return "-".join(
+        [dataset, *(["pixel"] * (space == "pixel")), *(["unet"] * (denoiser == "unet"))]
+    )
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -117,10 +182,12 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         parts = dict(values)
         parts["classifier"] = ClassifierConfig(**parts["classifier"])
-        autoencoder = dict(parts["autoencoder"])
-        autoencoder["channels"] = tuple(autoencoder["channels"])
-        parts["autoencoder"] = AutoencoderConfig(**autoencoder)
+        for name, kind in (("autoencoder", AutoencoderConfig), ("unet", UNetConfig)):
+            part = dict(parts[name])
+            part["channels"] = tuple(part["channels"])
+            parts[name] = kind(**part)
         parts["diffusion"] = DiffusionConfig(**parts["diffusion"])
+        parts["dit"] = DiTConfig(**parts["dit"])
         return Config(**parts)
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json was written by another version: {error}") from None
@@ -141,6 +208,8 @@ def check(config: Any, prefix: str = "") -> None:
         value, option = getattr(config, f.name), f"--{prefix}{f.name}".replace("_", "-")
         if dataclasses.is_dataclass(value):
             check(value, f"{prefix}{f.name}.")
+        elif value is None:
+            continue
         elif isinstance(value, (int, float)) and value != value:
             raise UserError(f"{option} must be a number, got {value}.")
         elif f.name in POSITIVE and not value > 0:
@@ -149,7 +218,7 @@ def check(config: Any, prefix: str = "") -> None:
             raise UserError(f"{option} must not be negative, got {value}.")
         elif f.name in SHARES and not 0 <= value < 1:
             raise UserError(f"{option} must lie in [0, 1), got {value}.")
-    if isinstance(config, DiffusionConfig) and config.warmup >= config.steps:
+    if isinstance(config, DiffusionConfig) and config.warmup >= (config.steps or 10**9):
         raise UserError(
             f"--diffusion.warmup {config.warmup} must be below --diffusion.steps {config.steps}."
         )
@@ -185,17 +254,18 @@ def check_sizes(config: Config, digits: Digits, devices: int) -> None:
     pad = 2 * config.autoencoder.pad
 
     def build():
-        autoencoder = make_autoencoder(config, c)
-        discriminator = make_discriminator(config, c)
         x = jax.numpy.zeros((c, h + pad, w + pad))
-        dit = make_dit(config, autoencoder.latent_shape(*x.shape[1:]), digits.num_classes)
-        return autoencoder.encode(x), discriminator(x), dit.patch_embedding
+        space = Pixels(c) if config.space == "pixel" else make_autoencoder(config, c)
+        z = space.encode(x)
+        shape = space.latent_shape(h + pad, w + pad)
+        denoiser = make_network(config, shape, digits.num_classes)
+        return denoiser(z, jax.numpy.array(0.5), denoiser.null), make_discriminator(config, c)(x)
 
     try:
         logits = eqx.filter_eval_shape(build)[1]
     except ValueError as error:
         raise UserError(f"{h} x {w} images with a border of {pad // 2}: {error}") from None
-    if 0 in logits.shape:
+    if config.space == "latent" and 0 in logits.shape:
         raise UserError(
             f"--autoencoder.discriminator-layers {config.autoencoder.discriminator_layers} leave "
             f"nothing of a {h + pad} x {w + pad} image."
@@ -245,11 +315,11 @@ def make_solver(sampling: SamplingConfig) -> ex.AbstractSolver:
     return table[sampling.solver]
 
 
-def make_denoiser(dit: DiT, sampling: SamplingConfig) -> ex.Denoiser:
-    """The DiT with the guidance asked for."""
+def make_denoiser(network: DiT | UNet, sampling: SamplingConfig) -> ex.Denoiser:
+    """The network with the guidance asked for."""
     if sampling.guidance == 1:
-        return dit
-    return ex.guide(dit, dit.null, sampling.guidance, interval=sampling.guidance_interval)
+        return network
+    return ex.guide(network, network.null, sampling.guidance, interval=sampling.guidance_interval)
 
 
 def make_times(config: DiffusionConfig, sampling: SamplingConfig):
@@ -303,17 +373,33 @@ def make_discriminator(config: Config, channels: int) -> PatchDiscriminator:
     )
 
 
-def make_dit(config: Config, shape: tuple[int, int, int], num_classes: int) -> DiT:
-    c = config.diffusion
+def make_network(config: Config, shape: tuple[int, int, int], num_classes: int) -> DiT | UNet:
+    """The denoiser for inputs of this shape; `config` is `resolved`."""
+    dit, unet = config.dit, config.unet
+    key = stage_key(config, "diffusion", "model")
+    if config.denoiser == "unet":
+        assert unet.channels is not None
+        deepest = len(unet.channels) - 1
+        return UNet(
+            shape[0],
+            channels=unet.channels,
+            blocks=unet.blocks,
+            attention_levels=tuple(i == deepest for i in range(len(unet.channels))),
+            heads=unet.heads,
+            groups=unet.groups,
+            num_classes=num_classes,
+            key=key,
+        )
+    assert dit.patch is not None
     return DiT(
         shape,
-        patch=c.patch,
-        depth=c.depth,
-        width=c.width,
-        heads=c.heads,
+        patch=dit.patch,
+        depth=dit.depth,
+        width=dit.width,
+        heads=dit.heads,
         num_classes=num_classes,
         remat=jax.checkpoint_policies.nothing_saveable,
-        key=stage_key(config, "diffusion", "model"),
+        key=key,
     )
 
 

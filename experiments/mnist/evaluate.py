@@ -14,7 +14,7 @@ import eqxldm as ex
 from eqxldm.data import Digits
 from eqxldm.data.images import to_float, to_uint8
 from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
-from eqxldm.models import AutoencoderKL, ConvClassifier, DiT
+from eqxldm.models import AutoencoderKL, ConvClassifier
 
 from ..common.figures import image_grid, save_curves, save_png
 from ..common.run import RunFolder, as_dict, replacing, versions
@@ -22,6 +22,7 @@ from ..common.terminal import StageBar
 from . import config as cfg
 from .batching import BATCH, map_images
 from .config import Config, SamplingConfig
+from .spaces import Pixels, Trained
 
 Images = UInt8[np.ndarray, "n h w c"]
 
@@ -29,8 +30,7 @@ Images = UInt8[np.ndarray, "n h w c"]
 def draw_samples(
     config: Config,
     sampling: SamplingConfig,
-    autoencoder: AutoencoderKL,
-    dit: DiT,
+    trained: Trained,
     labels: Int[np.ndarray, " n"],
     seed: int,
 ) -> Images:
@@ -40,14 +40,14 @@ def draw_samples(
     base = jax.random.fold_in(jax.random.key(seed), cfg.STREAMS.index("sampling"))
 
     @eqx.filter_jit
-    def draw(autoencoder, dit, labels, indices):
-        denoiser = cfg.make_denoiser(dit, sampling)
+    def draw(space, network, labels, indices):
+        denoiser = cfg.make_denoiser(network, sampling)
 
         def one(label, index):
             noise_key, solver_key = jax.random.split(jax.random.fold_in(base, index))
-            z = jax.random.normal(noise_key, dit.shape)
+            z = jax.random.normal(noise_key, trained.shape)
             z = ex.sample(denoiser, path, prediction, solver, times, z, label, key=solver_key)
-            return autoencoder.decode(z)
+            return space.decode(z)
 
         return to_uint8(jax.vmap(one)(labels, indices), pad=config.autoencoder.pad)
 
@@ -56,7 +56,8 @@ def draw_samples(
     with StageBar("samples", len(labels), "image") as bar:
         for i in range(0, len(labels), size):
             indices = np.arange(i, i + size) % len(labels)  # the last batch wraps around
-            images.append(np.asarray(draw(autoencoder, dit, labels[indices], indices)))
+            drawn = draw(trained.space, trained.denoiser, labels[indices], indices)
+            images.append(np.asarray(drawn))
             bar.update(min(i + size, len(labels)))
     return np.concatenate(images)[: len(labels)]
 
@@ -137,18 +138,18 @@ def write_pictures(
     config: Config,
     sampling: SamplingConfig,
     run: RunFolder,
-    autoencoder: AutoencoderKL,
-    dit: DiT,
+    trained: Trained,
     digits: Digits,
 ) -> None:
-    """reconstructions.png, forward.png, reverse.png and curves.png."""
+    """forward.png, reverse.png, curves.png, and for latents reconstructions.png."""
     firsts = [int(np.argmax(digits.test_labels == k)) for k in range(digits.num_classes)]
     originals = digits.test_images[np.array(firsts)]
-    rebuilt = reconstruct(config, autoencoder, originals)
-    pairs = image_grid(np.concatenate([originals, rebuilt]), len(firsts))
-    save_png(run.path / "reconstructions.png", pairs)
-    save_png(run.path / "forward.png", _forward(config, autoencoder, originals))
-    save_png(run.path / "reverse.png", _reverse(config, sampling, autoencoder, dit, digits))
+    if isinstance(trained.space, AutoencoderKL):
+        rebuilt = reconstruct(config, trained.space, originals)
+        pairs = image_grid(np.concatenate([originals, rebuilt]), len(firsts))
+        save_png(run.path / "reconstructions.png", pairs)
+    save_png(run.path / "forward.png", _forward(config, trained.space, originals))
+    save_png(run.path / "reverse.png", _reverse(config, sampling, trained, digits))
     losses = {
         "classifier": ["loss"],
         "autoencoder": ["nll", "kl", "discriminator"],
@@ -160,21 +161,21 @@ def write_pictures(
 COLUMNS = 11  # of forward.png and reverse.png
 
 
-def _forward(config: Config, autoencoder: AutoencoderKL, originals: Images) -> Images:
-    """Each row one image, its latent noised at evenly spaced t and decoded."""
+def _forward(config: Config, space: AutoencoderKL | Pixels, originals: Images) -> Images:
+    """Each row one image, itself or its latent noised at evenly spaced t and decoded."""
     path, pad = cfg.make_path(config.diffusion), config.autoencoder.pad
     times = jnp.linspace(0.0, 1.0, COLUMNS)
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, 0, 0))
-    def row(autoencoder, x, key):
-        z = autoencoder.encode(x)
+    def row(space, x, key):
+        z = space.encode(x)
         eps = jax.random.normal(key, z.shape)
         noised = jax.vmap(lambda t: ex.q_sample(path, z, t, eps))(times)
-        return jax.vmap(autoencoder.decode)(noised)
+        return jax.vmap(space.decode)(noised)
 
     keys = jax.random.split(cfg.stage_key(config, "sampling", "step"), len(originals))
-    rows = row(autoencoder, to_float(jnp.asarray(originals), pad=pad), keys)
+    rows = row(space, to_float(jnp.asarray(originals), pad=pad), keys)
     images = to_uint8(rows.reshape(-1, *rows.shape[2:]), pad=pad)
     return image_grid(np.asarray(images), COLUMNS)
 
@@ -182,8 +183,7 @@ def _forward(config: Config, autoencoder: AutoencoderKL, originals: Images) -> I
 def _reverse(
     config: Config,
     sampling: SamplingConfig,
-    autoencoder: AutoencoderKL,
-    dit: DiT,
+    trained: Trained,
     digits: Digits,
 ) -> Images:
     """Each row one class, the states of its denoising trajectory decoded, noise first."""
@@ -193,17 +193,17 @@ def _reverse(
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, None, 0, 0))
-    def row(autoencoder, dit, label, key):
-        denoiser = cfg.make_denoiser(dit, sampling)
+    def row(space, network, label, key):
+        denoiser = cfg.make_denoiser(network, sampling)
         noise_key, solver_key = jax.random.split(key)
-        z = jax.random.normal(noise_key, dit.shape)
+        z = jax.random.normal(noise_key, trained.shape)
         states, _ = ex.sample_trajectory(
             denoiser, path, prediction, solver, times, z, label, key=solver_key
         )
-        return jax.vmap(autoencoder.decode)(states[shown])
+        return jax.vmap(space.decode)(states[shown])
 
     keys = jax.random.split(cfg.stage_key(config, "sampling", "data"), digits.num_classes)
-    rows = row(autoencoder, dit, jnp.arange(digits.num_classes), keys)
+    rows = row(trained.space, trained.denoiser, jnp.arange(digits.num_classes), keys)
     images = to_uint8(rows.reshape(-1, *rows.shape[2:]), pad=config.autoencoder.pad)
     return image_grid(np.asarray(images), len(shown))
 
@@ -212,8 +212,7 @@ def evaluate(
     config: Config,
     sampling: SamplingConfig,
     run: RunFolder,
-    autoencoder: AutoencoderKL,
-    dit: DiT,
+    trained: Trained,
     classifier: ConvClassifier,
     digits: Digits,
     count: int,
@@ -224,7 +223,7 @@ def evaluate(
     """
     labels = np.arange(count, dtype=np.int32) % digits.num_classes
     begin = time.monotonic()
-    samples = draw_samples(config, sampling, autoencoder, dit, labels, config.seed)
+    samples = draw_samples(config, sampling, trained, labels, config.seed)
     seconds = time.monotonic() - begin
     with replacing(run.path / "samples.npz") as temporary:
         np.savez(temporary, arr_0=samples, arr_1=labels)
@@ -242,10 +241,12 @@ def evaluate(
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
     """What the job says at its end."""
-    ae, dm = metrics["autoencoder"], metrics["diffusion"]
-    return (
+    ae, dm = metrics.get("autoencoder"), metrics["diffusion"]
+    reconstruction = ae and (
         f"autoencoder: PSNR {ae['psnr_db']:.2f} dB, SSIM {ae['ssim']:.3f}, "
         f"reconstruction FD {ae['reconstruction_fd']:.2f}\n"
+    )
+    return (reconstruction or "") + (
         f"samples ({dm['samples']}, {dm['solver']}, {dm['steps']} steps, guidance "
         f"{dm['guidance_scale']}): FD {dm['fd']:.2f} (real images: {dm['fd_floor']:.2f}), accuracy "
         f"{dm['accuracy']:.3f}, precision {dm['precision']:.3f}, recall {dm['recall']:.3f}\n"

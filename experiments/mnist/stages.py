@@ -3,6 +3,7 @@
 import json
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from eqxldm.checkpoints import Checkpoints, digest
 from eqxldm.data import Digits, cache_dir
 from eqxldm.data.images import to_float
 from eqxldm.data.pipelines import training_batches
-from eqxldm.models import AutoencoderKL, ConvClassifier, DiT, Posterior
+from eqxldm.models import AutoencoderKL, ConvClassifier, Posterior
 from eqxldm.training import (
     AutoencoderState,
     adamw,
@@ -36,9 +37,10 @@ from ..common.terminal import Signals, StageBar, UserError
 from . import config as cfg
 from .batching import map_images
 from .config import Config
+from .spaces import Pixels, Trained
 
-STATS = "autoencoder.json"
-Latents = dict[str, np.ndarray]
+DATA, STATS = "data.json", "autoencoder.json"
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass
@@ -162,7 +164,13 @@ def train_autoencoder(job: Job) -> AutoencoderKL:
     return eqx.combine(state.autoencoder.ema, statics[0])
 
 
-def encode_training_set(job: Job, autoencoder: AutoencoderKL) -> tuple[AutoencoderKL, Latents]:
+def describe_data(job: Job) -> None:
+    """`data.json`: what a finished run must know of its data."""
+    about = {"image_shape": job.image_shape, "num_classes": job.digits.num_classes}
+    write_json(job.run.path / DATA, about)
+
+
+def encode_training_set(job: Job, autoencoder: AutoencoderKL) -> tuple[AutoencoderKL, Arrays]:
     """The training images' raw posteriors, and the autoencoder normalised by their statistics.
 
     `latents.npz` holds the posteriors, `autoencoder.json` their statistics, both with the digest
@@ -175,13 +183,7 @@ def encode_training_set(job: Job, autoencoder: AutoencoderKL) -> tuple[Autoencod
     if latents is None:
         latents = _encode(job, autoencoder)
         shift, scale = measure_latents(latents["mean"], latents["logvar"])
-        stats = {
-            "made_by": made_by,
-            "shift": shift,
-            "scale": scale,
-            "image_shape": job.image_shape,
-            "num_classes": job.digits.num_classes,
-        }
+        stats = {"made_by": made_by, "shift": shift, "scale": scale}
         write_json(job.run.path / STATS, stats)  # first: latents.npz says that both are there
         with replacing(path) as temporary:
             np.savez(temporary, made_by=made_by, mean=latents["mean"], logvar=latents["logvar"])
@@ -192,7 +194,7 @@ def encode_training_set(job: Job, autoencoder: AutoencoderKL) -> tuple[Autoencod
 
 def normalised(autoencoder: AutoencoderKL, run: RunFolder) -> AutoencoderKL:
     """The autoencoder with its run's latent statistics."""
-    stats = _read_stats(run)
+    stats = _read(run, STATS, "made_by", "shift", "scale")
     if stats["made_by"] != digest(eqx.filter(autoencoder, eqx.is_array)):
         raise UserError(
             f"{run.path / STATS} belongs to another autoencoder; delete latents.npz and train."
@@ -200,23 +202,21 @@ def normalised(autoencoder: AutoencoderKL, run: RunFolder) -> AutoencoderKL:
     return autoencoder.with_latent_stats(tuple(stats["shift"]), tuple(stats["scale"]))
 
 
-def _read_stats(run: RunFolder) -> dict[str, Any]:
-    path = run.path / STATS
+def _read(run: RunFolder, name: str, *keys: str) -> dict[str, Any]:
+    path = run.path / name
     try:
-        stats = json.loads(path.read_text())
-        missing = {"made_by", "shift", "scale", "image_shape", "num_classes"} - set(stats)
+        found = json.loads(path.read_text())
+        missing = set(keys) - set(found)
         if missing:
             raise ValueError(f"without {', '.join(sorted(missing))}")
-        return stats
+        return found
     except FileNotFoundError:
-        raise UserError(
-            f"the run in {run.path} is not finished: no {STATS}. Train first."
-        ) from None
+        raise UserError(f"the run in {run.path} is not finished: no {name}. Train first.") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete latents.npz and train.") from None
 
 
-def _encode(job: Job, autoencoder: AutoencoderKL) -> Latents:
+def _encode(job: Job, autoencoder: AutoencoderKL) -> Arrays:
     def encode(autoencoder, images):
         x = to_float(images, pad=job.config.autoencoder.pad)
         posterior = jax.vmap(autoencoder.posterior)(x)
@@ -228,7 +228,7 @@ def _encode(job: Job, autoencoder: AutoencoderKL) -> Latents:
     return {"mean": mean, "logvar": logvar}
 
 
-def _read_latents(path: Path, made_by: str) -> Latents | None:
+def _read_latents(path: Path, made_by: str) -> Arrays | None:
     """The cached latents, None if there are none, they are damaged or another model's."""
     try:
         with np.load(path) as file:
@@ -243,27 +243,28 @@ def _last_seconds(run: RunFolder, stage: str) -> float:
     return next((e["seconds"] for e in reversed(run.log_entries()) if e["stage"] == stage), 0.0)
 
 
-def diffusion_state(config: Config, latent_shape, num_classes: int):
+def diffusion_state(config: Config, shape: tuple[int, int, int], num_classes: int):
     c = config.diffusion
+    assert c.learning_rate is not None and c.steps is not None
     rate = warmup_cosine(c.learning_rate, c.steps, c.warmup)
     optimizer = adamw(rate, b2=0.99, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
-    return *init_state(cfg.make_dit(config, latent_shape, num_classes), optimizer), optimizer
+    return *init_state(cfg.make_network(config, shape, num_classes), optimizer), optimizer
 
 
-def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> DiT:
-    """The averaged DiT, trained on fresh samples of the cached posteriors."""
+def padded_shape(
+    config: Config, space: AutoencoderKL | Pixels, image_shape
+) -> tuple[int, int, int]:
+    """What the denoiser sees of images of this shape, with their border."""
+    _, h, w = image_shape
+    pad = 2 * config.autoencoder.pad
+    return space.latent_shape(h + pad, w + pad)
+
+
+def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> Trained:
+    """The averaged network, trained on pixels or on fresh samples of the cached posteriors."""
     options, digits = job.config.diffusion, job.digits
-    state, static, optimizer = diffusion_state(
-        job.config, latents["mean"].shape[1:], digits.num_classes
-    )
-
-    def draw(mean, logvar, key):
-        raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
-        return autoencoder.normalise(raw).sample(key)
-
-    def prepare(batch, key):
-        keys = jax.random.split(key, len(batch["label"]))
-        return jax.vmap(draw)(batch["mean"], batch["logvar"], keys), batch["label"]
+    shape = padded_shape(job.config, space, job.image_shape)
+    state, static, optimizer = diffusion_state(job.config, shape, digits.num_classes)
 
     loss_fn = make_diffusion_loss(
         cfg.make_path(options),
@@ -271,27 +272,47 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> D
         cfg.make_time_sampler(options),
         weight=cfg.make_weight(options),
         label_dropout=options.label_dropout,
-        prepare=prepare,
+        prepare=_prepare(space, job.config.autoencoder.pad),
     )
     step = make_train_step(loss_fn, static, optimizer, ema_decay=options.ema_decay)
-    arrays = {**latents, "label": digits.train_labels}
+    arrays = {**arrays, "label": digits.train_labels}
     state = job.train("diffusion", [(options.steps, step)], state, arrays, options)
-    return eqx.combine(state.ema, static)
+    return Trained(space, eqx.combine(state.ema, static), shape)
 
 
-def load_finished(config: Config, run: RunFolder) -> tuple[tuple[AutoencoderKL, DiT], int]:
+def _prepare(space: AutoencoderKL | Pixels, pad: int) -> Callable[[Any, Any], Any]:
+    """`prepare(batch, key) -> (x0, labels)`: the images, or samples of their posteriors."""
+    if isinstance(space, Pixels):
+        return lambda batch, key: (to_float(batch["image"], pad=pad), batch["label"])
+
+    def draw(mean, logvar, key):
+        raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
+        return space.normalise(raw).sample(key)
+
+    def prepare(batch, key):
+        keys = jax.random.split(key, len(batch["label"]))
+        return jax.vmap(draw)(batch["mean"], batch["logvar"], keys), batch["label"]
+
+    return prepare
+
+
+def load_finished(config: Config, run: RunFolder) -> tuple[Trained, int]:
     """The averaged models of a finished run and the number of classes."""
-    stats = _read_stats(run)
-    (c, h, w), num_classes = stats["image_shape"], stats["num_classes"]
-    state, statics = eqx.filter_eval_shape(lambda: autoencoder_state(config, c)[:2])
-    state = _final_state(run, "autoencoder", config.autoencoder.steps, state)
-    autoencoder = normalised(eqx.combine(state.autoencoder.ema, statics[0]), run)
-    pad = 2 * config.autoencoder.pad
-    latent_shape = autoencoder.latent_shape(h + pad, w + pad)
-    shapes = lambda: diffusion_state(config, latent_shape, num_classes)[:2]
+    about = _read(run, DATA, "image_shape", "num_classes")
+    image_shape, num_classes = tuple(about["image_shape"]), about["num_classes"]
+    space = Pixels(image_shape[0])
+    if config.space == "latent":
+        state, statics = eqx.filter_eval_shape(
+            lambda: autoencoder_state(config, image_shape[0])[:2]
+        )
+        state = _final_state(run, "autoencoder", config.autoencoder.steps, state)
+        space = normalised(eqx.combine(state.autoencoder.ema, statics[0]), run)
+    shape = padded_shape(config, space, image_shape)
+    shapes = lambda: diffusion_state(config, shape, num_classes)[:2]
     state, static = eqx.filter_eval_shape(shapes)
+    assert config.diffusion.steps is not None
     state = _final_state(run, "diffusion", config.diffusion.steps, state)
-    return (autoencoder, eqx.combine(state.ema, static)), num_classes
+    return Trained(space, eqx.combine(state.ema, static), shape), num_classes
 
 
 def _final_state(run: RunFolder, stage: str, steps: int, like: Any) -> Any:
