@@ -1,0 +1,168 @@
+"""Decoding as ADM does, its centre crop, flips that depend on the record alone."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eqxldm.data import DataError, center_crop, decode_rgb
+from eqxldm.data.decoding import decode_and_crop, flip_mask
+
+
+def pixels(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def box_halved(image):
+    """The mean of each 2 x 2 block of the even part, rounded as Pillow rounds: half up."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    blocks = image[: 2 * h, : 2 * w].reshape(h, 2, w, 2, 3).astype(int)
+    return ((blocks.sum((1, 3)) + 2) // 4).astype(np.uint8)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_powers_of_two_are_means_of_blocks(steps):
+    """A 16 x 16 crop of an even multiple of 16 needs no bicubic step: it is the identity."""
+    image = pixels(16 * 2**steps, 24 * 2**steps)
+    halved = image
+    for _ in range(steps):
+        halved = box_halved(halved)
+    cropped = center_crop(image, 16)
+    assert np.abs(cropped.astype(int) - halved[:, 4:20]).max() <= steps  # sums in two passes
+
+
+def reference_crop(image, size):
+    """The description step by step, on arrays: for every step one call of Pillow."""
+    height, width = image.shape[:2]
+    while min(height, width) >= 2 * size:
+        height, width = height // 2, width // 2
+        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+    scale = size / min(height, width)
+    height, width = round(height * scale), round(width * scale)
+    image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+SIDES = [
+    (20, 20),
+    (37, 53),
+    (53, 37),
+    (31, 200),
+    (200, 63),
+    (64, 64),
+    (127, 128),
+    (9, 14),
+    (33, 32),
+]
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_the_crop_is_adms(sides):
+    image = pixels(*sides)
+    cropped = center_crop(image, 16)
+    assert cropped.shape == (16, 16, 3) and cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, reference_crop(image, 16))
+    content = encoded(Image.fromarray(image), "JPEG")
+    np.testing.assert_array_equal(
+        decode_and_crop(content, 16), center_crop(decode_rgb(content), 16)
+    )
+
+
+def test_odd_remainders_are_cut_low():
+    """Of 5 columns too many, 2 are cut left and 3 right; rows likewise."""
+    wide = np.repeat(np.arange(21, dtype=np.uint8)[None, :, None], 16, 0).repeat(3, 2)
+    assert center_crop(wide, 16)[0, :, 0].tolist() == list(range(2, 18))
+    assert center_crop(wide.transpose(1, 0, 2).copy(), 16)[:, 0, 0].tolist() == list(range(2, 18))
+
+
+RGB = Image.fromarray(pixels(6, 5))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_files_come_back(kind):
+    np.testing.assert_array_equal(decode_rgb(encoded(RGB, kind)), np.array(RGB))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+def test_lossy_files_are_what_pillow_says(kind):
+    content = encoded(RGB, kind)
+    expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(decode_rgb(content), expected)
+
+
+def first(image, kind="PNG", **options):
+    return decode_rgb(encoded(image, kind, **options))[0, 0].tolist()
+
+
+def test_other_modes_are_converted():
+    assert first(Image.new("L", (2, 2), 9)) == [9, 9, 9]
+    assert first(Image.new("1", (2, 2), 1)) == [255, 255, 255]
+    assert first(Image.new("LA", (2, 2), (9, 3))) == [9, 9, 9]
+    assert first(Image.new("RGBA", (2, 2), (9, 8, 7, 0))) == [9, 8, 7]  # dropped, not blended
+    assert first(Image.new("CMYK", (2, 2), (255, 0, 0, 0)), "TIFF") == [0, 255, 255]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    assert first(palette) == [4, 5, 6]
+    assert first(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG") == [0, 0, 0]
+
+
+def test_sixteen_bits_keep_the_high_byte():
+    deep = Image.fromarray(np.array([[0, 255, 256, 40000, 65535]], np.uint16))
+    for kind in ("PNG", "TIFF"):
+        assert decode_rgb(encoded(deep, kind))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+
+
+def test_the_orientation_tag_is_ignored_as_in_adm():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by a quarter
+    assert decode_rgb(encoded(RGB, "JPEG", exif=exif)).shape == (6, 5, 3)
+
+
+GOOD = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no image",
+        GOOD[:10],
+        GOOD[: len(GOOD) // 2],
+        encoded(RGB)[:60],
+        GOOD[:200] + bytes(99),
+    ],
+)
+def test_unreadable_images_are_named(content):
+    with pytest.raises(DataError, match=rf"n01/x\.JPEG: cannot be decoded \({len(content)} bytes"):
+        decode_and_crop(content, 8, "n01/x.JPEG")
+
+
+def test_an_image_that_would_fill_the_memory_is_refused():
+    header = encoded(Image.new("1", (8, 8)))
+    huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_rgb(huge)
+
+
+def test_flips_depend_on_seed_epoch_and_record_alone():
+    n = 4000
+    records, zeros = np.arange(n), np.zeros(n, int)
+    masks = [flip_mask(s, zeros + e, records) for s, e in [(0, 0), (0, 1), (1, 0), (1, 1), (7, 3)]]
+    shuffled = np.random.default_rng(0).permutation(n)
+    np.testing.assert_array_equal(flip_mask(0, zeros, shuffled), masks[0][shuffled])
+    assert flip_mask(0, zeros[:1], records[5:6])[0] == masks[0][5]
+    # Fair, and independent of one another: 5 sigma of a fair coin, of runs in a row too.
+    bound = 5 * 0.5 / np.sqrt(n)
+    for k, mask in enumerate(masks):
+        assert abs(mask.mean() - 0.5) < bound
+        assert abs((mask[1:] == mask[:-1]).mean() - 0.5) < bound
+        for other in masks[:k]:
+            assert abs((mask == other).mean() - 0.5) < bound
