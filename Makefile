@@ -1,4 +1,5 @@
-# One command each; `make help` lists them. Everything is installed into .venv.
+# One command each; `make help` lists them. Everything is installed into .venv; what test-parity
+# compares with, into .venv-parity.
 
 # The first of these that runs and is new enough; PYTHON=/path/to/python3 overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -17,6 +18,7 @@ comma := ,
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
 DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
+PARITY := .venv-parity/installed-$(MINOR)
 
 # Compiled programs and fetched data are kept here.
 EQXLDM_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/eqxldm
@@ -24,7 +26,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(EQXLDM_CACHE)/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
 RUN = .venv/bin/python -m experiments.mnist
-# Options of sample-mnist, as make variables.
+# Options as make variables.
+WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER))
 SAMPLE = $(if $(LABEL),--label $(LABEL)) $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
 	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER)) \
 	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
@@ -33,7 +36,7 @@ EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
-	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture test lint format typecheck pins docs docs-serve clean
+	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture bench bench-data test test-parity lint format typecheck pins docs docs-serve clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,26 +44,26 @@ help: ## list the targets
 	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
 	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
 
-train-mnist: $(RUNTIME) ## train on MNIST, sample, measure; goes on where it stopped
-	$(RUN) train $(ARGS)
+train-mnist: $(RUNTIME) ## train on MNIST, sample, measure; DENOISER=unet SPACE=pixel
+	$(RUN) train $(WHICH) $(ARGS)
 
 sample-mnist: $(RUNTIME) ## sample from the run: LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0
-	$(RUN) sample $(SAMPLE) $(ARGS)
+	$(RUN) sample $(WHICH) $(SAMPLE) $(ARGS)
 
 evaluate-mnist: $(RUNTIME) ## measure 10,000 samples of the run, or N
-	$(RUN) evaluate $(EVALUATE) $(ARGS)
+	$(RUN) evaluate $(WHICH) $(EVALUATE) $(ARGS)
 
 train-fashion-mnist: $(RUNTIME) ## the same on Fashion-MNIST
-	$(RUN) train --dataset fashion-mnist $(ARGS)
+	$(RUN) train --dataset fashion-mnist $(WHICH) $(ARGS)
 
 sample-fashion-mnist: $(RUNTIME) ## as sample-mnist
-	$(RUN) sample --dataset fashion-mnist $(SAMPLE) $(ARGS)
+	$(RUN) sample --dataset fashion-mnist $(WHICH) $(SAMPLE) $(ARGS)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of the DiT (20 minutes)
 	.venv/bin/python -m experiments.mnist.compare $(ARGS)
 
 evaluate-fashion-mnist: $(RUNTIME) ## as evaluate-mnist
-	$(RUN) evaluate --dataset fashion-mnist $(EVALUATE) $(ARGS)
+	$(RUN) evaluate --dataset fashion-mnist $(WHICH) $(EVALUATE) $(ARGS)
 
 bench-solvers: $(RUNTIME) ## what each solver costs beside the network, in passes over the state
 	.venv/bin/python benchmarks/solvers.py
@@ -68,8 +71,17 @@ bench-solvers: $(RUNTIME) ## what each solver costs beside the network, in passe
 bench-mixture: $(RUNTIME) ## every solver's error against the exact solution (2 minutes)
 	.venv/bin/python benchmarks/mixture.py
 
+bench: $(PARITY) ## ours beside PyTorch: training, sampling, compile time (15 minutes)
+	.venv-parity/bin/python benchmarks/models.py $(ARGS)
+
+bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)
+	.venv/bin/python benchmarks/data.py
+
 test: $(DEV) ## run the tests
 	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) $(ARGS)
+
+test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for other networks
+	.venv-parity/bin/python -m pytest -n $(or $(WORKERS),auto) tests/parity $(ARGS)
 
 lint: $(DEV) ## check style and format
 	.venv/bin/ruff check
@@ -97,14 +109,14 @@ docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
 
 clean: ## delete the environment and all caches of the folder; runs/ stays
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
+	rm -rf .venv .venv-parity .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python:
+.venv/bin/python .venv-parity/bin/python: %/bin/python:
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3."; exit 1; }
-	$(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "Python's venv is missing (Debian: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $* || \
+		{ rm -rf $*; echo "Python's venv is missing (Debian: apt install python3-venv)."; exit 1; }
 
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	--constraint $(CONSTRAINTS) --editable
@@ -119,4 +131,11 @@ $(DEV): $(RUNTIME)
 
 $(DOCS): $(RUNTIME)
 	$(INSTALL) '.[docs$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	@touch $@
+
+# On the CPU, whatever the machine has: the build of torch is the one that pip's settings give.
+$(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(CONSTRAINTS) --constraint constraints/parity.txt \
+		--editable . torch diffusers hypothesis pytest pytest-xdist
 	@touch $@

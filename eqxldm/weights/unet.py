@@ -202,6 +202,7 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
     levels = zip(channels, heads, ours["attention_levels"], strict=True)
     sizes = {width // n for width, n, at in levels if at}
     sizes |= {channels[-1] // heads[-1]} if ours["middle_attention"] else set()
+    sizes = set() if len(sizes) > 1 and set(heads) == {1} else sizes  # None there: one head each
     padding = tuple(ours["downsample_padding"])
     reasons = {
         f"its downsample_padding is {padding}, not (1, 1) or (0, 1)": (

@@ -1,0 +1,109 @@
+"""UNet against diffusers' UNet2DConditionModel and UNet2DModel, both ways."""
+
+import jax
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from eqxldm import weights
+
+from harness import (
+    Draw,
+    Pair,
+    check_dtypes,
+    compare,
+    compare_back,
+    each_configuration,
+    randomise,
+    save,
+    times,
+)
+
+
+def theirs_with_context(module, x, timestep, t, context, label=None):
+    return {"out": module(x, timestep, context, class_labels=label).sample}
+
+
+def theirs_plain(module, x, timestep, t, label=None):
+    return {"out": module(x, timestep, class_labels=label).sample}
+
+
+def ours(unet, x, timestep, t, context=None, label=None):
+    given = tuple(value for value in (label, context) if value is not None)
+    cond = given if len(given) == 2 else given[0] if given else None
+    return {"out": jax.vmap(unet)(x, t, cond)}
+
+
+def common(draw):
+    """Options of both, and the attention of each level."""
+    levels, groups = draw.one(1, 1, 1, 1, 2, 2, 3), draw.one(1, 2, 4)
+    return [draw.one(True, False) for _ in range(levels)], dict(
+        in_channels=draw.between(1, 4),
+        out_channels=draw.between(1, 5),
+        block_out_channels=[4 * draw.between(2, 4) for _ in range(levels)],
+        layers_per_block=draw.one(1, 1, 2) if levels == 1 else 1,
+        downsample_padding=draw.one(0, 1),
+        flip_sin_to_cos=draw.one(True, False),
+        freq_shift=draw.one(0, 1),
+        norm_num_groups=groups,
+        norm_eps=draw.one(1e-5, 1e-6),
+        num_class_embeds=draw.one(None, None, 1, 10),
+    )
+
+
+def check(draw, module, theirs, folder, *, context=None):
+    """Saved, loaded, compared, exported and read again; the errors."""
+    form = draw.form()
+    module = save(randomise(module, draw), folder / "theirs", form)
+    check_dtypes(folder / "theirs", form)
+    unet = weights.load(folder / "theirs")
+    factor = 2 ** (len(module.config.block_out_channels) - 1)
+    sides = [factor * draw.between(2, 4) for _ in range(2)]
+    timestep = draw.rng.integers(0, 1000, 2)
+    timestep[0] = draw.one(timestep[0], 0, 999)
+    values = dict(x=draw.normal(2, module.config.in_channels, *sides), timestep=timestep)
+    values["t"] = times(timestep)
+    if context:
+        values["context"] = draw.normal(2, *context)
+    if classes := module.config.num_class_embeds:
+        values["label"] = draw.rng.integers(0, classes, 2)
+    pair = Pair(theirs, ours, weights.unet.diffusers_layout, values, fixed=("t",))
+    errors = compare(module, unet, pair)
+    errors["exported"] = compare_back(type(module), module, unet, folder / "ours", pair)
+    return errors
+
+
+@each_configuration
+def test_condition(number, tmp_path, record_property):
+    draw = Draw("unet condition", number)
+    attention, options = common(draw)
+    name = lambda plain, at: f"CrossAttn{plain}" if at else plain
+    width = draw.between(1, 12)
+    heads = draw.one(1, 2, 4, [draw.one(1, 2, 4) for _ in attention])
+    module = UNet2DConditionModel(
+        **options,
+        down_block_types=[name("DownBlock2D", at) for at in attention],
+        up_block_types=[name("UpBlock2D", at) for at in reversed(attention)],
+        attention_head_dim=heads,
+        cross_attention_dim=width,
+        transformer_layers_per_block=draw.one(1, 1, 2) if len(attention) == 1 else 1,
+        use_linear_projection=draw.one(True, False),
+        time_embedding_dim=draw.one(None, 24),
+    )
+    context = (draw.between(1, 7), width)
+    errors = check(draw, module, theirs_with_context, tmp_path, context=context)
+    record_property("UNet, condition", errors)
+
+
+@each_configuration
+def test_plain(number, tmp_path, record_property):
+    draw = Draw("unet plain", number)
+    attention, options = common(draw)
+    name = lambda plain, at: f"Attn{plain}" if at else plain
+    module = UNet2DModel(
+        **options,
+        down_block_types=[name("DownBlock2D", at) for at in attention],
+        up_block_types=[name("UpBlock2D", at) for at in reversed(attention)],
+        attention_head_dim=draw.one(2, 4, None),
+        add_attention=draw.one(True, True, False),
+        time_embedding_dim=draw.one(None, 24),
+    )
+    record_property("UNet, plain", check(draw, module, theirs_plain, tmp_path))

@@ -1,0 +1,54 @@
+"""Writes names_*.txt: every tensor of the published networks, a line `name size size ...` each.
+
+Run it in an environment with torch and diffusers:
+
+    .venv-parity/bin/python tests/reference/make_names.py
+
+The networks are made on torch's meta device, which takes no memory. Made with diffusers 0.42.1.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
+
+NETWORKS = {
+    "sd_vae": lambda: AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+    ),
+    "sd_unet": lambda: UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_eps=1e-5,
+        act_fn="silu",
+    ),
+    "dit_xl_2": lambda: DiTTransformer2DModel(out_channels=8),
+}
+
+
+def main() -> None:
+    for name, make in NETWORKS.items():
+        with torch.device("meta"):
+            state = make().state_dict()
+        lines = [" ".join([key, *map(str, value.shape)]) for key, value in sorted(state.items())]
+        path = Path(__file__).with_name(f"names_{name}.txt")
+        path.write_text("\n".join(lines) + "\n")
+        total = sum(value.numel() for value in state.values())
+        print(
+            f"{path.name}: {len(lines)} tensors, {total:,} numbers, {path.stat().st_size:,} bytes"
+        )
+
+
+if __name__ == "__main__":
+    main()
