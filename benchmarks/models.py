@@ -92,7 +92,8 @@ def work(side):
                 runs[name]()
         elif question["do"] == "run":
             times = []
-            while sum(times) < question["seconds"]:
+            runs[name]()  # what the other side left behind: caches, threads still spinning
+            while sum(times) < question["seconds"] or len(times) < 3:
                 begin = time.perf_counter()
                 runs[name]()
                 times.append(time.perf_counter() - begin)

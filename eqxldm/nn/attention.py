@@ -27,9 +27,21 @@ def attend(
     >>> attend(jnp.ones((4, 2, 8)), jnp.ones((6, 2, 8)), jnp.ones((6, 2, 8))).shape
     (4, 2, 8)
     """
-    scores = jnp.einsum("nhd,mhd->hnm", query, key).astype(jnp.float32)
-    weights = jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
-    return jnp.einsum("hnm,mhd->nhd", weights.astype(value.dtype), value)
+    return jax.lax.platform_dependent(query, key, value, cpu=_attend_on_cpu, default=_attend)
+
+
+def _attend(query: Array, key: Array, value: Array, fixed: Callable[[Array], Array] = lambda a: a):
+    """Heads first, tokens second inside; `fixed` is applied to what is transposed."""
+    q, k, v = (fixed(jnp.swapaxes(a, 0, 1)) for a in (query, key, value))
+    scores = jnp.einsum("hnd,hmd->hnm", q, k).astype(jnp.float32)
+    weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
+    return jnp.swapaxes(jnp.einsum("hnm,hmd->hnd", weights.astype(v.dtype), v), 0, 1)
+
+
+def _attend_on_cpu(query: Array, key: Array, value: Array) -> Array:
+    """Without the barriers XLA:CPU moves the transposes into the matmuls, which then take two to
+    three times as long."""
+    return _attend(query, key, value, jax.lax.optimization_barrier)
 
 
 def cudnn_attend(
@@ -211,5 +223,8 @@ def _projections(width: int, heads: int, key, qkv_bias: bool = True) -> tuple[Li
     return qkv, Linear(width, width, key=k2)
 
 
-def _split_heads(qkv: Float[Array, "n d"], heads: int) -> Float[Array, "3 n heads size"]:
-    return jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 1, 0)
+def _split_heads(qkv: Float[Array, "n d"], heads: int) -> list[Float[Array, "n heads size"]]:
+    """Queries, keys and values. `split` and not indices: its gradient is one concatenation, theirs
+    three padded arrays and their sum."""
+    n, width = qkv.shape
+    return [part.reshape(n, heads, -1) for part in jax.lax.split(qkv, 3 * [width // 3], axis=1)]
