@@ -38,7 +38,7 @@ EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
-	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture bench bench-data test test-parity lint format typecheck pins docs docs-serve clean
+	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture bench bench-accelerator bench-data test test-parity lint format typecheck pins docs docs-serve clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-mixture: $(RUNTIME) ## every solver's error against the exact solution (2 
 
 bench: $(PARITY) ## ours beside PyTorch: training, sampling, compile time (15 minutes)
 	.venv-parity/bin/python benchmarks/models.py $(ARGS)
+
+bench-accelerator: $(RUNTIME) ## training steps on a GPU or TPU in many variants; small ones on a CPU
+	.venv/bin/python benchmarks/accelerator.py $(ARGS)
 
 bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)
 	.venv/bin/python benchmarks/data.py

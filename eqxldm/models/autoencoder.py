@@ -331,10 +331,9 @@ def kl_f16(in_channels: int = 3, latent_channels: int = 16, *, key, **options) -
 
 
 def _published(in_channels, latent_channels, channels, options, key):
-    sizes = dict(blocks=2, decoder_blocks=3, groups=32, attention=True, quant_convs=True)
-    return AutoencoderKL(
-        in_channels, latent_channels, channels=channels, **{**sizes, **options}, key=key
-    )
+    sizes = dict(channels=channels, blocks=2, decoder_blocks=3, groups=32, attention=True)
+    sizes |= dict(quant_convs=True) | options
+    return AutoencoderKL(in_channels, latent_channels, **sizes, key=key)
 
 
 def _blocks(widths, groups, attention, keys):
