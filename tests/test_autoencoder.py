@@ -394,6 +394,7 @@ def test_wrong_arguments_are_refused(call, message):
         (dict(channels=(8, 0)), re.escape("channels=(8, 0)")),
         (dict(patch=0), "patch=0"),
         (dict(latent_channels=0), "latent_channels=0"),
+        (dict(attention_levels=(True,) * 3), "attention_levels needs one entry for each of the 2"),
     ],
 )
 def test_wrong_sizes_are_refused(changes, message):

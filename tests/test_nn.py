@@ -5,6 +5,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from eqxldm import nn
+from eqxldm.nn import attention
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -205,6 +206,24 @@ def test_self_attention_is_equivariant_to_the_order_of_tokens_and_splits_heads(k
     np.testing.assert_allclose(layer(x), heads @ layer.proj.weight.T, atol=1e-5)
 
 
+def test_attention_is_the_same_function_on_every_platform():
+    """XLA:CPU gets other transposes; here both run, values and gradients."""
+    q, k, v = normal(5, 2, 8), normal(7, 2, 8, seed=1), normal(7, 2, 8, seed=2)
+    both = [
+        jax.jit(jax.value_and_grad(lambda a, f=f: jnp.sum(f(*a) ** 2)))((q, k, v))
+        for f in (nn.attend, attention._attend)
+    ]
+    for here, elsewhere in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(here, elsewhere, rtol=1e-5, atol=1e-5)
+
+
+def test_frequencies_of_other_networks():
+    i = np.arange(4)
+    angles = 37.0 * 10_000.0 ** (-i / 3)
+    found = nn.sinusoidal(jnp.array(37.0), 8, freq_shift=1, sin_first=True)  # DDPM's
+    np.testing.assert_allclose(found, [*np.sin(angles), *np.cos(angles)], atol=4e-6)
+
+
 def test_attention_block_starts_as_the_identity(key):
     x = normal(4, 6, 8)
     np.testing.assert_array_equal(nn.AttentionBlock(8, groups=4, key=key)(x), x)
@@ -222,6 +241,8 @@ def test_modulation_starts_at_zero_and_modulate_is_affine(key):
         (lambda k: nn.SelfAttention(8, 3, key=k), "width 8 does not divide into 3 heads"),
         (lambda k: nn.GroupNorm(8, 3), "8 channels do not divide into 3 groups"),
         (lambda k: nn.sinusoidal(jnp.array(0.0), 7), "size must be even, got 7"),
+        (lambda k: nn.sinusoidal(jnp.array(0.0), 2, freq_shift=1), "size must be above 2 with fre"),
+        (lambda k: nn.with_fields(nn.GroupNorm(8, 4), eps=1.0), "GroupNorm has no field eps"),
         (lambda k: nn.sincos_positions(2, 2, 6), "size must be a multiple of 4, got 6"),
         (lambda k: nn.space_to_depth(jnp.ones((3, 4, 1)), 2), "3 x 4 does not divide by 2"),
         (lambda k: nn.depth_to_space(jnp.ones((3, 4, 6)), 2), "6 channels do not divide by 4"),

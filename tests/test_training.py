@@ -263,6 +263,34 @@ def test_diffusion_loss_prepares_its_batch_with_a_key_of_its_own():
     assert keys[0] != keys[1]
 
 
+def test_the_loss_of_an_example_can_be_another_such_as_dits_own():
+    path = eqxldm.DiscreteVP(eqxldm.alpha_bar_from_betas(eqxldm.linear_betas(10, 0.01, 0.5)))
+    prediction = eqxldm.LearnedRange(eqxldm.predict_eps)
+    dit = perturbed(small_dit(learn_sigma=True))
+    x0, labels = jax.random.normal(KEY, (2, *dit.shape)), jnp.array([0, 1])
+    loss_fn = training.make_diffusion_loss(
+        path, prediction, eqxldm.discrete_time(10), example_loss=eqxldm.hybrid_loss,
+        label_dropout=0.0,
+    )  # fmt: skip
+    (loss, _), gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss_fn, has_aux=True))(
+        dit, (x0, labels), KEY
+    )
+    _, time_key, _, noise_key = jax.random.split(KEY, 4)
+    times, keys = eqxldm.discrete_time(10)(time_key, 2), jax.random.split(noise_key, 2)
+    expected = [
+        eqxldm.hybrid_loss(dit, path, prediction, x, t, y, key=k)
+        for x, t, y, k in zip(x0, times, labels, keys, strict=True)
+    ]
+    assert float(loss) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
+    rows = jnp.split(gradient.final_linear.bias.reshape(-1, 2 * dit.shape[0]), 2, axis=1)
+    assert all(jnp.any(part != 0) for part in rows)  # the mean's part and the variance's
+    with pytest.raises(ValueError, match="example_loss has its own weight"):
+        training.make_diffusion_loss(
+            path, prediction, eqxldm.discrete_time(10), example_loss=eqxldm.hybrid_loss,
+            weight=eqxldm.min_snr_weight(eqxldm.predict_eps),
+        )  # fmt: skip
+
+
 def test_a_dit_learns_one_batch():
     traces = []
     base = training.make_diffusion_loss(

@@ -12,6 +12,8 @@ from ..paths import AbstractPath
 from ..predictions import Prediction
 from .state import LossFn
 
+# (denoiser, path, prediction, x0, t, cond, *, key) -> scalar, of one example
+ExampleLoss = Callable[..., Float[Array, ""]]
 Latents = tuple[Float[Array, "b zc zh zw"], Int[Array, " b"]]
 
 
@@ -36,14 +38,23 @@ def make_diffusion_loss(
     time_sampler: TimeSampler,
     *,
     weight: Weight = constant_weight,
+    example_loss: ExampleLoss | None = None,
     label_dropout: float = 0.1,
     prepare: Callable[[Any, Key[Array, ""]], Latents] | None = None,
 ) -> LossFn:
-    """`loss(model, batch, key)`: the mean denoising loss of a batch `(x0, labels)`.
+    """`loss(model, batch, key)`: the mean loss of a batch `(x0, labels)`.
+
+    The loss of an example is `denoising_loss` with `weight`, or `example_loss`, called as
+    `eqxldm.hybrid_loss` is: DiT's own loss is `example_loss=eqxldm.hybrid_loss` with
+    `LearnedRange(predict_eps)` and `discrete_time(1000)`.
 
     `prepare(batch, key) -> (x0, labels)` runs first, inside jit; it may, for example, draw
     latents from cached posteriors. The model must have a `null` label.
+
+    **Raises** `ValueError` if both a `weight` and an `example_loss` are given.
     """
+    if example_loss is not None and weight is not constant_weight:
+        raise ValueError("make_diffusion_loss: example_loss has its own weight; give one of them.")
 
     def loss_fn(model: Any, batch: Any, key: Key[Array, ""]):
         prepare_key, time_key, drop_key, noise_key = jax.random.split(key, 4)
@@ -53,6 +64,8 @@ def make_diffusion_loss(
         keys = jax.random.split(noise_key, x0.shape[0])
 
         def one(x0, t, label, key):
+            if example_loss is not None:
+                return example_loss(model, path, prediction, x0, t, label, key=key)
             return denoising_loss(model, path, prediction, weight, x0, t, label, key=key)
 
         return jnp.mean(jax.vmap(one)(x0, t, labels, keys)), {}
