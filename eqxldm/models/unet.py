@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..nn.attention import Attention, attend
 from ..nn.conv import Conv, upsample_nearest
 from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector
+from ..nn.linear import xavier_uniform
 from ..nn.norms import GroupNorm
 from ..nn.resnet import AttentionBlock, ConditionedResnetBlock
 from ..nn.transformer import SpatialTransformer
@@ -60,8 +61,8 @@ class UNet(eqx.Module):
     On the way down the stem's output and that of every block and downsampling is kept; on the way
     up each block sees one of them, last one first, concatenated to its input. The second
     convolution of a residual block, the last map of an attention and the head start at zero, so
-    the untrained network outputs 0. Dropout is left out. The network computes in the dtype of
-    `x_t`; the time, the norms' statistics and the softmax are float32.
+    the untrained network outputs 0; labels start as `N(0, 1)`. Dropout is left out. The network
+    computes in the dtype of `x_t`; the time, the norms' statistics and the softmax are float32.
 
     **Raises** `ValueError` for sizes that do not divide or lists of another length, on
     construction, and for an `x_t` that does not fit or a `cond` that it was not made for.
@@ -140,11 +141,14 @@ class UNet(eqx.Module):
             frequencies=channels[0],
             freq_shift=freq_shift,
             sin_first=sin_first,
+            init=xavier_uniform,
             key=next(keys),
         )
         self.label_embedding = embed_cond
         if num_classes is not None:
-            self.label_embedding = LabelEmbedding(num_classes, d, has_null=has_null, key=next(keys))
+            self.label_embedding = LabelEmbedding(
+                num_classes, d, has_null=has_null, stddev=1.0, key=next(keys)
+            )
         self.downs, skips, width, side = [], [channels[0]], channels[0], downsample_padding
         for i, out in enumerate(channels):
             down = None

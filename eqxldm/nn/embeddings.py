@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .linear import Linear, normal
+from .linear import Initializer, Linear, normal
+
+SMALL_NORMAL = normal(0.02)
 
 
 def sinusoidal(
@@ -77,7 +79,8 @@ class TimeEmbedding(eqx.Module):
     `1000 t - 1` is the timestep of a table of 1000 at `t` (`paths.DiscreteVP`), which is what
     published networks were trained with: timestep `i` lies at `t = (i + 1) / 1000`. On other
     paths it is a time like any other. Computes in float32. `frequencies` is the size of the
-    sinusoidal part, `freq_shift` and `sin_first` are its options.
+    sinusoidal part, `freq_shift` and `sin_first` are its options. `init` is of both weights, DiT's
+    by default.
 
     >>> TimeEmbedding(16, key=jax.random.key(0))(jnp.array(0.5)).shape
     (16,)
@@ -96,11 +99,12 @@ class TimeEmbedding(eqx.Module):
         frequencies: int = 256,
         freq_shift: int = 0,
         sin_first: bool = False,
+        init: Initializer = SMALL_NORMAL,
         key,
     ):
         k1, k2 = jax.random.split(key)
-        self.linear1 = Linear(frequencies, width, init=normal(0.02), key=k1)
-        self.linear2 = Linear(width, width, init=normal(0.02), key=k2)
+        self.linear1 = Linear(frequencies, width, init=init, key=k1)
+        self.linear2 = Linear(width, width, init=init, key=k2)
         self.frequencies, self.freq_shift, self.sin_first = frequencies, freq_shift, sin_first
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, " d"]:
@@ -117,8 +121,9 @@ class LabelEmbedding(eqx.Module):
     """A table with one row a class and one more, row `num_classes`, for "no label".
 
     That last row is the learned null condition of classifier-free guidance; `has_null=False`
-    leaves it out. Labels must lie in `0 .. num_classes`; under jit nothing can be raised, so a
-    label outside gives NaNs and not somebody else's row. `check_label` raises.
+    leaves it out. Rows start as `N(0, stddev^2)`, as DiT's do by default. Labels must lie in
+    `0 .. num_classes`; under jit nothing can be raised, so a label outside gives NaNs and not
+    somebody else's row. `check_label` raises.
 
     >>> embedding = LabelEmbedding(10, 16, key=jax.random.key(0))
     >>> embedding(embedding.null).shape
@@ -128,10 +133,12 @@ class LabelEmbedding(eqx.Module):
     table: Float[Array, "rows d"]
     has_null: bool = eqx.field(static=True)
 
-    def __init__(self, num_classes: int, width: int, *, has_null: bool = True, key):
+    def __init__(
+        self, num_classes: int, width: int, *, has_null: bool = True, stddev: float = 0.02, key
+    ):
         if num_classes < 1:
             raise ValueError(f"LabelEmbedding: num_classes must be at least 1, got {num_classes}.")
-        self.table = 0.02 * jax.random.normal(key, (num_classes + has_null, width))
+        self.table = stddev * jax.random.normal(key, (num_classes + has_null, width))
         self.has_null = has_null
 
     @property
