@@ -39,6 +39,7 @@ class Conv(eqx.Module):
         self.padding = (side, side) if padding is None else padding
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        # A product, which XLA:CPU does two to three times as fast, gradients included.
         if self.weight.shape[:2] == (1, 1) and self.stride == 1 and self.padding == NO_PADDING:
             return x @ self.weight[0, 0].astype(x.dtype) + self.bias.astype(x.dtype)
         y = jax.lax.conv_general_dilated(
