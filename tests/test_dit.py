@@ -86,7 +86,7 @@ def test_published_sizes_have_the_published_counts(name):
     (depth, width, heads), patch = SIZES[name[:-2]], int(name[-1])
     dit = described(name)
     gflops, millions = PUBLISHED[name]
-    assert dit.patch == patch and dit.blocks.attention.heads == heads
+    assert dit.patch == patch and dit.blocks.attention.qkv.heads == heads
     assert parameter_count(dit) == parameters_of_the_paper(depth, width, patch)
     assert round(parameter_count(dit) / 1e6) == millions
     assert round(multiply_adds(dit) / 1e9, 2) == gflops
@@ -179,12 +179,15 @@ def numpy_dit(dit, x_t, t, label, p):
     )
     c = silu(time + np.float64(dit.label_embedding.table)[label])
 
-    heads = dit.blocks.attention.heads
+    heads = dit.blocks.attention.qkv.heads
     for k in range(len(dit.blocks.fc1.weight)):
         modulation = apply(c, get(dit.blocks.modulation.linear, k)).reshape(6, d)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        qkv = apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.attention.qkv, k))
-        query, key, value = qkv.reshape(-1, 3, heads, d // heads).transpose(1, 2, 0, 3)
+        qkv = [
+            apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.attention.qkv, (k, j)))
+            for j in range(3)
+        ]
+        query, key, value = (a.reshape(-1, heads, d // heads).swapaxes(0, 1) for a in qkv)
         scores = query @ key.transpose(0, 2, 1) / np.sqrt(d // heads)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ value
@@ -341,10 +344,10 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(key):
     layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
     plain = filled(lambda: SelfAttention(16, 2, key=key))
     x = jax.random.normal(key, (5, 16))
-    factors = jnp.repeat(jnp.array([7.0, 3.0, 1.0]), 16)  # of the rows for q, k, v
+    factors = jnp.array([[7.0], [3.0], [1.0]])  # of q, k, v
     where = lambda layer: (layer.qkv.weight, layer.qkv.bias)
     scaled = lambda m: eqx.tree_at(
-        where, m, (m.qkv.weight * factors[:, None], m.qkv.bias * factors)
+        where, m, (m.qkv.weight * factors[..., None], m.qkv.bias * factors)
     )
     np.testing.assert_allclose(scaled(layer)(x), layer(x), atol=1e-5)
     assert jnp.max(jnp.abs(scaled(plain)(x) - plain(x))) > 1e-2
@@ -353,8 +356,7 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(key):
 def test_qk_norm_of_queries_and_keys_is_applied_to_each_head(key):
     layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
     x = jax.random.normal(key, (5, 16))
-    q, k, v = np.split(np.asarray(layer.qkv(x)), 3, axis=-1)
-    q, k, v = (a.reshape(5, 2, 8) for a in (q, k, v))
+    q, k, v = map(np.asarray, layer.qkv(x))
     unit = lambda a, norm: np.asarray(norm.scale) * a / np.sqrt((a**2).mean(-1, keepdims=True))
     q, k = jnp.asarray(unit(q, layer.query_norm)), jnp.asarray(unit(k, layer.key_norm))
     expected = layer.proj(nn.attend(q, k, jnp.asarray(v)).reshape(5, 16))
@@ -376,7 +378,7 @@ def test_attention_is_the_function_that_was_given(key):
     x = jax.random.normal(key, (5, 8))
     blind = lambda query, key, value: value
     layer = SelfAttention(8, 2, attention=blind, key=key)
-    np.testing.assert_allclose(layer(x), layer.proj(layer.qkv(x)[:, 16:]), atol=1e-6)
+    np.testing.assert_allclose(layer(x), layer.proj(layer.qkv(x)[2].reshape(5, 8)), atol=1e-6)
     normed = NormedSelfAttention(8, 2, qk_norm=RMSNorm, attention=blind, key=key)
     np.testing.assert_allclose(normed(x), layer(x), atol=1e-6)
     default, other = (filled(lambda c=c: small_dit(**c)) for c in ({}, {"attention": blind}))

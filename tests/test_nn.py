@@ -201,7 +201,7 @@ def test_self_attention_is_equivariant_to_the_order_of_tokens_and_splits_heads(k
     x = normal(5, 8)
     order = jnp.array([3, 1, 4, 0, 2])
     np.testing.assert_allclose(layer(x[order]), layer(x)[order], atol=1e-5)
-    q, k, v = np.split(np.asarray(x @ layer.qkv.weight.T), 3, axis=-1)
+    q, k, v = (np.asarray(x @ weight.T) for weight in layer.qkv.weight)
     heads = naive_attention(*(a.reshape(5, 2, 4) for a in (q, k, v))).reshape(5, 8)
     np.testing.assert_allclose(layer(x), heads @ layer.proj.weight.T, atol=1e-5)
 

@@ -78,7 +78,7 @@ def test_the_published_sizes():
     sd, ddpm = (eqx.filter_eval_shape(make, key=KEY) for make in (unet_sd1, unet_ddpm))
     assert parameter_count(sd) == 859_520_964  # Stable Diffusion 1.x
     assert parameter_count(ddpm) == 35_746_307  # DDPM, CIFAR-10: 35.7 M in the paper
-    assert sd.downs[1].attentions[0].blocks[0].self_attention.heads == 8
+    assert sd.downs[1].attentions[0].blocks[0].self_attention.qkv.heads == 8
     context = jax.ShapeDtypeStruct((77, 768), jnp.float32)
     apply = lambda make, x, cond: eqx.filter_eval_shape(
         lambda x, cond: make(key=KEY)(x, T, cond), jax.ShapeDtypeStruct(x, jnp.float32), cond

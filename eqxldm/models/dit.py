@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
+from ..nn.boundary import undivided
 from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
@@ -194,11 +195,11 @@ class DiT(eqx.Module):
         params, static = eqx.partition(self.blocks, eqx.is_array)
 
         def apply(x, block_params):
-            return eqx.combine(block_params, static)(x, c), None
+            return undivided(eqx.combine(block_params, static)(x, c)), None
 
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, x, params, unroll=self.unroll)[0]
+        return jax.lax.scan(apply, undivided(x), params, unroll=self.unroll)[0]
 
 
 def parameter_count(model: PyTree) -> int:
@@ -248,7 +249,7 @@ def multiply_adds(dit: DiT) -> int:
     depth, _, d = block.fc1.weight.shape
     size = lambda *layers: sum(math.prod(layer.weight.shape[-2:]) for layer in layers)
     per_block = (
-        n * size(block.attention.qkv, block.attention.proj, block.fc1, block.fc2)
+        n * (3 * size(block.attention.qkv) + size(block.attention.proj, block.fc1, block.fc2))
         + 2 * n * n * d
         + size(block.modulation.linear)
         + 2 * n * d

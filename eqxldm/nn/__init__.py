@@ -1,6 +1,7 @@
 """Layers: small modules of one example, from which the models are built."""
 
 from .attention import (
+    QKV as QKV,
     Attention as Attention,
     CrossAttention as CrossAttention,
     NormedSelfAttention as NormedSelfAttention,
@@ -9,6 +10,7 @@ from .attention import (
     attend as attend,
     cudnn_attend as cudnn_attend,
 )
+from .boundary import undivided as undivided
 from .conv import (
     Conv as Conv,
     ConvPair as ConvPair,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .linear import Linear
+from .linear import Linear, xavier_uniform
 
 # (n, heads, d), (m, heads, d), (m, heads, d) -> (n, heads, d)
 Attention = Callable[[Any, Any, Any], Any]
@@ -73,6 +73,37 @@ def cudnn_attend(
     return jax.nn.dot_product_attention(*batched, implementation="cudnn")[0]
 
 
+class QKV(eqx.Module):
+    """Queries, keys and values of tokens: `(n, in)` to three arrays `(n, heads, size)`.
+
+    The weight is `(3, heads * size, in)` and not `(3 * heads * size, in)`: divided over devices
+    along its second axis, each has the queries, keys and values of its own heads. It starts as
+    one Xavier matrix, as in DiT.
+
+    >>> q, k, v = QKV(8, heads=2, key=jax.random.key(0))(jnp.ones((5, 8)))
+    >>> q.shape
+    (5, 2, 4)
+    """
+
+    weight: Float[Array, "3 out in"]
+    bias: Float[Array, "3 out"] | None
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width: int, *, heads: int, use_bias: bool = True, key):
+        check_heads(width, heads)
+        self.weight = xavier_uniform(key, (3 * width, width)).reshape(3, width, width)
+        self.bias = jnp.zeros((3, width)) if use_bias else None
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "n in"]) -> list[Float[Array, "n heads size"]]:
+        y = jnp.einsum("ni,koi->nko", x, self.weight.astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.astype(x.dtype)
+        # `split` and not indices: its gradient is one concatenation, theirs three padded arrays
+        # and their sum.
+        return [part.reshape(len(x), self.heads, -1) for part in jax.lax.split(y, [1] * 3, axis=1)]
+
+
 class RMSNorm(eqx.Module):
     """`scale x / sqrt(mean(x^2) + norm_eps)` over the last axis (Zhang & Sennrich 2019).
 
@@ -106,9 +137,8 @@ class SelfAttention(eqx.Module):
     (5, 8)
     """
 
-    qkv: Linear
+    qkv: QKV
     proj: Linear
-    heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
@@ -120,11 +150,13 @@ class SelfAttention(eqx.Module):
         qkv_bias: bool = True,
         key,
     ):
-        self.qkv, self.proj = _projections(width, heads, key, qkv_bias)
-        self.heads, self.attention = heads, attention
+        k1, k2 = jax.random.split(key)
+        self.qkv = QKV(width, heads=heads, use_bias=qkv_bias, key=k1)
+        self.proj = Linear(width, width, key=k2)
+        self.attention = attention
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = _split_heads(self.qkv(x), self.heads)
+        q, k, v = self.qkv(x)
         return self.proj(self.attention(q, k, v).reshape(x.shape))
 
 
@@ -142,11 +174,10 @@ class NormedSelfAttention(eqx.Module):
     (5, 8)
     """
 
-    qkv: Linear
+    qkv: QKV
     proj: Linear
     query_norm: Callable[[Array], Array]
     key_norm: Callable[[Array], Array]
-    heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
@@ -158,12 +189,13 @@ class NormedSelfAttention(eqx.Module):
         attention: Attention = attend,
         key,
     ):
-        self.qkv, self.proj = _projections(width, heads, key)
+        k1, k2 = jax.random.split(key)
+        self.qkv, self.proj = QKV(width, heads=heads, key=k1), Linear(width, width, key=k2)
         self.query_norm, self.key_norm = qk_norm(width // heads), qk_norm(width // heads)
-        self.heads, self.attention = heads, attention
+        self.attention = attention
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = _split_heads(self.qkv(x), self.heads)
+        q, k, v = self.qkv(x)
         y = self.attention(self.query_norm(q), self.key_norm(k), v)
         return self.proj(y.reshape(x.shape))
 
@@ -214,17 +246,3 @@ def check_heads(width: int, heads: int) -> None:
     """
     if heads < 1 or width % heads:
         raise ValueError(f"attention: width {width} does not divide into {heads} heads.")
-
-
-def _projections(width: int, heads: int, key, qkv_bias: bool = True) -> tuple[Linear, Linear]:
-    check_heads(width, heads)
-    k1, k2 = jax.random.split(key)
-    qkv = Linear(width, 3 * width, use_bias=qkv_bias, key=k1)
-    return qkv, Linear(width, width, key=k2)
-
-
-def _split_heads(qkv: Float[Array, "n d"], heads: int) -> list[Float[Array, "n heads size"]]:
-    """Queries, keys and values. `split` and not indices: its gradient is one concatenation, theirs
-    three padded arrays and their sum."""
-    n, width = qkv.shape
-    return [part.reshape(n, heads, -1) for part in jax.lax.split(qkv, 3 * [width // 3], axis=1)]

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .attention import Attention, attend, check_heads
+from .boundary import undivided
 from .conv import Conv
 from .linear import Linear, zeros
 from .norms import GroupNorm
@@ -50,7 +51,7 @@ class ResnetBlock(eqx.Module):
     ) -> Float[Array, "h w c2"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y if shift is None else y + shift)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return undivided(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ConditionedResnetBlock(eqx.Module):

@@ -17,7 +17,7 @@ from ..models import DiT
 from ..nn.attention import NormedSelfAttention, RMSNorm
 from ..nn.embeddings import LabelEmbedding, sincos_positions
 from ..nn.fields import with_fields
-from .layout import Layout, Part, WeightsError
+from .layout import Layout, Part, Transform, WeightsError
 from .options import ATTENTION, label_table, name_of, policies
 from .parts import Leaves, linear
 
@@ -68,7 +68,7 @@ def config(dit: DiT) -> dict[str, Any]:
         patch=dit.patch,
         depth=depth,
         width=width,
-        heads=attention.heads,
+        heads=attention.qkv.heads,
         num_classes=None if table is None else table.num_classes,
         learn_sigma=_learns_sigma(dit),
         mlp_ratio=_ratio(width, hidden),
@@ -182,13 +182,14 @@ def official_layout(dit: DiT) -> Layout:
         table = Part("y_embedder.embedding_table.weight")
         leaves[".label_embedding.table"] = (table,)
     for ours, theirs in {
-        "attention.qkv": "attn.qkv",
         "attention.proj": "attn.proj",
         "fc1": "mlp.fc1",
         "fc2": "mlp.fc2",
         "modulation.linear": "adaLN_modulation.1",
     }.items():
         leaves |= _stacked(dit, ours, f"blocks.{{}}.{theirs}")
+    three, one = lambda a: a.reshape(3, -1, *a.shape[1:]), lambda a: a.reshape(-1, *a.shape[2:])
+    leaves |= _stacked(dit, "attention.qkv", "blocks.{}.attn.qkv", three, one)
     leaves |= _qk_norms(dit)
     leaves |= linear("final_modulation.linear", "final_layer.adaLN_modulation.1")
     leaves |= linear("final_linear", "final_layer.linear")
@@ -206,7 +207,7 @@ def diffusers_layout(dit: DiT) -> Layout:
     >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.attention.qkv.bias"]][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
     """
-    depth, _, width = dit.blocks.fc1.weight.shape
+    depth = dit.blocks.fc1.weight.shape[0]
 
     def copied(theirs: str) -> Part:
         names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
@@ -230,7 +231,7 @@ def diffusers_layout(dit: DiT) -> Layout:
         leaves[f".blocks.attention.qkv.{kind}"] = tuple(
             Part(
                 f"transformer_blocks.{i}.attn1.to_{letter}.{kind}",
-                (i, slice(k * width, (k + 1) * width)),
+                (i, k),
             )
             for i in range(depth)
             for k, letter in enumerate("qkv")
@@ -241,12 +242,12 @@ def diffusers_layout(dit: DiT) -> Layout:
     return Layout(leaves, {"pos_embed.pos_embed": lambda: _positions(dit)})
 
 
-def _stacked(dit: DiT, ours: str, theirs: str) -> Leaves:
+def _stacked(dit: DiT, ours: str, theirs: str, *transforms: Transform) -> Leaves:
     """A linear layer of every block; `theirs` has a place for the block's number."""
     depth = dit.blocks.fc1.weight.shape[0]
     return {
         f".blocks.{ours}.{kind}": tuple(
-            Part(f"{theirs.format(i)}.{kind}", (i,)) for i in range(depth)
+            Part(f"{theirs.format(i)}.{kind}", (i,), *transforms) for i in range(depth)
         )
         for kind in ("weight", "bias")
     }

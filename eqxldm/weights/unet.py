@@ -309,11 +309,9 @@ def _spatial_transformer(block: SpatialTransformer, ours: str, theirs: str) -> L
 
 
 def _transformer(block: TransformerBlock, ours: str, theirs: str) -> Leaves:
-    width = block.fc2.weight.shape[0]
     leaves: Leaves = {
         f".{ours}.self_attention.qkv.weight": tuple(
-            Part(f"{theirs}.attn1.to_{letter}.weight", (slice(k * width, (k + 1) * width),))
-            for k, letter in enumerate("qkv")
+            Part(f"{theirs}.attn1.to_{letter}.weight", (k,)) for k, letter in enumerate("qkv")
         )
     }
     for n in (1, 2, 3):
@@ -333,7 +331,9 @@ def _width(level: UNetLevel) -> int:
 
 def _heads(block: AttentionBlock | SpatialTransformer) -> int:
     return (
-        block.heads if isinstance(block, AttentionBlock) else block.blocks[0].self_attention.heads
+        block.heads
+        if isinstance(block, AttentionBlock)
+        else block.blocks[0].self_attention.qkv.heads
     )
 
 
