@@ -11,6 +11,7 @@ from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
 from eqxldm.training import (
     AutoencoderState,
     adamw,
+    exponential,
     init_state,
     l2_distance,
     make_autoencoder_step,
@@ -49,9 +50,11 @@ def forward(case):
 
 def train(case):
     optimizer = adamw(1e-4)
-    state, static = init_state(network(case), optimizer)
+    state, static = init_state(network(case), optimizer, averages=1)
     loss = make_diffusion_loss(PATH, ex.predict_eps, ex.discrete_time(1000))
-    step = jax.jit(make_train_step(loss, static, optimizer, ema_decay=0.999), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(loss, static, optimizer, averages=(exponential(0.999),)), donate_argnums=0
+    )
     data = batch(case)
 
     def run():
@@ -87,11 +90,11 @@ def autoencoder(case):
     ae = AutoencoderKL(channels, 4, **sizes, key=KEY)
     disc = PatchDiscriminator(channels, channels=32, layers=2, groups=8, key=KEY)
     optimizers = adamw(1e-4), adamw(1e-4)
-    ae_state, ae_static = init_state(ae, optimizers[0])
-    disc_state, disc_static = init_state(disc, optimizers[1], ema=False)
+    ae_state, ae_static = init_state(ae, optimizers[0], averages=1)
+    disc_state, disc_static = init_state(disc, optimizers[1])
     state = AutoencoderState(ae_state, disc_state)
     step = make_autoencoder_step(
-        ae_static, disc_static, *optimizers, distance=l2_distance, ema_decay=0.999
+        ae_static, disc_static, *optimizers, distance=l2_distance, averages=(exponential(0.999),)
     )
     step, x = jax.jit(step, donate_argnums=0), batch(case | {"classes": 1})[0]
 
@@ -110,10 +113,12 @@ def compile_seconds(depth, batch=8):
         (4, 32, 32), patch=2, depth=depth, width=1152, heads=16, num_classes=1000,
         learn_sigma=True, key=KEY,
     )  # fmt: skip
-    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer))
+    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, averages=1))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(PATH, prediction, ex.discrete_time(1000))
-    step = jax.jit(make_train_step(loss, static, optimizer, ema_decay=0.9999), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(loss, static, optimizer, averages=(exponential(0.9999),)), donate_argnums=0
+    )
     x = jax.ShapeDtypeStruct((batch, 4, 32, 32), jnp.float32)
     begin = time.perf_counter()
     step.lower(state, (x, jax.ShapeDtypeStruct((batch,), jnp.int32)), KEY).compile()

@@ -9,7 +9,6 @@ import grain
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from eqxldm.checkpoints import Checkpoints
@@ -17,7 +16,7 @@ from eqxldm.data import DataError, ImageRecord, open_images, write_array_record
 from eqxldm.data.decoding import flip_mask
 from eqxldm.data.pipelines import image_batches, training_batches
 from eqxldm.data.prefetch import prefetch_to_device
-from eqxldm.sharding import data_mesh
+from eqxldm.sharding import batch_sharding, make_mesh
 
 N, SIZE, SEED = 22, 4, 3  # 22 records divide by no batch size below
 
@@ -193,7 +192,7 @@ def test_unreadable_images_are_skipped_and_listed():
 
 
 def spec(devices=2):
-    return NamedSharding(data_mesh(devices), PartitionSpec("data"))
+    return batch_sharding(make_mesh(devices=jax.devices()[:devices]))
 
 
 def test_prefetched_batches_lie_on_the_devices_and_positions_are_those_consumed():

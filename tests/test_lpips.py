@@ -334,7 +334,7 @@ def autoencoder_step(perceptual=None):
     ae = perturbed(small_autoencoder(in_channels=3, channels=(8,)), size=0.05)
     disc = small_discriminator(in_channels=3)
     ae_state, ae_static = training.init_state(ae, optimizer)
-    disc_state, disc_static = training.init_state(disc, optimizer, ema=False)
+    disc_state, disc_static = training.init_state(disc, optimizer)
     step = training.make_autoencoder_step(
         ae_static, disc_static, optimizer, optimizer, perceptual=perceptual, adversarial=False
     )
@@ -355,7 +355,8 @@ def test_in_training_the_network_is_an_argument_and_is_not_trained(key):
     assert compiled._cache_size() == 1  # other weights need no other program
     assert jax.tree.structure(once[0]) == jax.tree.structure(state)  # which holds none of them
     # The loss and, by plain gradient descent, the new parameters are linear in the heads.
-    (zero, one), two = (jax.tree.leaves(found) for found in (plain, once)), jax.tree.leaves(twice)
+    parts = lambda found: jax.tree.leaves((found[0], found[1]["loss"]))
+    zero, one, two = parts(plain), parts(once), parts(twice)
     for a, b, c in zip(zero, one, two, strict=True):
         np.testing.assert_allclose(b - a, c - b, rtol=1e-3, atol=1e-5)
     assert float(once[1]["nll"]) > float(plain[1]["nll"]) + 0.01

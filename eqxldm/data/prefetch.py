@@ -68,11 +68,10 @@ def prefetch_to_device(
     the `next` that would have had its batch. `close()` ends the thread.
 
     >>> import numpy as np
-    >>> from ..sharding import data_mesh
+    >>> from ..sharding import batch_sharding, make_mesh
     >>> from .pipelines import training_batches
-    >>> spec = jax.sharding.NamedSharding(data_mesh(1), jax.sharding.PartitionSpec("data"))
     >>> batches = training_batches({"x": np.arange(8)}, 4, seed=0)
-    >>> ahead = prefetch_to_device(batches, spec)
+    >>> ahead = prefetch_to_device(batches, batch_sharding(make_mesh()))
     >>> next(ahead)["x"].shape, ahead.get_state()
     ((4,), {'next_index': 1})
     >>> ahead.close()

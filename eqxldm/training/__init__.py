@@ -10,9 +10,20 @@ from .autoencoder import (
 )
 from .diffusion import (
     drop_labels as drop_labels,
+    in_dtype as in_dtype,
     make_diffusion_loss as make_diffusion_loss,
 )
-from .ema import update_ema as update_ema
+from .ema import (
+    constant as constant,
+    exponential as exponential,
+    gamma_of as gamma_of,
+    posthoc_ema as posthoc_ema,
+    posthoc_error as posthoc_error,
+    posthoc_weights as posthoc_weights,
+    power_function as power_function,
+    sigma_of as sigma_of,
+    update_ema as update_ema,
+)
 from .latents import measure_latents as measure_latents
 from .optimizers import (
     adamw as adamw,
@@ -21,6 +32,8 @@ from .optimizers import (
 from .state import (
     TrainState as TrainState,
     apply_gradients as apply_gradients,
+    block_norms as block_norms,
+    check_gradients as check_gradients,
     init_state as init_state,
     make_train_step as make_train_step,
 )

@@ -1,6 +1,6 @@
 """The autoencoder's train step: reconstruction, KL and a hinge GAN with an adaptive weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ..losses import hinge_discriminator_loss, hinge_generator_loss, kl_to_standard_normal
 from ..nn.conv import depth_to_space
-from .state import Metrics, TrainState, apply_gradients
+from ..sharding import batch_vmap
+from .ema import Decay
+from .state import Metrics, TrainState, apply_gradients, check_gradients, counters
 
 Images = Float[Array, "b c h w"]
 Distance = Callable[[Images, Images], Float[Array, ""]]
@@ -87,7 +89,8 @@ def make_autoencoder_step(
     kl_weight: float = 1e-6,
     gan_weight: float = 0.5,
     adversarial: bool = True,
-    ema_decay: float | None = None,
+    averages: Sequence[Decay] = (),
+    dtype: Any = jnp.float32,
 ) -> AutoencoderStep:
     """A pure `step(state, images, key) -> (state, metrics)` over images `(b, c, h, w)` in [-1, 1].
 
@@ -108,7 +111,17 @@ def make_autoencoder_step(
     The gradients at the reconstruction are taken once for each loss; the last layer's, which
     balance the two, and the whole decoder's follow from them, so that the balance costs no
     second backward pass.
+
+    The networks compute in `dtype`; parameters, posteriors, reconstructions and losses are
+    float32. A step whose loss or gradient is not finite, in either player, changes neither of
+    them. The metrics are those of `make_train_step`, `loss` being `nll + kl_weight KL`, and each
+    term's.
     """
+
+    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def logits(disc: Any, images: Images) -> Float[Array, "b h2 w2"]:
+        return wide(batch_vmap(lambda x: disc(x.astype(dtype)))(images))
 
     def step(
         state: AutoencoderState,
@@ -121,16 +134,16 @@ def make_autoencoder_step(
 
         def body(params: PyTree) -> tuple[Any, Float[Array, ""]]:
             model = eqx.combine(params, autoencoder_static)
-            posterior = jax.vmap(model.posterior)(x)
-            z = jax.vmap(lambda p, k: p.sample(k))(posterior, keys)
-            h = jax.vmap(lambda z: model.decoder.features(jnp.moveaxis(z, 0, -1)))(z)
+            posterior = batch_vmap(lambda x: wide(model.posterior(x.astype(dtype))))(x)
+            z = jax.vmap(lambda p, k: p.sample(k).astype(dtype))(posterior, keys)
+            h = batch_vmap(lambda z: model.decoder.features(jnp.moveaxis(z, 0, -1)))(z)
             kl = jax.vmap(kl_to_standard_normal)(posterior.mean, posterior.logvar)
             return h, jnp.sum(kl) / x.size
 
         def last_layer(head: PyTree, h: Any) -> Images:
             conv = eqx.combine(head, autoencoder_static.decoder.head)
             unfold = lambda y: depth_to_space(y, autoencoder_static.decoder.patch)
-            return jnp.moveaxis(jax.vmap(lambda h: unfold(conv(h)))(h), -1, 1)
+            return jnp.moveaxis(wide(batch_vmap(lambda h: unfold(conv(h)))(h)), -1, 1)
 
         def nll(reconstruction: Images) -> Float[Array, ""]:
             loss = distance(x, reconstruction)
@@ -141,16 +154,16 @@ def make_autoencoder_step(
         nll_value, nll_cotangent = jax.value_and_grad(nll)(reconstruction)
 
         metrics = {"nll": nll_value, "kl": kl}
-        cotangent = nll_cotangent
+        cotangent, players = nll_cotangent, {}
         if adversarial:
 
             def gan(reconstruction: Images) -> Float[Array, ""]:
                 disc = eqx.combine(disc_state.params, discriminator_static)
-                return hinge_generator_loss(jax.vmap(disc)(reconstruction))
+                return hinge_generator_loss(logits(disc, reconstruction))
 
             def discriminate(params: PyTree) -> Float[Array, ""]:
                 disc = eqx.combine(params, discriminator_static)
-                return hinge_discriminator_loss(jax.vmap(disc)(x), jax.vmap(disc)(reconstruction))
+                return hinge_discriminator_loss(logits(disc, x), logits(disc, reconstruction))
 
             gan_value, gan_cotangent = jax.value_and_grad(gan)(reconstruction)
             weight = adaptive_weight(
@@ -158,16 +171,22 @@ def make_autoencoder_step(
             )
             cotangent = nll_cotangent + gan_weight * weight * gan_cotangent
             disc_value, disc_gradients = jax.value_and_grad(discriminate)(disc_state.params)
-            disc_state = apply_gradients(disc_state, disc_gradients, discriminator_optimizer, None)
+            players = {"discriminator": disc_gradients}
             metrics |= {"gan": gan_value, "adaptive_weight": weight, "discriminator": disc_value}
 
         head_gradient, h_cotangent = pull_head(cotangent)
         (gradients,) = pull_body((h_cotangent, jnp.asarray(kl_weight, kl.dtype)))
         gradients = eqx.tree_at(lambda g: g.decoder.head, gradients, head_gradient)
-        ae_state = apply_gradients(ae_state, gradients, autoencoder_optimizer, ema_decay)
-        return AutoencoderState(ae_state, disc_state), {
-            "loss": nll_value + kl_weight * kl,
-            **metrics,
-        }
+        loss = nll_value + kl_weight * kl
+        # Both players or neither: one that goes on alone would train against a broken other.
+        total = loss + metrics.get("gan", 0.0) + metrics.get("discriminator", 0.0)
+        finite, measured = check_gradients(total, {"autoencoder": gradients, **players})
+        ae_state = apply_gradients(ae_state, gradients, autoencoder_optimizer, averages, finite)
+        if adversarial:
+            disc_state = apply_gradients(
+                disc_state, players["discriminator"], discriminator_optimizer, (), finite
+            )
+        metrics = {"loss": loss, **metrics, **measured, **counters(ae_state)}
+        return AutoencoderState(ae_state, disc_state), metrics
 
     return step

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from ..losses import TimeSampler, Weight, constant_weight, denoising_loss
 from ..paths import AbstractPath
 from ..predictions import Prediction
+from ..sharding import batch_vmap
 from .state import LossFn
 
 # (denoiser, path, prediction, x0, t, cond, *, key) -> scalar, of one example
@@ -32,6 +33,25 @@ def drop_labels(
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null, labels)
 
 
+def in_dtype(denoiser: Any, dtype: Any) -> Any:
+    """The denoiser computing in `dtype`: it gets `x_t` in it, and its output is float32.
+
+    Its layers cast their float32 parameters where they use them; norms' statistics, softmax and
+    the time's embedding are float32 all the same.
+
+    >>> half = in_dtype(lambda x_t, t, cond, *, key=None: x_t, jnp.bfloat16)
+    >>> half(jnp.ones(2), 0.5, None).dtype
+    dtype('float32')
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return denoiser
+
+    def cast(x_t: Any, t: Any, cond: Any, *, key: Any = None) -> Any:
+        return denoiser(x_t.astype(dtype), t, cond, key=key).astype(jnp.float32)
+
+    return cast
+
+
 def make_diffusion_loss(
     path: AbstractPath,
     prediction: Prediction,
@@ -41,6 +61,7 @@ def make_diffusion_loss(
     example_loss: ExampleLoss | None = None,
     label_dropout: float = 0.1,
     prepare: Callable[[Any, Key[Array, ""]], Latents] | None = None,
+    dtype: Any = jnp.float32,
 ) -> LossFn:
     """`loss(model, batch, key)`: the mean loss of a batch `(x0, labels)`.
 
@@ -50,6 +71,9 @@ def make_diffusion_loss(
 
     `prepare(batch, key) -> (x0, labels)` runs first, inside jit; it may, for example, draw
     latents from cached posteriors. The model must have a `null` label.
+
+    The network computes in `dtype`; its parameters, the schedule and the loss stay float32
+    (`in_dtype`).
 
     **Raises** `ValueError` if both a `weight` and an `example_loss` are given.
     """
@@ -62,12 +86,13 @@ def make_diffusion_loss(
         t = time_sampler(time_key, x0.shape[0])
         labels = drop_labels(labels, model.null, label_dropout, key=drop_key)
         keys = jax.random.split(noise_key, x0.shape[0])
+        denoiser = in_dtype(model, dtype)
 
         def one(x0, t, label, key):
             if example_loss is not None:
-                return example_loss(model, path, prediction, x0, t, label, key=key)
-            return denoising_loss(model, path, prediction, weight, x0, t, label, key=key)
+                return example_loss(denoiser, path, prediction, x0, t, label, key=key)
+            return denoising_loss(denoiser, path, prediction, weight, x0, t, label, key=key)
 
-        return jnp.mean(jax.vmap(one)(x0, t, labels, keys)), {}
+        return jnp.mean(batch_vmap(one)(x0, t, labels, keys)), {}
 
     return loss_fn

@@ -1,0 +1,212 @@
+"""Meshes, partition rules, and steps on eight devices against the same steps on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from eqxldm import models, sharding, training
+
+ROOT = Path(__file__).parents[1]
+ONE = jax.devices()[:1]
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    [
+        ("", (-1, 1, 1)),
+        ("data=2,fsdp=4", (2, 4, 1)),
+        (" tensor = 8 ", (1, 1, 8)),
+        ("fsdp=-1,tensor=2", (1, -1, 2)),
+    ],
+)
+def test_a_mesh_is_read_from_its_text(text, sizes):
+    assert sharding.parse_mesh(text) == dict(zip(sharding.AXES, sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model=2", "need each of data, fsdp, tensor at most once"),
+        ("data=2,data=2", "got 'data=2'"),
+        ("data", "got 'data'"),
+        ("data=two", "got 'data=two'"),
+        ("data=1.5", "got 'data=1.5'"),
+        ("data=2,", "got ''"),
+        ("fsdp=0", "fsdp must be a positive number"),
+        ("fsdp=-2", "fsdp must be a positive number"),
+        ("data=-1,fsdp=-1", "only one axis can be -1"),
+    ],
+)
+def test_a_mesh_that_makes_no_sense_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.parse_mesh(text)
+
+
+def test_a_mesh_takes_all_devices_or_is_refused():
+    assert dict(sharding.make_mesh().shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    rest = sharding.make_mesh(sharding.parse_mesh("tensor=-1"))
+    assert dict(rest.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert sharding.make_mesh({"fsdp": 1}, ONE).size == 1
+    for text in ("data=3", "data=1", "fsdp=4,data=-1", "tensor=3,data=-1"):
+        with pytest.raises(ValueError, match="must multiply to the 2 devices"):
+            sharding.make_mesh(sharding.parse_mesh(text))
+
+
+@pytest.mark.parametrize("batch, accumulate", [(0, 1), (3, 1), (2, 2), (6, 2)])
+def test_a_batch_that_does_not_divide_is_refused(batch, accumulate):
+    with pytest.raises(ValueError, match=f"batch of {batch} does not divide by {2 * accumulate}"):
+        sharding.check_batch(batch, sharding.make_mesh(), accumulate)
+    sharding.check_batch(8, sharding.make_mesh(), accumulate)
+
+
+XL = eqx.filter_eval_shape(models.dit_xl_2, (4, 32, 32), key=jax.random.key(0))
+MESH = {"data": 2, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    "path, spec",
+    [
+        ("blocks.attention.qkv.weight", P(None, None, "tensor", "fsdp")),  # (28, 3, 1152, 1152)
+        ("blocks.attention.qkv.bias", P(None, None, "tensor")),
+        ("blocks.attention.proj.weight", P(None, "fsdp", "tensor")),
+        ("blocks.attention.proj.bias", P()),
+        ("blocks.fc1.weight", P(None, "tensor", "fsdp")),
+        ("blocks.fc1.bias", P(None, "tensor")),
+        ("blocks.fc2.weight", P(None, "fsdp", "tensor")),
+        ("blocks.modulation.linear.weight", P(None, "fsdp")),  # (28, 6912, 1152)
+        ("blocks.modulation.linear.bias", P()),  # small
+        ("label_embedding.table", P(None, "fsdp")),  # (1001, 1152): 1001 does not divide
+        ("patch_embedding.weight", P()),  # small
+        ("final_modulation.linear.weight", P("fsdp")),
+    ],
+)
+def test_the_rules_divide_the_layers_of_dit_xl_as_written(path, spec):
+    leaf = XL
+    for name in path.split("."):
+        leaf = getattr(leaf, name)
+    assert sharding.partition_spec(path, leaf.shape, MESH) == spec
+
+
+def test_averages_and_the_optimizer_are_divided_like_the_parameters():
+    optimizer = training.adamw(1e-4, clip_norm=1.0)
+    state, _ = eqx.filter_eval_shape(lambda: training.init_state(XL, optimizer, averages=2))
+    state = eqx.filter_eval_shape(
+        lambda k: training.init_state(models.dit_xl_2((4, 32, 32), key=k), optimizer, averages=2)[
+            0
+        ],
+        jax.random.key(0),
+    )
+    specs = sharding.partition_specs(state, MESH)
+    wanted = jax.tree.leaves(specs.params, is_leaf=lambda s: isinstance(s, P))
+    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, P))
+    moments = optax.tree.get(specs.opt_state, "mu"), optax.tree.get(specs.opt_state, "nu")
+    for tree in (*specs.ema, *moments):
+        assert leaves(tree) == wanted
+
+
+def test_rules_need_no_devices_and_nothing_is_divided_that_does_not_divide():
+    for mesh in (MESH, {"fsdp": 7}, {"tensor": 5}, {"data": 64}):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(XL, _is_shape)):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            spec = sharding.partition_spec(name, leaf.shape, mesh)
+            for size, axis in zip(leaf.shape, spec, strict=False):
+                assert axis is None or size % mesh[axis] == 0
+            if name.startswith("blocks."):
+                assert not spec or spec[0] is None
+
+
+def _is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def test_every_path_of_the_tensor_rules_is_one_of_a_model():
+    unet = eqx.filter_eval_shape(models.unet_sd1, key=jax.random.key(0))
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for model in (XL, unet)
+        for path, _ in jax.tree_util.tree_leaves_with_path(eqx.filter(model, _is_shape))
+    ]
+    for rule, axis in sharding.TENSOR_RULES:
+        assert any(
+            "tensor" in sharding.partition_spec(n, (2, 3, 8, 8)[-(4 if "qkv" in n else 3) :], MESH)
+            for n in names
+        ), (rule, axis)
+
+
+def test_bytes_a_device_are_those_of_the_placed_shards():
+    tree = {"fc1": {"weight": np.zeros((512, 256), np.float32)}, "b": np.zeros(5, np.float16)}
+    for text in ("data=2", "fsdp=2", "tensor=2"):
+        mesh = sharding.make_mesh(sharding.parse_mesh(text))
+        placed = jax.tree.leaves(sharding.place(tree, mesh))
+        measured = sum(leaf.addressable_shards[1].data.nbytes for leaf in placed)
+        assert measured == sharding.bytes_per_device(tree, mesh.shape)
+        assert measured == (524288 if text == "data=2" else 262144) + 10
+
+
+def test_a_state_that_is_built_on_a_mesh_is_that_built_and_placed():
+    build = lambda: models.PatchDiscriminator(3, channels=64, layers=1, key=jax.random.key(1))
+    mesh = sharding.make_mesh({"fsdp": 2})
+    built = sharding.build_placed(build, mesh)
+    placed = sharding.place(eqx.filter(build(), eqx.is_array), mesh)
+    arrays = jax.tree.leaves(eqx.filter(built, eqx.is_array))
+    for a, b in zip(arrays, jax.tree.leaves(placed), strict=True):
+        assert a.sharding == b.sharding
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert built.convs[1].stride == build().convs[1].stride
+    assert any("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(placed))
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """What `sharded_steps.py` measures on eight devices; in a process of its own."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "sharded_steps.py")],
+        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    return {(row["step"], row["mesh"]): row for row in json.loads(found.stdout)}
+
+
+MESHES = ["data=8", "fsdp=8", "tensor=2,data=4", "data=2,fsdp=2,tensor=2"]
+STEPS = [("diffusion", mesh) for mesh in MESHES]
+STEPS += [("autoencoder", mesh) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")]
+
+
+@pytest.mark.parametrize(("step", "mesh"), STEPS)
+def test_a_step_on_eight_devices_is_the_step_on_one(eight, step, mesh):
+    row = eight[step, mesh]
+    assert row["loss"] <= 1e-5
+    assert row["moments"] <= 1e-5  # Adam's, which are linear and quadratic in the gradient
+    assert row["parameters"] <= 1e-5
+    assert row["second_compilation"] is False
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_really_are_divided(eight, mesh):
+    row = eight["diffusion", mesh]
+    assert row["bytes"] == row["bytes_expected"]
+    share = {"data=8": 1.0, "fsdp=8": 0.15, "tensor=2,data=4": 0.8, "data=2,fsdp=2,tensor=2": 0.45}
+    assert row["bytes"] <= share[mesh] * row["bytes_whole"]
+
+
+def test_activations_are_divided_over_the_batch_alone(eight):
+    for mesh in MESHES:
+        assert eight["diffusion", mesh]["boundary"] == "batch"
+
+
+def test_neighbours_in_tensor_are_neighbouring_devices(eight):
+    assert eight["diffusion", "data=2,fsdp=2,tensor=2"]["devices"] == [
+        [[0, 1], [2, 3]],
+        [[4, 5], [6, 7]],
+    ]
