@@ -20,24 +20,16 @@ import jax.numpy as jnp
 
 import eqxldm as ex
 from eqxldm import models, nn
-from eqxldm.training import adamw, init_state, make_diffusion_loss, make_train_step
+from eqxldm.devices import peak_flops
+from eqxldm.training import adamw, exponential, init_state, make_diffusion_loss, make_train_step
 
 KEY = jax.random.key(0)
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
-PEAKS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-    "TPU v5": 459e12, "TPU v6 lite": 918e12,
-}  # fmt: skip
+AVERAGES = (exponential(0.9999),)
 POLICIES = {
     "keep all": None,
     "keep products": models.save_matmuls,
     "recompute all": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def peak():
-    kind = jax.devices()[0].device_kind
-    return next((flops for name, flops in PEAKS.items() if name in kind), None)
 
 
 class HalfPrecision(eqx.Module):
@@ -56,11 +48,12 @@ class HalfPrecision(eqx.Module):
 def training_step(network, shape, batch):
     """`(run, loss, memory)`: a step over fixed latents, its first loss, bytes as compiled."""
     optimizer = adamw(1e-4)
-    state, static = init_state(HalfPrecision(network), optimizer)
+    state, static = init_state(HalfPrecision(network), optimizer, averages=1)
     path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(path, prediction, ex.discrete_time(1000))
-    step = jax.jit(make_train_step(loss, static, optimizer, ema_decay=0.9999), donate_argnums=0)
+    step = make_train_step(loss, static, optimizer, averages=AVERAGES)
+    step = jax.jit(step, donate_argnums=0)
     data = jax.random.normal(KEY, (batch, *shape)), jnp.zeros(batch, jnp.int32)
     memory = step.lower(state, data, KEY).compile().memory_analysis()
     state, metrics = step(state, data, KEY)
@@ -128,13 +121,13 @@ def other_rows(small, budget):
     optimizer = adamw(1e-4)
 
     def unet_step():
-        state, static = init_state(unet, optimizer)
+        state, static = init_state(unet, optimizer, averages=1)
         x = jax.random.normal(KEY, (batch, *shape))
 
         def loss(model, x, key):
             return jnp.mean(jax.vmap(lambda x: model(x, jnp.array(0.5), None))(x) ** 2), {}
 
-        step = make_train_step(loss, static, optimizer, ema_decay=0.9999)
+        step = make_train_step(loss, static, optimizer, averages=AVERAGES)
         step = jax.jit(step, donate_argnums=0)
         memory = step.lower(state, x, KEY).compile().memory_analysis()
 
@@ -176,7 +169,8 @@ def measured(name, variant, make, batch, flops, budget):
     row |= dict(peak_bytes=stats.get("peak_bytes_in_use"))
     if flops:
         row["flops_per_second"] = flops / taken
-        row["mfu"] = flops / taken / peak() if peak() else None
+        peak = peak_flops(jax.devices()[0].device_kind)
+        row["mfu"] = flops / taken / peak if peak else None
     return row
 
 
