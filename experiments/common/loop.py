@@ -1,28 +1,62 @@
 """The training loop: resume, step, log, checkpoint, stop. It never waits for the newest step."""
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from eqxldm.checkpoints import CheckpointError, Checkpoints
-from eqxldm.sharding import replicate, shard_batch
+from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
+from eqxldm.data.prefetch import prefetch_to_device
+from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 
-from .run import RunFolder
+from .processes import agreed
+from .run import RunFolder, read_json, versions
+from .telemetry import StepClock, Telemetry
 from .terminal import Interrupted, Signals, StageBar, UserError, console
 
-StepFn = Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
+StepFn = Callable[..., tuple[Any, dict[str, Any]]]
 IN_FLIGHT = 2  # steps dispatched ahead of the one that has finished
 
 
 class LossNotFinite(UserError):
-    """NaN or infinity in a loss or in the state."""
+    """NaN or infinity, time and again."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept of a stage while it runs."""
+
+    save_every: int = 250
+    """Steps between checkpoints."""
+    newest: int = 2
+    """How many of the newest checkpoints stay; the one with the lowest loss stays too."""
+    every: int | None = None
+    """Every checkpoint whose step is a multiple of this stays."""
+    snapshots: Callable[[Any], PyTree] | None = None
+    """`state -> tree`: what is also kept, for good, every `snapshot_every` steps."""
+    snapshot_every: int = 0
+
+
+@dataclass
+class Stage:
+    """A stage's parts that do not change while it runs."""
+
+    name: str
+    batch_size: int
+    run: RunFolder
+    telemetry: Telemetry
+    patience: int
+    saved: int = 0  # the step of the last checkpoint that was begun
+    losses: list[float] = field(default_factory=list)  # since then
 
 
 def train_stage(
@@ -36,65 +70,136 @@ def train_stage(
     mesh: Mesh,
     run: RunFolder,
     signals: Signals,
-    save_every: int,
+    keep: Keep = Keep(),
+    constants: tuple[Any, ...] = (),
+    telemetry: Telemetry | None = None,
+    patience: int = 10,
     log_every: int = 20,
 ) -> tuple[PyTree, dict[str, float]]:
     """Trains through all phases, from the newest checkpoint if there is one.
 
     A phase is `(until, step_fn)`: its function makes the steps up to number `until`, and is
-    compiled once. `step_fn(state, batch, key)` is pure and derives its randomness from `key` and
-    the step that the state counts, so that a resumed run repeats an unbroken one bit for bit.
-    Returns the final state and `{"seconds", "images_per_second"}` over all sessions of the run.
+    compiled once. `step_fn(state, batch, key, *constants)` is pure and derives its randomness from
+    `key` and the step that the state counts, so that a resumed run repeats an unbroken one bit for
+    bit. State and batches are divided over the mesh; the constants are as they come.
+
+    After `patience` steps in a row whose loss or gradient was not finite the run stops; those
+    steps changed nothing. With several processes all of them call this, each with its part of the
+    batches. Returns the final state and `{"seconds", "images_per_second"}` over all sessions.
     """
+    try:
+        check_batch(batch_size, mesh)
+    except ValueError as error:
+        raise UserError(f"{stage}: {error}") from None
     steps = phases[-1][0]
-    compiled = [(until, jax.jit(step_fn, donate_argnums=0)) for until, step_fn in phases]
-    state = replicate(state, mesh)
-    with Checkpoints(run.checkpoints / stage) as checkpoints:
+    state = place(state, mesh)
+    placed = shardings(state, mesh)
+    jit = lambda function: jax.jit(function, donate_argnums=0, out_shardings=(placed, None))
+    compiled = [(until, jit(step_fn)) for until, step_fn in phases]
+    with (
+        Checkpoints(run.checkpoints / stage, keep=keep.newest, every=keep.every) as checkpoints,
+        contextlib.closing(prefetch_to_device(batches, batch_sharding(mesh))) as ahead,
+        contextlib.ExitStack() as stack,
+    ):
+        if telemetry is None:
+            telemetry = stack.enter_context(Telemetry(run))
+        this = Stage(stage, batch_size, run, telemetry, patience)
         start, info = 0, {"seconds": 0.0, "stepping": 0.0, "stepped": 0}
-        found = checkpoints.steps()
-        if found:
-            start = found[-1]
-            state, info = restore_newest(checkpoints, state, batches)
+        if agreed(bool(checkpoints.steps())):
+            start, state, info = restore_newest(checkpoints, state, ahead)
         run.rewind_log(stage, start)
         if start >= steps:
             return state, _timings(info, batch_size)
         if start:
             console.print(f"{stage}: resuming at step {start} of {steps}")
-
-        clock = _Clock(info)
+        this.saved = start
+        clock, speed = _Clock(info), StepClock()
         pending: deque[tuple[int, dict[str, Any]]] = deque()
-        saved = start
+        stops: deque[jax.Array] = deque()
+        about = {"config": read_json(run.path / "config.json"), "versions": versions()}
 
         def save(step: int, wait: bool = False) -> None:
-            nonlocal saved
-            _collect(stage, pending, run, saved)
-            if not all(np.isfinite(a).all() for a in jax.tree.leaves(jax.device_get(state))):
-                raise _not_finite(stage, "state", step, run, saved)
-            checkpoints.save(step, state, batches, clock.read(step - start))
-            saved = step
+            _collect(this, pending)
+            if not _all_finite(state):
+                raise LossNotFinite(_not_finite(this, "the state", step))
+            metric = float(np.mean(this.losses)) if this.losses else None
+            this.losses.clear()
+            info, failed = {**clock.read(step - start), **about}, None
+            try:
+                checkpoints.save(step, state, ahead, info, metric=metric)
+                this.saved = step
+            except CheckpointError as error:  # of this save, or of the one before
+                failed = error
+                if not wait:
+                    console.print(f"{stage}: {error}\n{stage}: going on without this checkpoint.")
             if wait:
                 checkpoints.wait()
+                if failed is not None and step not in checkpoints.steps():
+                    raise failed
 
-        with signals.deferred(), StageBar(stage, steps) as bar:
+        with jax.set_mesh(mesh), signals.deferred(), StageBar(stage, steps) as bar:
             bar.update(start)
             for step in range(start + 1, steps + 1):
-                batch = shard_batch(next(batches), mesh)
+                with speed.waiting():
+                    batch = next(ahead)
                 step_fn = next(fn for until, fn in compiled if step <= until)
-                state, metrics = step_fn(state, batch, key)
+                state, metrics = step_fn(state, batch, key, *constants)
                 pending.append((step, metrics))
-                clock.compiled()
+                speed.step()
+                if clock.compiled():
+                    speed.start()
                 if len(pending) > IN_FLIGHT:
                     jax.block_until_ready(pending[-1 - IN_FLIGHT][1])
                 if step % log_every == 0 or step == steps:
-                    loss = _collect(stage, pending, run, saved)
+                    values = telemetry.speed(stage, *speed.read(), batch_size=batch_size)
+                    loss = _collect(this, pending, values)
                     rate = clock.rate(step - start) * batch_size
                     bar.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
-                if signals.pending is not None:
+                stopped = _stopped(signals, mesh, stops)
+                if stopped is not None:
                     save(step, wait=True)
-                    raise Interrupted(signals.pending)
-                if step == steps or step % save_every == 0:
+                    raise Interrupted(stopped)
+                if step == steps or step % keep.save_every == 0:
                     save(step, wait=step == steps)
+                if keep.snapshots is not None and step % keep.snapshot_every == 0:
+                    save_snapshot(run, stage, step, keep.snapshots(state))
         return state, _timings(clock.read(steps - start), batch_size)
+
+
+def save_snapshot(run: RunFolder, stage: str, step: int, tree: PyTree) -> None:
+    """Keeps a tree for good. A resumed run comes by the same step with the same tree."""
+    with Checkpoints(run.path / "snapshots" / stage, keep=10**9) as snapshots:
+        if step not in snapshots.steps():
+            snapshots.save(step, tree)
+
+
+def _stopped(signals: Signals, mesh: Mesh, stops: deque[jax.Array]) -> int | None:
+    """The signal to stop for, at the same step in every process.
+
+    With several of them each step carries the signals of all, whose largest is read some steps
+    later: nobody waits, and all come to the same answer.
+    """
+    if jax.process_count() == 1:
+        return signals.pending
+    own = np.full(len(mesh.local_devices), signals.pending or 0, np.int32)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
+    stops.append(_largest(jax.make_array_from_process_local_data(everywhere, own)))
+    if len(stops) <= IN_FLIGHT:
+        return None
+    return int(stops.popleft()) or None
+
+
+_largest = jax.jit(jnp.max)
+
+
+@jax.jit
+def _finite_everywhere(tree: PyTree) -> jax.Array:
+    arrays = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(a).all() for a in arrays]).all()
+
+
+def _all_finite(state: PyTree) -> bool:
+    return bool(_finite_everywhere(state))
 
 
 class _Clock:
@@ -105,10 +210,12 @@ class _Clock:
         self._begin = time.monotonic()
         self._first: float | None = None
 
-    def compiled(self) -> None:
-        """The first step has been dispatched: its compilation is over."""
-        if self._first is None:
-            self._first = time.monotonic()
+    def compiled(self) -> bool:
+        """The first step has been dispatched, so its compilation is over: true at that step."""
+        if self._first is not None:
+            return False
+        self._first = time.monotonic()
+        return True
 
     def rate(self, done: int) -> float:
         """Steps a second in this session, the first not counted."""
@@ -123,54 +230,62 @@ class _Clock:
         }
 
 
-def _collect(stage: str, pending: deque, run: RunFolder, saved: int) -> float:
-    """Fetches and logs the means of the pending metrics; stops the run if one is not finite."""
+def _collect(this: Stage, pending: deque, speed: dict[str, Any] | None = None) -> float:
+    """Fetches and logs the means of the pending metrics, those of skipped steps left out."""
     if not pending:
         return float("nan")
     steps = [step for step, _ in pending]
     rows = jax.device_get([metrics for _, metrics in pending])
     pending.clear()
     for step, row in zip(steps, rows, strict=True):
-        for name, value in row.items():
-            if not np.isfinite(value):
-                raise _not_finite(stage, name, step, run, saved)
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    run.log(stage=stage, step=steps[-1], **means)
-    return means["loss"]
+        if row.get("skipped_in_row", 0) >= this.patience:
+            raise LossNotFinite(_too_many(this, step, row))
+    skipped = sum(int(row.get("skipped", 0)) for row in rows)
+    good = [row for row in rows if not row.get("skipped", 0)]
+    names = [name for name in rows[0] if name not in ("norms", "skipped", "skipped_in_row")]
+    means = {name: float(np.mean([row[name] for row in good])) for name in names} if good else {}
+    if skipped:
+        console.print(
+            f"{this.name}: loss or gradient not finite in {skipped} of the steps {steps[0]} to "
+            f"{steps[-1]}; they were skipped."
+        )
+        means["skipped"] = skipped
+    this.losses += [float(row["loss"]) for row in good]
+    this.telemetry.scalars(this.name, steps[-1], {**means, **(speed or {})})
+    return means.get("loss", float("nan"))
 
 
-def _not_finite(stage: str, name: str, step: int, run: RunFolder, saved: int) -> LossNotFinite:
-    last = run.checkpoints / stage / str(saved) if saved else "none yet"
-    return LossNotFinite(
-        f"{stage}: {name} is not finite at step {step}. Last good checkpoint: {last}. "
+def _not_finite(this: Stage, what: str, step: int) -> str:
+    last = this.run.checkpoints / this.name / str(this.saved) if this.saved else "none yet"
+    return (
+        f"{this.name}: {what} is not finite at step {step}. Last good checkpoint: {last}. "
         "Try a lower learning rate."
     )
 
 
+def _too_many(this: Stage, step: int, row: dict[str, Any]) -> str:
+    norms = [
+        f"  {name}: {np.array2string(np.asarray(norm), precision=3, threshold=12)}"
+        for name, norm in row.get("norms", {}).items()
+    ]
+    count = int(row["skipped_in_row"])
+    return (
+        _not_finite(this, f"the loss or its gradient ({count} steps in a row)", step)
+        + f"\nThe loss was {float(row['loss']):.4g}, the norms of the gradient by block:\n"
+        + "\n".join(norms)
+    )
+
+
 def restore_newest(
-    checkpoints: Checkpoints, like: PyTree, batches: grain.DatasetIterator | None = None
-) -> tuple[PyTree, dict[str, Any]]:
-    """The newest checkpoint; if it is damaged, an error that names the newest usable one."""
-    *older, newest = checkpoints.steps()
+    checkpoints: Checkpoints, like: PyTree, batches: Any = None
+) -> tuple[int, PyTree, dict[str, Any]]:
+    """The newest checkpoint that is not damaged; those that are, are named and set aside."""
     try:
-        return checkpoints.restore(newest, like, batches)
+        return checkpoints.restore_newest(like, batches, report=console.print)
+    except CheckpointMismatch as error:
+        raise UserError(f"{error}\nUse another --run-dir, or --overwrite to start anew.") from None
     except CheckpointError as error:
-        usable = next((step for step in reversed(older) if _usable(checkpoints, step, like)), None)
-        bad = checkpoints.folder / str(newest)
-        if usable is None:
-            advice = "There is no older one: start anew with --overwrite."
-        else:
-            good = checkpoints.folder / str(usable)
-            advice = f"Newest usable: {good}. Delete {bad} to go on from there."
-        raise UserError(f"damaged checkpoint {error}\n{advice}") from None
-
-
-def _usable(checkpoints: Checkpoints, step: int, state: PyTree) -> bool:
-    try:
-        checkpoints.restore(step, state)
-    except CheckpointError:
-        return False
-    return True
+        raise UserError(f"{error}\nStart anew with --overwrite.") from None
 
 
 def _timings(info: dict[str, Any], batch_size: int) -> dict[str, float]:

@@ -38,16 +38,29 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time."""
+    """One run's folder, held by one command at a time.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Of a run's processes only the `primary` one writes; `MADE` may be there before a run is opened.
+    """
+
+    MADE = (".lock", "images")
+
+    def __init__(self, path: Path, *, primary: bool = True):
+        self.path, self.primary = path, primary
         self.checkpoints = path / "checkpoints"
 
     def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -55,9 +68,11 @@ class RunFolder:
 
         `overwrite` deletes what a run wrote there before, and nothing else.
         """
+        if not self.primary:
+            return
         known = self.path / "config.json"
         if not known.exists():
-            if any(entry.name != ".lock" for entry in self.path.iterdir()):
+            if any(entry.name not in self.MADE for entry in self.path.iterdir()):
                 raise UserError(
                     f"{self.path} holds files but no config.json: not a run folder. "
                     "Use another --run-dir."
@@ -78,12 +93,14 @@ class RunFolder:
 
     def _delete(self) -> None:
         """What a run writes; files of others stay."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in ("checkpoints", "snapshots", "latents", "tensorboard", "wandb"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         for pattern in (
             "*.png",
             "*.npz",
             "*.jsonl",
             "autoencoder.json",
+            "autoencoder.safetensors",
             "data.json",
             "metrics.json",
         ):
@@ -92,7 +109,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder against other processes; creates it where it is missing."""
+        """Holds the folder against other commands; creates it where it is missing."""
+        if not self.primary:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as handle:
             try:
@@ -123,6 +143,8 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {error}. Delete it and train.") from None
 
     def log(self, **entry: Any) -> None:
+        if not self.primary:
+            return
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -136,6 +158,8 @@ class RunFolder:
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Drops what a stage logged after `step`: a resumed run logs those steps again."""
+        if not self.primary:
+            return
         entries = self.log_entries()
         kept = [e for e in entries if e.get("stage") != stage or e.get("step", 0) <= step]
         if len(kept) < len(entries):

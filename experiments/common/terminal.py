@@ -78,6 +78,7 @@ class StageBar:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._start = self._printed = time.monotonic()
+        self._printed_all = False
         self._first: int | None = None
 
     def __enter__(self) -> "StageBar":
@@ -103,8 +104,10 @@ class StageBar:
         self._first = done if self._first is None else self._first
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, text=text)
+        elif console.quiet or self._printed_all:
+            return
         elif done == self.total or now - self._printed >= PLAIN_INTERVAL:
-            self._printed = now
+            self._printed, self._printed_all = now, done == self.total
             rate = (done - self._first) / max(now - self._start, 1e-9)
             left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else ""
             print(f"{self.name}: {done}/{self.total} {self.unit}s  {text}  {left}", flush=True)

@@ -8,19 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
 
 from eqxldm.data import Digits, load_digits
-from eqxldm.sharding import data_mesh
+from eqxldm.sharding import make_mesh
 
+from ..common.diffusion import SamplingConfig, SolverName, check_guidance, check_sampling
 from ..common.figures import image_grid, save_png
+from ..common.options import check, check_count
 from ..common.run import RunFolder, as_dict, write_json
+from ..common.sampling import draw_samples
+from ..common.spaces import Pixels
+from ..common.streams import sampling_key
 from ..common.terminal import Signals, UserError, console, run_main
 from . import config as cfg, evaluate as ev, stages
-from .config import Config, Dataset, DenoiserName, SamplingConfig, SolverName, SpaceName
-from .spaces import Pixels
+from .config import Config, Dataset, DenoiserName, SpaceName
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,13 @@ Command = (
 
 def train(command: Train) -> None:
     config, sampling = cfg.resolved(command.config), command.sampling
-    cfg.check(config)
-    cfg.check(sampling, "sampling.")
+    check(config)
+    check_guidance(sampling, "sampling.")
     check_count("--samples", command.samples)
     signals = Signals()
-    digits, mesh = load(command.place, config.dataset), make_mesh(command.place)
+    digits, mesh = load(command.place, config.dataset), data_mesh(command.place)
     cfg.check_sizes(config, digits, mesh.size)
-    cfg.check_sampling(config.diffusion, sampling)
+    check_sampling(cfg.make_diffusion(config), sampling)
     run = open_run(command.place, config)
     with run.locked():
         run.open(as_dict(config), overwrite=command.overwrite)
@@ -146,18 +151,20 @@ def sample(command: Sample) -> None:
     sampling = SamplingConfig(
         command.solver, command.steps, command.guidance, command.guidance_interval
     )
-    cfg.check(sampling)
+    check_guidance(sampling)
     check_count("--n", command.n)
     Signals()
     config, run, trained, classes = finished_run(command)
-    cfg.check_sampling(config.diffusion, sampling)
+    check_sampling(cfg.make_diffusion(config), sampling)
     if command.label is None:
         labels = np.repeat(np.arange(classes, dtype=np.int32), command.n)
     elif 0 <= command.label < classes:
         labels = np.full(command.n, command.label, np.int32)
     else:
         raise UserError(f"--label {command.label}: the classes are 0 to {classes - 1}.")
-    images = ev.draw_samples(config, sampling, trained, labels, command.seed)
+    images = draw_samples(
+        ev.generator(config, sampling, trained), labels, sampling_key(command.seed)
+    )
     name = "sample.png" if command.label is None else f"sample-{command.label}.png"
     out = command.out or run.path / name
     columns = command.n if command.label is None else math.ceil(math.sqrt(command.n))
@@ -166,15 +173,15 @@ def sample(command: Sample) -> None:
 
 
 def evaluate(command: Evaluate) -> None:
-    cfg.check(command.sampling)
+    check_guidance(command.sampling)
     check_count("--n", command.n, least=10)
     signals = Signals()
     config, run, trained, _ = finished_run(command)
-    cfg.check_sampling(config.diffusion, command.sampling)
+    check_sampling(cfg.make_diffusion(config), command.sampling)
     metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")
-    digits, mesh = load(command.place, config.dataset), make_mesh(command.place)
+    digits, mesh = load(command.place, config.dataset), data_mesh(command.place)
     with run.locked():
         classifier = stages.train_classifier(stages.Job(config, digits, run, mesh, signals))
         results = ev.evaluate(config, command.sampling, run, trained, classifier, digits, command.n)
@@ -188,11 +195,12 @@ def load(place: Place, dataset: str) -> Digits:
     return load_digits(dataset, place.data_dir, log=console.print)
 
 
-def make_mesh(place: Place) -> Mesh:
-    try:
-        return data_mesh(place.devices)
-    except ValueError as error:
-        raise UserError(f"--devices: {error}") from None
+def data_mesh(place: Place) -> Mesh:
+    found = jax.devices()
+    count = len(found) if place.devices is None else place.devices
+    if not 1 <= count <= len(found):
+        raise UserError(f"--devices: asked for {count} devices, {len(found)} are there.")
+    return make_mesh({"data": count}, found[:count])
 
 
 def open_run(place: Place, which: Config | Sample | Evaluate) -> RunFolder:
@@ -206,11 +214,6 @@ def finished_run(command: Sample | Evaluate):
     config = cfg.from_dict(run.config())
     trained, classes = stages.load_finished(config, run)
     return config, run, trained, classes
-
-
-def check_count(option: str, count: int, *, least: int = 1) -> None:
-    if count < least:
-        raise UserError(f"{option} must be at least {least}, got {count}.")
 
 
 def main(args: Sequence[str] | None = None) -> None:

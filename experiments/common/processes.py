@@ -1,0 +1,117 @@
+"""One process or many: which one writes, waiting for each other, and whole copies of arrays."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree, Shaped
+
+from eqxldm.sharding import make_mesh
+
+from .terminal import UserError, console
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The same command on many hosts, started once a host."""
+
+    distributed: bool = False
+    """Join the others through jax.distributed, which finds them on SLURM, TPU pods and GKE."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where they are not found."""
+    processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+
+
+def join(options: Processes) -> None:
+    """Before anything else of jax. Only process 0 prints from here on."""
+    given = (options.coordinator, options.processes, options.process_id)
+    if not options.distributed:
+        if any(value is not None for value in given):
+            raise UserError("--coordinator, --processes and --process-id need --distributed.")
+        return
+    if None in given and any(value is not None for value in given):
+        raise UserError("give --coordinator, --processes and --process-id together, or none.")
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--distributed: jax.distributed.initialize() failed: {reason} Where processes are not "
+            "found, give --coordinator HOST:PORT --processes N --process-id I."
+        ) from error
+    console.quiet = not is_primary()
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def agreed(answer: bool) -> bool:
+    """What process 0 says, in every process."""
+    if jax.process_count() == 1:
+        return answer
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def local_mesh() -> Mesh:
+    """This process's devices, for what each process does on its own."""
+    return make_mesh(devices=jax.local_devices())
+
+
+def copied(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The tree with a copy of every array on each device of a mesh of this process."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.device_put(a, whole) if eqx.is_array(a) else a, tree)
+
+
+def gathered(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The arrays of a tree that is divided over `mesh`, whole on each device of this process.
+
+    All processes call it.
+    """
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, PartitionSpec()))(arrays)
+    here = NamedSharding(local_mesh(), PartitionSpec())
+
+    def local(array: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, here, parts)
+
+    return eqx.combine(jax.tree.map(local, whole), rest)
+
+
+def own_share(n: int) -> range:
+    """This process's part of `n` items; `concatenated` puts the parts together again."""
+    each = -(-n // jax.process_count())
+    first = min(jax.process_index() * each, n)
+    return range(first, min(first + each, n))
+
+
+def concatenated(part: Shaped[np.ndarray, "m ..."], n: int) -> Shaped[np.ndarray, "n ..."]:
+    """The parts of all processes, each with its `own_share(n)`."""
+    count = jax.process_count()
+    if count == 1:
+        return part
+    from jax.experimental import multihost_utils
+
+    each = -(-n // count)
+    padded = np.pad(part, [(0, each - len(part))] + [(0, 0)] * (part.ndim - 1))
+    parts = np.asarray(multihost_utils.process_allgather(padded))
+    sizes = [max(0, min(each, n - k * each)) for k in range(count)]
+    return np.concatenate([p[:size] for p, size in zip(parts, sizes, strict=True)])

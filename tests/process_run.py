@@ -1,0 +1,93 @@
+"""Run by test_processes.py, once a process: some steps of training in a run folder."""
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+import eqxldm as ex
+from eqxldm import sharding, training
+from eqxldm.data.pipelines import Batches
+from eqxldm.models import DiT
+from experiments.common.loop import Keep, train_stage
+from experiments.common.run import RunFolder
+from experiments.common.terminal import Interrupted, Signals
+
+from helpers import perturbed
+
+RECORDS, BATCH = 20, 8  # an epoch is two and a half batches
+
+
+class Reader:
+    """Latents of a record are noise of its number; what was read is noted.
+
+    At read number `kill_at` it sends its process SIGTERM, as a scheduler does.
+    """
+
+    def __init__(self, kill_at):
+        self.seen, self.kill_at = [], kill_at
+
+    def __call__(self, indices, epochs):
+        self.seen.append(indices.tolist())
+        if len(self.seen) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        x0 = [np.random.default_rng(i).normal(size=(2, 4, 4)).astype(np.float32) for i in indices]
+        return {"x0": np.stack(x0), "label": (indices % 3).astype(np.int32)}, {}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--until", type=int)
+    parser.add_argument("--process", type=int, nargs=3, help="port, count, index")
+    parser.add_argument("--kill-at", type=int)
+    options = parser.parse_args()
+    if options.process:
+        port, count, index = options.process
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+    index = jax.process_index()
+    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
+    dit = DiT((2, 4, 4), patch=2, depth=2, width=16, heads=2, num_classes=3, key=jax.random.key(0))
+    # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    state, static = training.init_state(perturbed(dit), optimizer, averages=1)
+    loss = training.make_diffusion_loss(
+        ex.LinearFlow(),
+        ex.predict_velocity,
+        ex.logit_normal_time(),
+        prepare=lambda batch, key: (batch["x0"], batch["label"]),
+    )
+    step = training.make_train_step(loss, static, optimizer, averages=(training.constant(0.9),))
+    reader = Reader(options.kill_at if index == 1 else None)
+    batches = Batches(
+        RECORDS, BATCH, reader, seed=1, process_index=index, process_count=jax.process_count(),
+        workers=0, threads=1, prefetch=1,
+    )  # fmt: skip
+    run = RunFolder(options.folder, primary=index == 0)
+    run.path.mkdir(parents=True, exist_ok=True)
+    signals = Signals()
+    try:
+        state, _ = train_stage(
+            "stage", [(options.until, step)], jax.device_get(state), batches, batch_size=BATCH,
+            key=jax.random.key(2), mesh=mesh, run=run, signals=signals, log_every=2,
+            keep=Keep(save_every=100),
+        )  # fmt: skip
+    except Interrupted as stop:
+        print(json.dumps({"stopped": stop.signum, "seen": reader.seen}), flush=True)
+        return
+    whole = jax.jit(lambda t: t, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))(state)
+    leaves = [np.asarray(a.addressable_data(0)).ravel() for a in jax.tree.leaves(whole)]
+    parameters = np.concatenate([leaf.astype(np.float64) for leaf in leaves])
+    if index == 0:
+        np.save(options.folder / "final.npy", parameters)
+    print(json.dumps({"seen": reader.seen}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Two real processes over loopback train, checkpoint and resume together; one goes on alone."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MESH = "data=2,fsdp=2"
+
+
+def start(folder, devices, *arguments):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "process_run.py"), str(folder), *arguments],
+        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    rows = []
+    for process in processes:
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err[-3000:]
+        rows.append(json.loads(out.splitlines()[-1]))
+    return rows
+
+
+def two(folder, until, *arguments):
+    """Each with two of the mesh's four devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run = lambda i: start(
+        folder, 2, "--mesh", MESH, "--until", str(until), "--process", port, "2", str(i), *arguments
+    )
+    return finish(run(0), run(1))
+
+
+def one(folder, until, mesh=MESH):
+    return finish(start(folder, 4, "--mesh", mesh, "--until", str(until)))[0]
+
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One process alone; two together, of which one gets SIGTERM; those again, and one alone."""
+    base = tmp_path_factory.mktemp("runs")
+    rows = {"alone": [one(base / "alone", STEPS)]}
+    rows["begun"] = two(base / "together", STEPS, "--kill-at", "5")
+    (checkpoint,) = (base / "together" / "checkpoints" / "stage").iterdir()
+    shutil.copytree(base / "together", base / "handed_over")
+    rows["together"] = two(base / "together", STEPS)
+    rows["handed_over"] = [one(base / "handed_over", STEPS, "tensor=2,fsdp=-1")]
+    return base, rows, int(checkpoint.name)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_with_a_checkpoint(runs):
+    _, rows, step = runs
+    assert [row["stopped"] for row in rows["begun"]] == [15, 15]
+    assert 1 <= step < STEPS
+
+
+@pytest.mark.parametrize("name", ["together", "handed_over"])
+def test_another_number_of_processes_ends_with_the_same_parameters(runs, name):
+    base, _, _ = runs
+    found, expected = (np.load(base / folder / "final.npy") for folder in (name, "alone"))
+    # Sums in another order, in 12 steps: some roundings of float32.
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_processes_read_the_global_batches_in_order_each_its_part(runs):
+    _, rows, step = runs
+    whole = rows["alone"][0]["seen"]
+    joined = lambda parts: [a + b for a, b in zip(*(row["seen"] for row in parts), strict=False)]
+    for found, first in (
+        (joined(rows["begun"]), 0),
+        (joined(rows["together"]), step),
+        (rows["handed_over"][0]["seen"], step),
+    ):
+        count = min(len(found), STEPS - first)
+        assert count >= 1 and found[:count] == whole[first : first + count]
+    assert all(len(part) == 4 for row in rows["begun"] for part in row["seen"])
