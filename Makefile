@@ -1,5 +1,5 @@
 # One command each; `make help` lists them. Everything is installed into .venv; what test-parity
-# compares with, into .venv-parity.
+# compares with, into .venv-parity, the compilers of tpu-check and gpu-check into theirs.
 
 # The first of these that runs and is new enough; PYTHON=/path/to/python3 overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -19,6 +19,8 @@ RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
 DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
 PARITY := .venv-parity/installed-$(MINOR)
+TPU := .venv-tpu/installed-$(MINOR)
+GPU := .venv-gpu/installed-$(MINOR)
 
 # Compiled programs and fetched data are kept here.
 EQXLDM_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/eqxldm
@@ -36,12 +38,21 @@ SAMPLE = $(if $(LABEL),--label $(LABEL)) $(if $(N),--n $(N)) $(if $(STEPS),--ste
 EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
 	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER))
 
+IMAGENET = .venv/bin/python -m experiments.imagenet
+FROM = $(if $(IMAGES),--images $(IMAGES)) $(if $(TEST_IMAGES),--test-images $(TEST_IMAGES))
+ON = $(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips $(LPIPS)) $(if $(SMOKE),--preset smoke)
+WITH = $(FROM) $(ON) $(if $(VAE),--vae $(VAE)) $(if $(MODEL),--dit.model $(MODEL))
+AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--update) $(ARGS)
+
 .DEFAULT_GOAL := help
 .PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
-	evaluate-fashion-mnist compare-mnist bench-solvers bench-mixture bench bench-accelerator bench-data test test-parity lint format typecheck pins docs docs-serve clean
+	evaluate-fashion-mnist compare-mnist train-imagenet train-autoencoder train-cifar10 \
+	sample-imagenet evaluate-imagenet sample-cifar10 evaluate-cifar10 bench-solvers bench-mixture \
+	bench bench-accelerator bench-data scaling tpu-check gpu-check test test-parity test-soak lint \
+	format typecheck pins docs docs-serve clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
 	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
@@ -67,6 +78,27 @@ compare-mnist: $(RUNTIME) ## the comparison behind the defaults of the DiT (20 m
 evaluate-fashion-mnist: $(RUNTIME) ## as evaluate-mnist
 	$(RUN) evaluate --dataset fashion-mnist $(WHICH) $(EVALUATE) $(ARGS)
 
+train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MESH=fsdp=8; SMOKE=1 makes its own images
+	$(IMAGENET) train $(WITH) $(ARGS)
+
+train-autoencoder: $(RUNTIME) ## the autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
+	$(IMAGENET) autoencoder $(FROM) $(ON) $(ARGS)
+
+train-cifar10: $(RUNTIME) ## 32 x 32 colour on two cores: IMAGES=folder TEST_IMAGES=folder
+	$(IMAGENET) train --preset cifar10 $(WITH) $(ARGS)
+
+sample-imagenet: $(RUNTIME) ## LABEL=207 N=16 STEPS=250 GUIDANCE=4.0 SOLVER=ddpm SEED=0; SMOKE=1
+	$(IMAGENET) sample $(if $(SMOKE),--preset smoke) $(SAMPLE) $(ARGS)
+
+evaluate-imagenet: $(RUNTIME) ## measure N samples of the run: IMAGES=folder; SMOKE=1
+	$(IMAGENET) evaluate $(if $(SMOKE),--preset smoke) $(FROM) $(EVALUATE) $(ARGS)
+
+sample-cifar10: $(RUNTIME) ## as sample-imagenet
+	$(IMAGENET) sample --preset cifar10 $(SAMPLE) $(ARGS)
+
+evaluate-cifar10: $(RUNTIME) ## as evaluate-imagenet
+	$(IMAGENET) evaluate --preset cifar10 $(FROM) $(EVALUATE) $(ARGS)
+
 bench-solvers: $(RUNTIME) ## what each solver costs beside the network, in passes over the state
 	.venv/bin/python benchmarks/solvers.py
 
@@ -82,11 +114,23 @@ bench-accelerator: $(RUNTIME) ## training steps on a GPU or TPU in many variants
 bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)
 	.venv/bin/python benchmarks/data.py
 
+scaling: $(RUNTIME) ## memory on every mesh, FLOPs and network bytes of a step: counted
+	.venv/bin/python benchmarks/scaling.py
+
+tpu-check: $(TPU) ## compile the presets for TPU slices, without a TPU: SHORT=1 ONLY=v5e UPDATE=1
+	.venv-tpu/bin/python -m benchmarks.aot.check tpu $(AOT)
+
+gpu-check: $(GPU) ## the same for H100 and H200, without a GPU (4.4 GB are installed)
+	.venv-gpu/bin/python -m benchmarks.aot.check gpu $(AOT)
+
 test: $(DEV) ## run the tests
 	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) $(ARGS)
 
 test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for other networks
 	.venv-parity/bin/python -m pytest -n $(or $(WORKERS),auto) tests/parity $(ARGS)
+
+test-soak: $(DEV) ## kill a run KILLS=20 times, compare with one that was left alone
+	.venv/bin/python tests/soak.py --kills $(or $(KILLS),20)
 
 lint: $(DEV) ## check style and format
 	.venv/bin/ruff check
@@ -114,10 +158,10 @@ docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
 
 clean: ## delete the environment and all caches of the folder; runs/ stays
-	rm -rf .venv .venv-parity .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
+	rm -rf .venv .venv-parity .venv-tpu .venv-gpu .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-parity/bin/python: %/bin/python:
+.venv/bin/python .venv-parity/bin/python .venv-tpu/bin/python .venv-gpu/bin/python: %/bin/python:
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $* || \
@@ -143,4 +187,9 @@ $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/par
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(CONSTRAINTS) --constraint constraints/parity.txt \
 		--editable . torch diffusers hypothesis pytest pytest-xdist
+	@touch $@
+
+$(TPU) $(GPU): .venv-%/installed-$(MINOR): .venv-%/bin/python pyproject.toml $(CONSTRAINTS)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(CONSTRAINTS) --editable '.[$(if $(filter tpu,$*),tpu,cuda)]'
 	@touch $@
