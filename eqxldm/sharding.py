@@ -17,20 +17,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from .nn.boundary import tensor_axis
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Which axis, counted from the last, is divided over `tensor`: what the end of a parameter's path
-# says. First the layers whose outputs are heads or hidden units, then those that sum over them.
-TENSOR_RULES: tuple[tuple[str, int], ...] = (
-    (r"\w*attention\.qkv\.weight", -2),  # (3, heads * size, width)
-    (r"\w*attention\.qkv\.bias", -1),
-    (r"\w*attention\.(query|key|value)\.weight", -2),
-    (r"fc1\.weight", -2),  # (hidden, width)
-    (r"fc1\.bias", -1),
-    (r"\w*attention\.proj\.weight", -1),  # (width, heads * size)
-    (r"fc2\.weight", -1),  # (width, hidden)
-)
 # Blocks that a scan runs over have a leading axis, which no device may have a part of.
 STACKED = re.compile(r"(^|\.)blocks\.[a-z_]")
 # Smaller arrays of a layer, biases and norms, are copied: dividing them costs more than it saves.
@@ -149,8 +140,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Where an array of this path and shape is divided.
 
-    1. Over `tensor` as the first of `TENSOR_RULES` says whose pattern ends the path, if that axis
-       divides.
+    1. Over `tensor` as the first of `nn.boundary.TENSOR_RULES` says whose pattern ends the path, if
+       that axis divides.
     2. Over `fsdp` the largest axis that divides and that rule 1 did not take, the last of equals,
        if a layer's part has at least `smallest` elements.
     3. The leading axis of scanned blocks is never divided, and over `data` nothing is.
@@ -161,10 +152,9 @@ def partition_spec(
     axes: list[str | None] = [None] * len(shape)
     first = 1 if STACKED.search(path) else 0
     tensor, fsdp = mesh_shape.get("tensor", 1), mesh_shape.get("fsdp", 1)
-    rule = next((axis for p, axis in TENSOR_RULES if re.search(rf"(^|\.){p}$", path)), None)
-    within = rule is not None and len(shape) + rule >= first
-    if rule is not None and within and tensor > 1 and shape[rule] % tensor == 0:
-        axes[rule] = "tensor"
+    divided = tensor_axis(path, shape, tensor, first)
+    if divided is not None:
+        axes[divided] = "tensor"
     if fsdp > 1 and math.prod(shape[first:]) >= smallest:
         free = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % fsdp == 0]
         if free:

@@ -1,6 +1,7 @@
 """DiT as published: sizes, counts, numbers, start, conditions and options."""
 
 import re
+from collections import Counter
 from unittest import mock
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from jaxtyping import TypeCheckError
 
 import eqxldm
 from eqxldm import models, nn
-from eqxldm.models import DiT, multiply_adds, parameter_count, save_matmuls
+from eqxldm.models import DiT, multiply_adds, parameter_count, save_matmuls, save_narrow
 from eqxldm.nn import NormedSelfAttention, RMSNorm, SelfAttention, cudnn_attend
 
 from helpers import named_leaves, relative_error, small_dit, tree_error
@@ -448,7 +449,15 @@ NOTHING = jax.checkpoint_policies.nothing_saveable
 @pytest.mark.parametrize(
     "qk_norm, variants",
     [
-        (None, [{"remat": save_matmuls}, {"remat": NOTHING}, {"remat": None, "unroll": True}]),
+        (
+            None,
+            [
+                {"remat": save_matmuls},
+                {"remat": save_narrow},
+                {"remat": NOTHING},
+                {"remat": None, "unroll": True},
+            ],
+        ),
         (RMSNorm, [{"remat": NOTHING, "unroll": 2}]),
     ],
     ids=["plain", "qk_norm"],
@@ -499,6 +508,25 @@ def test_bfloat16_has_islands_of_float32_and_its_matmuls_outside_of_them(qk_norm
     # Time 2; patch, qkv, proj, q k^T, attn v, fc1, fc2, 2 modulations, last: 10 in bfloat16, of
     # which attention's two are there once for CPUs and once for all else.
     assert sorted(map(str, seen["dot_general"])) == 12 * ["bfloat16"] + 2 * ["float32"]
+
+
+def test_a_remat_policy_keeps_what_it_says():
+    """`save_narrow`: of a block attention's output, maxima and sums, the MLP's output; no more."""
+
+    def kept(policy):
+        dit = filled(lambda: small_dit(remat=policy))
+        params, static = eqx.partition(dit, eqx.is_inexact_array)
+        run = lambda p: jnp.sum(eqx.combine(p, static)(LATENT, T, LABEL))
+        _, pull = jax.vjp(run, params)
+        depth = len(dit.blocks.fc1.weight)
+        return Counter(a.shape for a in jax.tree.leaves(pull) if a.shape[:1] == (depth,))
+
+    dit = filled(small_dit)
+    depth, width = dit.blocks.fc1.weight.shape[0], dit.patch_embedding.weight.shape[0]
+    heads = dit.blocks.attention.qkv.heads
+    tokens = LATENT.shape[1] * LATENT.shape[2] // dit.patch**2
+    more = kept(save_narrow) - kept(NOTHING)
+    assert more == {(depth, tokens, width): 2, (depth, heads, tokens, 1): 2}
 
 
 def test_the_float32_vector_of_time_and_condition_is_rounded_once():

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eqxldm import models, sharding, training
+from eqxldm.nn.boundary import TENSOR_RULES
 
 ROOT = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
@@ -135,7 +136,7 @@ def test_every_path_of_the_tensor_rules_is_one_of_a_model():
         for model in (XL, unet)
         for path, _ in jax.tree_util.tree_leaves_with_path(eqx.filter(model, _is_shape))
     ]
-    for rule, axis in sharding.TENSOR_RULES:
+    for rule, axis in TENSOR_RULES:
         assert any(
             "tensor" in sharding.partition_spec(n, (2, 3, 8, 8)[-(4 if "qkv" in n else 3) :], MESH)
             for n in names

@@ -29,6 +29,7 @@ from .dit import (
     multiply_adds as multiply_adds,
     parameter_count as parameter_count,
     save_matmuls as save_matmuls,
+    save_narrow as save_narrow,
 )
 from .lpips import LPIPS as LPIPS
 from .tiling import (

@@ -7,10 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
-from ..nn.boundary import undivided
+from ..nn.boundary import gathered, undivided
 from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
@@ -19,6 +20,9 @@ from ..nn.patchify import patchify, unpatchify
 
 # Keep what a matmul against a weight produced; recompute the elementwise rest.
 save_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# Keep what is as narrow as a token: the outputs of attention and MLP, and the softmax's maxima and
+# sums. On a TPU the least time: what is wider costs more to store than to compute again.
+save_narrow = jax.checkpoint_policies.save_only_these_names("attention", "softmax", "mlp")
 
 
 class DiTBlock(eqx.Module):
@@ -64,7 +68,7 @@ class DiTBlock(eqx.Module):
         b1, a1, g1, b2, a2, g2 = self.modulation(c)
         x = x + g1 * self.attention(modulate(layer_norm(x), b1, a1))
         y = jax.nn.gelu(self.fc1(modulate(layer_norm(x), b2, a2)), approximate=True)
-        return x + g2 * self.fc2(y)
+        return x + g2 * checkpoint_name(self.fc2(y), "mlp")
 
 
 class DiT(eqx.Module):
@@ -85,7 +89,7 @@ class DiT(eqx.Module):
     - `freq_shift`: of the timestep's frequencies, see `nn.sinusoidal`; diffusers' DiT has 1.
     - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
     - `remat`: a `jax.checkpoint` policy for the blocks. The default keeps the outputs of the
-      linear layers and recomputes the rest; None keeps everything.
+      linear layers and recomputes the rest; `save_narrow` is best on TPUs; None keeps everything.
     - `unroll`: how many blocks of the scan to unroll. 1 keeps compile time flat in depth; True
       unrolls all.
 
@@ -195,7 +199,8 @@ class DiT(eqx.Module):
         params, static = eqx.partition(self.blocks, eqx.is_array)
 
         def apply(x, block_params):
-            return undivided(eqx.combine(block_params, static)(x, c)), None
+            block = eqx.combine(gathered(block_params, x.dtype), static)
+            return undivided(block(x, c)), None
 
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from .linear import Linear, xavier_uniform
@@ -31,11 +32,19 @@ def attend(
 
 
 def _attend(query: Array, key: Array, value: Array, fixed: Callable[[Array], Array] = lambda a: a):
-    """Heads first, tokens second inside; `fixed` is applied to what is transposed."""
+    """Heads first, tokens second inside; `fixed` is applied to what is transposed.
+
+    `(exp(s - m) v) / l` with the rows' maxima `m` and sums `l`: divided after the product, on `d`
+    columns and not on `m`. Both are named, so that a remat policy can keep them
+    (`models.save_narrow`): they are small, and dear to compute again.
+    """
     q, k, v = (fixed(jnp.swapaxes(a, 0, 1)) for a in (query, key, value))
-    scores = jnp.einsum("hnd,hmd->hnm", q, k).astype(jnp.float32)
-    weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
-    return jnp.swapaxes(jnp.einsum("hnm,hmd->hnd", weights.astype(v.dtype), v), 0, 1)
+    scores = jnp.einsum("hnd,hmd->hnm", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - checkpoint_name(largest, "softmax"))
+    total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "softmax")
+    out = jnp.einsum("hnm,hmd->hnd", weights.astype(v.dtype), v).astype(jnp.float32) / total
+    return jnp.swapaxes(out.astype(v.dtype), 0, 1)
 
 
 def _attend_on_cpu(query: Array, key: Array, value: Array) -> Array:
@@ -157,7 +166,8 @@ class SelfAttention(eqx.Module):
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         q, k, v = self.qkv(x)
-        return self.proj(self.attention(q, k, v).reshape(x.shape))
+        y = self.attention(q, k, v).reshape(x.shape)
+        return self.proj(checkpoint_name(y, "attention"))
 
 
 class NormedSelfAttention(eqx.Module):
@@ -196,8 +206,8 @@ class NormedSelfAttention(eqx.Module):
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         q, k, v = self.qkv(x)
-        y = self.attention(self.query_norm(q), self.key_norm(k), v)
-        return self.proj(y.reshape(x.shape))
+        y = self.attention(self.query_norm(q), self.key_norm(k), v).reshape(x.shape)
+        return self.proj(checkpoint_name(y, "attention"))
 
 
 class CrossAttention(eqx.Module):

@@ -17,7 +17,7 @@ from ..models import DiT
 from ..nn.attention import NormedSelfAttention, RMSNorm
 from ..nn.embeddings import LabelEmbedding, sincos_positions
 from ..nn.fields import with_fields
-from .layout import Layout, Part, Transform, WeightsError
+from .layout import Layout, Part, Transform, WeightsError, identity
 from .options import ATTENTION, label_table, name_of, policies
 from .parts import Leaves, linear
 
@@ -242,12 +242,14 @@ def diffusers_layout(dit: DiT) -> Layout:
     return Layout(leaves, {"pos_embed.pos_embed": lambda: _positions(dit)})
 
 
-def _stacked(dit: DiT, ours: str, theirs: str, *transforms: Transform) -> Leaves:
+def _stacked(
+    dit: DiT, ours: str, theirs: str, read: Transform = identity, write: Transform = identity
+) -> Leaves:
     """A linear layer of every block; `theirs` has a place for the block's number."""
     depth = dit.blocks.fc1.weight.shape[0]
     return {
         f".blocks.{ours}.{kind}": tuple(
-            Part(f"{theirs.format(i)}.{kind}", (i,), *transforms) for i in range(depth)
+            Part(f"{theirs.format(i)}.{kind}", (i,), read, write) for i in range(depth)
         )
         for kind in ("weight", "bias")
     }

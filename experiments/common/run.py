@@ -93,7 +93,8 @@ class RunFolder:
 
     def _delete(self) -> None:
         """What a run writes; files of others stay."""
-        for folder in ("checkpoints", "snapshots", "latents", "tensorboard", "wandb"):
+        folders = ("checkpoints", "snapshots", "latents", "parts", "tensorboard", "wandb")
+        for folder in folders:
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for pattern in (
             "*.png",

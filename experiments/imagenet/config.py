@@ -38,7 +38,7 @@ ModelName = Literal[
     "dit_l_2", "dit_l_4", "dit_l_8", "dit_xl_2", "dit_xl_4", "dit_xl_8",
 ]  # fmt: skip
 DTypeName = Literal["float32", "bfloat16"]
-RematName = Literal["everything", "matmuls", "nothing"]
+RematName = Literal["everything", "narrow", "matmuls", "nothing"]
 AttentionName = Literal["xla", "cudnn"]
 
 MODELS: dict[str, Callable[..., DiT]] = {
@@ -394,7 +394,7 @@ def make_dit(
     shape: tuple[int, int, int],
     num_classes: int,
     *,
-    remat: RematName = "matmuls",
+    remat: RematName = "narrow",
     attention: AttentionName = "xla",
 ) -> DiT:
     """The denoiser for latents of this shape."""
@@ -405,6 +405,7 @@ def make_dit(
         qk_norm=nn.RMSNorm if config.dit.qk_norm else None,
         remat={
             "everything": jax.checkpoint_policies.nothing_saveable,
+            "narrow": models.save_narrow,
             "matmuls": models.save_matmuls,
             "nothing": None,
         }[remat],

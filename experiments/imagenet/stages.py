@@ -63,8 +63,9 @@ class Compute:
     """How devices share the work: data=2,fsdp=4,tensor=1. By default all are on data."""
     accumulate: int = 1
     """Parts of a batch of the diffusion that are computed one after the other."""
-    remat: RematName = "matmuls"
-    """What the backward pass computes again: everything, all but the matmuls, or nothing."""
+    remat: RematName = "narrow"
+    """What the backward pass computes again: everything, all but what is as narrow as a token, all
+    but the matmuls, or nothing."""
     attention: AttentionName = "xla"
     """cudnn is for bfloat16 on a GPU."""
     workers: int = 0
@@ -406,7 +407,7 @@ def diffusion_state(
     shape: tuple[int, int, int],
     num_classes: int,
     *,
-    remat: RematName = "matmuls",
+    remat: RematName = "narrow",
     attention: AttentionName = "xla",
 ):
     """`(state, static, optimizer)` of the denoiser."""
