@@ -93,8 +93,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis divided over `data` and `fsdp`.
 
-    >>> batch_sharding(make_mesh()).spec
-    PartitionSpec(('data', 'fsdp'),)
+    >>> tuple(batch_sharding(make_mesh()).spec)
+    (('data', 'fsdp'),)
     """
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
@@ -146,8 +146,8 @@ def partition_spec(
        if a layer's part has at least `smallest` elements.
     3. The leading axis of scanned blocks is never divided, and over `data` nothing is.
 
-    >>> partition_spec("blocks.fc1.weight", (28, 4608, 1152), {"fsdp": 4, "tensor": 2})
-    PartitionSpec(None, 'tensor', 'fsdp')
+    >>> tuple(partition_spec("blocks.fc1.weight", (28, 4608, 1152), {"fsdp": 4, "tensor": 2}))
+    (None, 'tensor', 'fsdp')
     """
     axes: list[str | None] = [None] * len(shape)
     first = 1 if STACKED.search(path) else 0
@@ -173,8 +173,8 @@ def partition_specs(
     divided like them.
 
     >>> tree = {"fc2": {"weight": jax.ShapeDtypeStruct((256, 1024), "float32")}}
-    >>> partition_specs(tree, {"fsdp": 4})
-    {'fc2': {'weight': PartitionSpec(None, 'fsdp')}}
+    >>> tuple(partition_specs(tree, {"fsdp": 4})["fc2"]["weight"])
+    (None, 'fsdp')
     """
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
@@ -187,8 +187,8 @@ def partition_specs(
 def shardings(tree: PyTree, mesh: Mesh, *, smallest: int = SMALLEST_DIVIDED) -> PyTree:
     """`partition_specs` on a mesh, as `jax.jit` and checkpoints take them.
 
-    >>> shardings({"w": np.ones(3)}, make_mesh())["w"].spec
-    PartitionSpec()
+    >>> tuple(shardings({"w": np.ones(3)}, make_mesh())["w"].spec)
+    ()
     """
     specs = partition_specs(tree, mesh.shape, smallest=smallest)
     named = lambda spec: NamedSharding(mesh, spec)
@@ -222,8 +222,8 @@ def build_placed(
     """What `build()` gives, its arrays made on the mesh: none is ever whole on one device.
 
     >>> state = build_placed(lambda: {"w": jax.numpy.ones(3), "name": "ones"}, make_mesh())
-    >>> state["w"].sharding.spec, state["name"]
-    (PartitionSpec(), 'ones')
+    >>> tuple(state["w"].sharding.spec), state["name"]
+    ((), 'ones')
     """
     arrays = lambda: eqx.filter(build(), eqx.is_array)
     static = eqx.filter(eqx.filter_eval_shape(build), lambda a: not _is_shape(a))

@@ -103,10 +103,22 @@ def block_norms(tree: PyTree) -> dict[str, Float[Array, "..."]]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         stacked = STACKED.search(name)
         part = name[: stacked.end() - 2] if stacked else _part(name)
-        axes = tuple(range(1 if stacked else 0, leaf.ndim))
-        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axes)
+        # As products: XLA:CPU fuses a reduction with what made the gradient and computes it again.
+        square = _row_squares(leaf.astype(jnp.float32), 1 if stacked else 0)
         squares[part] = squares[part] + square if part in squares else square
     return {part: jnp.sqrt(square) for part, square in squares.items()}
+
+
+def _row_squares(a: Array, leading: int) -> Array:
+    """The sums of squares over all but the leading axes, none or one.
+
+    On a single device as a product: XLA:CPU fuses a reduction with what made the gradient and
+    computes that again. On a mesh as a reduction, which each device does on its own part.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jnp.sum(jnp.square(a), axis=tuple(range(leading, a.ndim)))
+    rows = a.reshape((*a.shape[:leading], -1))
+    return jnp.einsum("...i,...i->...", rows, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def _part(name: str) -> str:

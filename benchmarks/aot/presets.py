@@ -1,0 +1,196 @@
+"""What a run compiles, for a mesh of any devices: the steps of `experiments/imagenet`, the sampler.
+
+The steps are made by the functions that the run itself calls, with its presets.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import eqxldm as ex
+from eqxldm import models, sharding
+from eqxldm.data.images import to_float, to_uint8
+from eqxldm.data.latents import latent_sampler
+from eqxldm.training import MeanDistance
+from experiments.common import stages as shared
+from experiments.common.diffusion import guided, make_solver, make_times
+from experiments.imagenet import config as cfg, stages
+
+from .flops import count_flops
+
+SIZES: dict[str, cfg.ModelName] = {
+    "DiT-XL/2": "dit_xl_2",
+    "DiT-L/2": "dit_l_2",
+    "DiT-B/2": "dit_b_2",
+}
+CLASSES = 1000
+LATENT = (4, 32, 32)
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+class Program(NamedTuple):
+    """A function to jit, its arguments as shapes with shardings, and what it holds.
+
+    `flops` are those of the model, of all devices; `stacked` the shapes of the parameters that
+    blocks share by a leading axis, `others` those of all others.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    out_shardings: Any
+    donated: tuple[int, ...]
+    flops: int
+    stacked: list[tuple[int, ...]]
+    others: list[tuple[int, ...]]
+
+    def lower(self) -> jax.stages.Lowered:
+        """To be called under `jax.set_mesh`, as the training loop does."""
+        jitted = jax.jit(
+            self.function, donate_argnums=self.donated, out_shardings=self.out_shardings
+        )
+        return jitted.lower(*self.arguments)
+
+
+def build(preset: str, mesh: Mesh, **options: Any) -> Program:
+    """The program of a preset by name."""
+    if preset == "autoencoder":
+        return autoencoder_step(mesh, **options)
+    if preset == "sampler":
+        return sampler(mesh, **options)
+    return diffusion_step(mesh, preset, **options)
+
+
+def diffusion_step(
+    mesh: Mesh,
+    size: str,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    remat: Any = "narrow",
+    attention: Any = "xla",
+    depth: int | None = None,
+) -> Program:
+    """One training step of the published recipe, from a batch of cached posteriors."""
+    config = _config(size, depth)
+    state, static, optimizer = eqx.filter_eval_shape(
+        lambda: stages.diffusion_state(config, LATENT, CLASSES, remat=remat, attention=attention)
+    )
+    prepare = latent_sampler([0.0] * LATENT[0], [0.18215] * LATENT[0])
+    step = stages.diffusion_step(config, static, optimizer, prepare, accumulate)
+    moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
+    data = dict(mean=moments, logvar=moments, label=_ints(batch), index=_ints(batch))
+    flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))
+    return _training(step, mesh, state, data, flops, state.params)
+
+
+def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
+    """One adversarial step with LPIPS, from a batch of images larger than the crop."""
+    config = replace(
+        cfg.imagenet256().config,
+        autoencoder=replace(cfg.imagenet256().config.autoencoder, dtype="bfloat16"),
+    )
+    options = config.autoencoder
+    state, statics, optimizers = eqx.filter_eval_shape(lambda: stages.autoencoder_state(config))
+    prepare = lambda batch, key: to_float(stages.random_crop(batch["image"], config.size, key))
+    phases = shared.autoencoder_phases(
+        options,
+        statics,
+        optimizers,
+        prepare,
+        distance=cfg.make_distance(options),
+        dtype=cfg.DTYPES[options.dtype],
+    )
+    lpips = eqx.filter_eval_shape(lambda: models.LPIPS(key=jax.random.key(0)))
+    perceptual = MeanDistance(lpips, options.perceptual_weight)
+    side = options.crop_from or config.size
+    images = jax.ShapeDtypeStruct((batch, side, side, cfg.CHANNELS), jnp.uint8)
+    data = dict(image=images, label=_ints(batch), index=_ints(batch))
+    step = phases[-1][1]
+    flops = count_flops(jax.make_jaxpr(step)(state, data, KEY, perceptual))
+    return _training(step, mesh, state, data, flops, state.autoencoder.params, perceptual)
+
+
+def sampler(
+    mesh: Mesh, *, batch: int, size: str = "DiT-XL/2", steps: int | None = None,
+    attention: Any = "xla",
+) -> Program:  # fmt: skip
+    """The preset's sampler and the autoencoder's decoder: labels to images.
+
+    Each device has a copy of the models and draws its part of the batch.
+    """
+    config, preset = _config(size), cfg.imagenet256()
+    sampling = replace(preset.sampling, steps=steps or preset.sampling.steps)
+    diffusion = cfg.make_diffusion(config)
+    solver, times = make_solver(diffusion, sampling), make_times(diffusion, sampling)
+    ae, ae_static = _weights(lambda: models.kl_f8(key=jax.random.key(0)))
+    dit, dit_static = _weights(
+        lambda: cfg.make_dit(config, LATENT, CLASSES, remat="nothing", attention=attention)
+    )
+
+    def function(params, labels, key):
+        space, network = eqx.combine(params[0], ae_static), eqx.combine(params[1], dit_static)
+        denoiser = guided(network, sampling, cfg.DTYPES[config.diffusion.dtype])
+
+        def one(label, key):
+            noise_key, solver_key = jax.random.split(key)
+            z = jax.random.normal(noise_key, LATENT)
+            path, prediction = diffusion.path, diffusion.prediction
+            z = ex.sample(denoiser, path, prediction, solver, times, z, label, key=solver_key)
+            return space.decode(z)
+
+        return to_uint8(jax.vmap(one)(labels, jax.random.split(key, batch)))
+
+    decode = lambda params, z: eqx.combine(params, ae_static).decode(z)
+    z = jax.ShapeDtypeStruct(LATENT, jnp.float32)
+    calls = 2 * (len(times) - 1)  # with guidance, two of the network a step
+    flops = 2 * calls * models.multiply_adds(eqx.combine(dit, dit_static))
+    flops = batch * (flops + count_flops(jax.make_jaxpr(decode)(ae, z)))
+    labels = _placed(_ints(batch), sharding.batch_sharding(mesh))
+    arguments = _copied((ae, dit), mesh), labels, _copied(KEY, mesh)
+    kinds = _kinds(dit)
+    return Program(function, arguments, sharding.batch_sharding(mesh), (), flops, *kinds)
+
+
+def _config(size: str, depth: int | None = None) -> cfg.Config:
+    return replace(cfg.imagenet256().config, dit=cfg.DiTConfig(SIZES[size], depth=depth))
+
+
+def _training(step, mesh, state, data, flops, params, *constants) -> Program:
+    placed = sharding.shardings(state, mesh)
+    batch = jax.tree.map(lambda a: _placed(a, sharding.batch_sharding(mesh)), data)
+    copies = (_copied(tree, mesh) for tree in (KEY, *constants))
+    arguments = jax.tree.map(_placed, state, placed), batch, *copies
+    return Program(step, arguments, (placed, None), (0,), flops, *_kinds(params))
+
+
+def _weights(make: Callable[[], Any]) -> tuple[Any, Any]:
+    """A model's parameters as shapes, and its static part."""
+    return eqx.filter_eval_shape(lambda: eqx.partition(make(), eqx.is_inexact_array))
+
+
+def _ints(count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), jnp.int32)
+
+
+def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _copied(tree: Any, mesh: Mesh) -> Any:
+    whole = NamedSharding(mesh, PartitionSpec())
+    put = lambda leaf: _placed(leaf, whole) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+    return jax.tree.map(put, tree)
+
+
+def _kinds(params: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The shapes of the parameters of scanned blocks, and of all others."""
+    stacked, others = [], []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        (stacked if sharding.STACKED.search(name) else others).append(tuple(leaf.shape))
+    return stacked, others
