@@ -115,18 +115,15 @@ def final_digests(run: Path) -> dict[str, str]:
     return found
 
 
-def test_killed_in_each_stage_ends_with_the_same_bits(data, tmp_path):
+def test_killed_in_three_stages_ends_with_the_same_bits(data, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(start(unbroken, data))
     assert {entry.name for entry in unbroken.iterdir()} >= FILES
     latents = broken / "latents.npz"
     moments = {
-        "classifier": lambda: any(e["stage"] == "classifier" for e in logged(broken)),
-        "warm-up": lambda: (broken / "checkpoints" / "autoencoder" / "10").exists(),
         "adversarial": lambda: (broken / "checkpoints" / "autoencoder" / "30").exists(),
         "latents": lambda: list(broken.glob(".latents*")) or latents.exists(),
         "diffusion": lambda: (broken / "checkpoints" / "diffusion" / "10").exists(),
-        "sampling": lambda: (broken / "checkpoints" / "diffusion" / "40").exists(),
     }
     for happened in moments.values():
         process = start(broken, data)
@@ -363,28 +360,36 @@ DAMAGE = {"flipped": flip, "empty": lambda path: path.write_bytes(b""), "missing
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_with_the_newest_usable(copied, data, damage, capsys):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(copied, data, damage, capsys):
+    before = final_digests(copied)
     (copied / "metrics.json").unlink()
     folder = copied / "checkpoints" / "diffusion"
     DAMAGE[damage](largest_file(folder / "40"))
-    args = ["train", *SMALL, "--run-dir", str(copied), "--data-dir", str(data)]
-    assert call(*args) == 2
+    assert call("train", *SMALL, "--run-dir", str(copied), "--data-dir", str(data)) == 0
+    said = capsys.readouterr().out
+    assert f"damaged checkpoint {folder / '40'}" in said and "Renamed to 40.damaged" in said
+    assert (folder / "40.damaged").exists() and final_digests(copied) == before
+
+
+def test_without_an_undamaged_checkpoint_the_run_stops_with_all_reasons(copied, data, capsys):
+    (copied / "metrics.json").unlink()
+    folder = copied / "checkpoints" / "diffusion"
+    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    for step in steps:
+        largest_file(step).unlink()
+    assert call("train", *SMALL, "--run-dir", str(copied), "--data-dir", str(data)) == 2
     said = capsys.readouterr().err
-    assert f"damaged checkpoint {folder / '40'}" in said
-    assert f"Newest usable: {folder / '30'}" in said
-    if damage == "flipped":
-        shutil.rmtree(folder / "40")  # what the message advises
-        assert call(*args) == 0
-        assert (copied / "metrics.json").exists()
+    assert "no checkpoint is usable" in said and "--overwrite" in said
+    assert all(str(step) in said and step.exists() for step in steps)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
+def test_losses_that_are_not_finite_stop_the_run_with_the_norms_by_block(data, tmp_path, capsys):
     run = tmp_path / "run"
     args = ["train", *SMALL, "--run-dir", str(run), "--data-dir", str(data)]
     assert call(*args, "--classifier.learning-rate", "1e30") == 2
     said = capsys.readouterr().err
-    assert "classifier: loss is not finite at step" in said
-    assert "Last good checkpoint: none yet" in said
+    assert "classifier: the loss or its gradient (10 steps in a row) is not finite at step" in said
+    assert "Last good checkpoint: " in said and "hidden: nan" in said
 
 
 def test_a_run_folder_belongs_to_one_process(copied, data, capsys):

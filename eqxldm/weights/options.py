@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from ..models.dit import save_narrow
 from ..nn.attention import attend, cudnn_attend
 from ..nn.embeddings import LabelEmbedding
 from .layout import WeightsError
@@ -12,12 +13,12 @@ ATTENTION = {"attend": attend, "cudnn_attend": cudnn_attend}
 
 
 def policies() -> dict[str | None, Any]:
-    """`{name: policy}` of `jax.checkpoint_policies`; None keeps everything.
+    """`{name: policy}` of `jax.checkpoint_policies`, and `save_narrow`; None keeps everything.
 
     >>> policies()["everything_saveable"] is jax.checkpoint_policies.everything_saveable
     True
     """
-    return {None: None, **vars(jax.checkpoint_policies)}
+    return {None: None, "save_narrow": save_narrow, **vars(jax.checkpoint_policies)}
 
 
 def name_of(function: Any, table: dict[Any, Any], option: str) -> str | None:
