@@ -154,6 +154,15 @@ def test_snapshots_are_kept_for_good_and_not_written_twice(tmp_path, signals):
     np.testing.assert_array_equal(*found)
 
 
+def test_a_snapshot_that_cannot_be_written_is_reported_and_the_run_goes_on(
+    tmp_path, signals, capsys
+):
+    (tmp_path / "snapshots").write_text("a file in the way")
+    state, _, _ = train(tmp_path, signals, snapshots=lambda state: state.ema, snapshot_every=6)
+    assert int(state.step) == 12
+    assert "going on without this snapshot" in capsys.readouterr().out
+
+
 def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, signals, monkeypatch, capsys):
     save = Checkpoints.save
 

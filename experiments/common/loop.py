@@ -167,10 +167,16 @@ def train_stage(
 
 
 def save_snapshot(run: RunFolder, stage: str, step: int, tree: PyTree) -> None:
-    """Keeps a tree for good. A resumed run comes by the same step with the same tree."""
-    with Checkpoints(run.path / "snapshots" / stage, keep=10**9) as snapshots:
-        if step not in snapshots.steps():
-            snapshots.save(step, tree)
+    """Keeps a tree for good. A resumed run comes by the same step with the same tree.
+
+    One that cannot be written is reported, as a checkpoint that is not the last one is.
+    """
+    try:
+        with Checkpoints(run.path / "snapshots" / stage, keep=10**9) as snapshots:
+            if not agreed(step in snapshots.steps()):
+                snapshots.save(step, tree)
+    except CheckpointError as error:
+        console.print(f"{stage}: {error}\n{stage}: going on without this snapshot.")
 
 
 def _stopped(signals: Signals, mesh: Mesh, stops: deque[jax.Array]) -> int | None:
