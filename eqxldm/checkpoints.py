@@ -12,7 +12,6 @@ Orbax's `_CHECKPOINT_METADATA` and `commit_success.txt` come after it, and nothi
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -34,8 +33,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from .fingerprints import is_key, named_leaves, plain, start_fingerprints
 
 # Orbax reports every step of a save, and prints the errors that it also raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -47,7 +47,6 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written or 
 _TIMEOUT = 600  # seconds that a process waits for the others' part of a checkpoint
 _GRACE = 30  # seconds between processes that come to a meeting together
 _writes = itertools.count()  # the same in all processes
-_SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 class CheckpointError(Exception):
@@ -68,111 +67,6 @@ class Positioned(Protocol):
 
 def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
-
-
-def digest(tree: PyTree) -> str:
-    """SHA-256 over the paths, shapes, dtypes and bytes of a tree's arrays, fetched to the host.
-
-    Two training states have the same digest exactly if they are equal bit for bit.
-
-    >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)})
-    True
-    >>> digest({"a": np.zeros(2)}) == digest({"a": -np.zeros(2)})
-    False
-    """
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
-
-
-def fingerprint(tree: PyTree) -> dict[str, str]:
-    """Two 32-bit sums over the bits of every array, by its path, computed where the arrays are.
-
-    With `w_i` the i-th 32-bit word (smaller elements one word each, larger ones two), `mix` the
-    finaliser of MurmurHash3, which is a bijection of 32-bit words, and `c` one of two constants:
-
-        sum_i mix(w_i ^ mix(i + c))   mod 2^32
-
-    A changed word changes its term and so the sum; terms depend on the position; and as integer
-    addition is associative, the sums are the same on every mesh and number of processes.
-
-    **Raises** `ValueError` if a leaf is not an array, or an array on a device has complex elements
-    or some of other than 1, 2, 4 or 8 bytes.
-
-    *Source*: A. Appleby, MurmurHash3 (public domain), `fmix32`.
-
-    >>> a, b = np.arange(4), jnp.zeros(3)
-    >>> fingerprint([a, b]) == fingerprint([a.copy(), -b]), fingerprint(a) == fingerprint(a[::-1])
-    (False, False)
-    """
-    return _dispatch(_named(tree))()
-
-
-def _dispatch(arrays: dict[str, Any]) -> Callable[[], dict[str, str]]:
-    """Starts the fingerprints; calling the result waits for them."""
-    started = {}
-    for name, array in arrays.items():
-        array = _plain(array)
-        if isinstance(array, jax.Array):
-            sharding = array.sharding
-            named = isinstance(sharding, NamedSharding)
-            everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if named else None
-            try:
-                started[name] = _device_sums(everywhere)(array)
-            except TypeError:
-                raise ValueError(
-                    f"fingerprint: {name} is {array.dtype}, needed are real elements of 1, 2, 4 or "
-                    "8 bytes: split or convert it."
-                ) from None
-        else:
-            started[name] = _sums(np, *_host_words(array))
-
-    def finish() -> dict[str, str]:
-        found = jax.device_get(started)
-        return {name: f"{a:08x}{b:08x}" for name, (a, b) in found.items()}
-
-    return finish
-
-
-@functools.cache
-def _device_sums(out: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
-    # One array a call: compiling takes as long as there are different shapes, not arrays.
-    return jax.jit(lambda array: _sums(jnp, *_device_words(array)), out_shardings=out)
-
-
-def _sums(xp: Any, words: Any, position: Any) -> Any:
-    terms = [_mix(words ^ _mix(position + np.uint32(seed))) for seed in _SEEDS]
-    return xp.stack([xp.sum(term, dtype=np.uint32) for term in terms])
-
-
-def _mix(x: Any) -> Any:
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
-
-
-def _device_words(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The bits as 32-bit words and their numbers, in the array's own shape and sharding."""
-    if array.dtype == bool:
-        words = array.astype(jnp.uint8)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(array, unsigned)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    return words.astype(jnp.uint32), position
-
-
-def _host_words(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    unsigned = {1: np.uint8, 2: np.uint16}.get(array.dtype.itemsize, np.uint32)
-    words = flat.view(unsigned).astype(np.uint32)
-    return words, np.arange(words.size, dtype=np.uint32)
 
 
 class Checkpoints:
@@ -263,10 +157,10 @@ class Checkpoints:
         and a later save can succeed. `ValueError` if a leaf is not an array, or `info` or the
         position is not JSON-able.
         """
-        arrays = _named(state)
+        arrays = named_leaves(state)
         if not any(array.size for array in arrays.values()):
             raise ValueError("Checkpoints.save: the state has no array with elements.")
-        sums = _dispatch(arrays)
+        sums = start_fingerprints(arrays)
         about = {
             "step": step,
             "arrays": {name: _described(array) for name, array in arrays.items()},
@@ -318,7 +212,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
 
-        items = {name: _plain(array) for name, array in arrays.items() if array.size}
+        items = {name: plain(array) for name, array in arrays.items() if array.size}
         self._pending = _Write(folder, items, seal)
         # Where one process fails at once, the others do not know yet; they will when all wait.
         if self._pending.error is not None and jax.process_count() == 1:
@@ -380,6 +274,13 @@ class Checkpoints:
                 (self.folder / str(step)).rename(gone)
                 shutil.rmtree(gone)
 
+    def info(self, step: int) -> dict[str, Any]:
+        """The dict that was saved with a step; no array is read.
+
+        **Raises** `CheckpointError` if there is none or its description is damaged.
+        """
+        return _read_about(self.folder / str(step))["info"]
+
     def restore(
         self, step: int, like: PyTree, data: Positioned | None = None, *, part: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
@@ -394,7 +295,7 @@ class Checkpoints:
         those that were saved; `CheckpointMismatch`, one of them, if names, shapes or dtypes are
         not those of `like`, or the data position is not one of `data`.
         """
-        folder, wanted = self.folder / str(step), _named(like)
+        folder, wanted = self.folder / str(step), named_leaves(like)
         error, arrays, about = None, {}, {}
         try:
             about = _read_about(folder)
@@ -404,7 +305,7 @@ class Checkpoints:
         except CheckpointError as failed:
             error = failed
         _raise_together(folder, error)
-        found = _dispatch(arrays)()
+        found = start_fingerprints(arrays)()
         changed = [name for name in found if found[name] != about["fingerprints"][name]]
         if changed:
             raise CheckpointError(f"{folder}: not what was saved: {_listed(changed)}.")
@@ -533,31 +434,8 @@ class _Write:
                 self._barrier(key=f"{self._key}-{self._met}", timeout_ms=1000 * _TIMEOUT)
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path) or "state"
-        leaf = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
-        if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-            raise ValueError(f"Checkpoints: {name} is a {type(leaf).__name__}, not an array.")
-        if name in named:
-            raise ValueError(f"Checkpoints: two leaves have the path {name}.")
-        named[name] = leaf
-    return named
-
-
 def _described(array: Any) -> list[Any]:
     return [str(array.dtype), list(array.shape)]
-
-
-def _is_key(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def _plain(array: Any) -> Any:
-    """A random key as the integers it is made of, which are what is written."""
-    return jax.random.key_data(array) if _is_key(array) else array
 
 
 def _key_implementation(like: Any) -> Any:
@@ -570,7 +448,7 @@ def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The arrays of a checkpoint, placed and typed as those wanted."""
 
     def described(array: Any) -> Any:
-        if _is_key(array):
+        if is_key(array):
             shape = jax.eval_shape(jax.random.key_data, array)
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=array.sharding)
         return ocp.utils.to_shape_dtype_struct(array)
@@ -591,7 +469,7 @@ def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # orbax and tensorstore raise a dozen kinds
             raise CheckpointError(f"{folder}: {_reason(error)}.") from error
     for name, like in wanted.items():
-        if _is_key(like) and like.size:
+        if is_key(like) and like.size:
             arrays[name] = jax.random.wrap_key_data(arrays[name], impl=_key_implementation(like))
         if _described(arrays[name]) != _described(like):
             raise CheckpointError(f"{folder}: {name} was read as {_described(arrays[name])}.")
@@ -603,7 +481,7 @@ def _empty(like: Any) -> Any:
     sharding = getattr(like, "sharding", None)
     if sharding is None:
         return np.zeros(like.shape, like.dtype)
-    if _is_key(like):
+    if is_key(like):
         shape = jax.eval_shape(jax.random.key_data, like)
         data = jnp.zeros(shape.shape, shape.dtype, device=sharding)
         return jax.random.wrap_key_data(data, impl=_key_implementation(like))

@@ -24,15 +24,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from eqxldm import checkpoints as module
-from eqxldm.checkpoints import (
-    CheckpointError,
-    CheckpointMismatch,
-    Checkpoints,
-    digest,
-    fingerprint,
-)
+from eqxldm import checkpoints as module, fingerprints
+from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
 from eqxldm.data.pipelines import training_batches
+from eqxldm.fingerprints import digest, fingerprint
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"]
 LIKE = {"w": np.zeros((4, 6), np.float32)}
@@ -147,9 +142,9 @@ def test_a_fingerprint_changes_with_the_order_of_elements_and_leaves():
 
 def test_a_fingerprint_is_compiled_once():
     traced = []
-    original = module._device_words
+    original = fingerprints._device_words
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_device_words", lambda a: traced.append(a) or original(a))
+        patch.setattr(fingerprints, "_device_words", lambda a: traced.append(a) or original(a))
         for k in range(3):
             fingerprint(jax.device_put(np.ones(7) * k, NamedSharding(mesh(2), P())))
     assert len(traced) == 1
@@ -475,7 +470,7 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from eqxldm import checkpoints as module
+        from eqxldm import checkpoints as module, fingerprints
         with module.Checkpoints(Path(sys.argv[1])) as checkpoints:
             checkpoints.save(1, {"w": np.zeros((4, 6), np.float32)})
             checkpoints.wait()
@@ -680,8 +675,9 @@ TWO = """
     folder, port, own = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, own, local_device_ids=[0])
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from eqxldm import checkpoints as module
-    from eqxldm.checkpoints import Checkpoints, CheckpointError, fingerprint
+    from eqxldm import checkpoints as module, fingerprints
+    from eqxldm.checkpoints import Checkpoints, CheckpointError
+    from eqxldm.fingerprints import fingerprint
 
     def place(array, spec):
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), spec)

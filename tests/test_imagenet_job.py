@@ -6,15 +6,18 @@ import shutil
 import signal
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from eqxldm import weights
-from eqxldm.checkpoints import digest
+from eqxldm.checkpoints import Checkpoints
 from eqxldm.data import pipelines
+from eqxldm.fingerprints import digest
 from eqxldm.sharding import make_mesh
+from experiments.common.loop import open_snapshots
 from experiments.common.run import RunFolder
 from experiments.common.terminal import run_main
 from experiments.imagenet import config as cfg, evaluate as ev, stages
@@ -33,13 +36,14 @@ SMALL = (
     SIZES
     + (
         "--diffusion.steps 12 --diffusion.batch-size 8 --diffusion.warmup 2 --dit.depth 2 "
-        "--dit.width 16 --dit.heads 2 --samples 24 --sampling.steps 3 --sampling-batch 8"
+        "--dit.width 16 --dit.heads 2 --diffusion.posthoc 0.05 0.1 --diffusion.snapshot-every 5 "
+        "--samples 24 --sampling.steps 3 --sampling-batch 8"
     ).split()
 )
 FILES = {
     "samples.png", "reconstructions.png", "forward.png", "reverse.png", "curves.png",
     "samples.npz", "metrics.json", "log.jsonl", "config.json", "data.json", "checkpoints",
-    "autoencoder.safetensors", "latents", "images",
+    "autoencoder.safetensors", "latents", "images", "snapshots",
 }  # fmt: skip
 STAGES = ("classifier", "autoencoder", "diffusion")
 
@@ -108,6 +112,7 @@ def test_what_a_finished_run_holds(finished):
     assert set(metrics["diffusion"]) == {
         "fd", "fd_floor", "accuracy", "precision", "recall", "judge_accuracy", "samples",
         "reference", "solver", "steps", "network_calls", "guidance_scale", "guidance_interval",
+        "sigma_rel",
     }  # fmt: skip
     assert {*STAGES, "latents", "sampling", "measuring", "total"} == set(metrics["timings"])
     header = json.loads((finished / "latents" / "header.json").read_text())
@@ -167,6 +172,28 @@ def test_sample_and_evaluate(copied):
     metrics = json.loads((copied / "metrics.json").read_text())
     assert metrics["diffusion"]["samples"] == 20
     assert metrics["diffusion"]["guidance_scale"] == 1.0
+
+
+def test_an_average_of_any_width_after_training(copied, capsys):
+    config = cfg.from_dict(json.loads((copied / "config.json").read_text()))
+    with open_snapshots(RunFolder(copied), "diffusion") as snapshots:
+        assert snapshots.steps() == [5, 10, 12]
+    build = lambda: stages.diffusion_state(config, (4, 4, 4), 4)[0]
+    like = eqx.filter_eval_shape(build)
+    with Checkpoints(copied / "checkpoints" / "diffusion") as checkpoints:
+        state = checkpoints.restore(12, like)[0]
+    for tracked, width in zip(state.ema[1:], (0.05, 0.1), strict=True):
+        found = stages.posthoc_average(config, RunFolder(copied), like.ema, width)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(tracked), strict=True)
+        assert max(np.abs(a - b).max() for a, b in pairs) < 1e-6
+    where = ["--preset", "smoke", "--run-dir", copied]
+    assert call("evaluate", *where, "--n", 20, "--steps", 2, "--sigma-rel", 0.07) == 0
+    assert json.loads((copied / "metrics.json").read_text())["diffusion"]["sigma_rel"] == 0.07
+    for width, reason in ((0.5, "sigma_rel must lie"), (0.25, "snapshots describe sigma_rel")):
+        assert call("sample", *where, "--n", 1, "--steps", 2, "--sigma-rel", width) == 2
+        assert f"--sigma-rel {width}: " in (said := capsys.readouterr().err) and reason in said
+    shutil.rmtree(copied / "snapshots" / "diffusion" / "10")
+    assert call("sample", *where, "--n", 1, "--steps", 2, "--sigma-rel", 0.07) == 0
 
 
 def test_the_autoencoder_alone_and_handed_on(finished, images, tmp_path, capsys):

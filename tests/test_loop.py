@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from eqxldm.checkpoints import CheckpointError, Checkpoints, digest
+from eqxldm.checkpoints import CheckpointError, Checkpoints
 from eqxldm.data.pipelines import training_batches
+from eqxldm.fingerprints import digest
 from eqxldm.sharding import make_mesh
 from eqxldm.training import exponential, init_state, make_train_step
 from experiments.common import loop
@@ -140,8 +141,12 @@ def test_too_many_in_a_row_stop_the_run_with_the_norms_by_block(tmp_path, signal
         assert checkpoints.steps() == [5]
 
 
+def with_updates(state):
+    return state.ema, {"updates": int(state.step)}
+
+
 def test_snapshots_are_kept_for_good_and_not_written_twice(tmp_path, signals):
-    kept = dict(snapshots=lambda state: state.ema, snapshot_every=4)
+    kept = dict(snapshots=with_updates, snapshot_every=5)
     train(tmp_path / "broken", signals, stop=6, save_every=3, **kept)
     train(tmp_path / "broken", signals, save_every=3, **kept)
     train(tmp_path / "unbroken", signals, save_every=3, **kept)
@@ -149,8 +154,9 @@ def test_snapshots_are_kept_for_good_and_not_written_twice(tmp_path, signals):
     found = []
     for name in ("broken", "unbroken"):
         with Checkpoints(tmp_path / name / "snapshots" / "stage") as snapshots:
-            assert snapshots.steps() == [4, 8, 12]
-            found.append([snapshots.restore(step, like)[0][0]["w"] for step in (4, 8, 12)])
+            assert snapshots.steps() == [5, 10, 12]
+            found.append([snapshots.restore(step, like)[0][0]["w"] for step in (5, 10, 12)])
+            assert snapshots.info(10) == {"updates": 10}
     np.testing.assert_array_equal(*found)
 
 
@@ -158,7 +164,7 @@ def test_a_snapshot_that_cannot_be_written_is_reported_and_the_run_goes_on(
     tmp_path, signals, capsys
 ):
     (tmp_path / "snapshots").write_text("a file in the way")
-    state, _, _ = train(tmp_path, signals, snapshots=lambda state: state.ema, snapshot_every=6)
+    state, _, _ = train(tmp_path, signals, snapshots=with_updates, snapshot_every=6)
     assert int(state.step) == 12
     assert "going on without this snapshot" in capsys.readouterr().out
 

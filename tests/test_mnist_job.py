@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eqxldm.checkpoints import Checkpoints, digest
+from eqxldm.checkpoints import Checkpoints
+from eqxldm.fingerprints import digest
 from experiments.common.terminal import run_main
 from experiments.mnist import config as cfg, stages
 from experiments.mnist.__main__ import main

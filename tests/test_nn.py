@@ -63,6 +63,18 @@ def test_layer_norm_equals_numpy():
                                atol=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 300.0])
+def test_layer_norm_of_bfloat16_loses_less_than_the_rounding_of_its_input(offset):
+    """E[x^2] - mean^2 cancels where the mean is large, but there x has been rounded more."""
+    x = jnp.asarray(np.random.default_rng(0).normal(offset, 1.0, (64, 1152)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    written = 2**-8 * np.maximum(np.abs(exact), 2**-8)  # rounding of the result
+    read = 2**-9 * offset  # of x, whose deviation is 1
+    error = np.abs(np.asarray(nn.layer_norm(x), np.float64) - exact)
+    assert (error <= written + read / 16).all()
+
+
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_group_norm_equals_numpy(groups, offset):

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import eqxldm as ex
 from eqxldm import models, sharding
-from eqxldm.data.images import to_float, to_uint8
+from eqxldm.data.images import to_float
 from eqxldm.data.latents import latent_sampler
 from eqxldm.training import MeanDistance
 from experiments.common import stages as shared
-from experiments.common.diffusion import guided, make_solver, make_times
+from experiments.common.diffusion import check_sampling
+from experiments.common.sampling import make_sampler
 from experiments.imagenet import config as cfg, stages
 
 from .flops import count_flops
@@ -126,7 +126,8 @@ def sampler(
     config, preset = _config(size), cfg.imagenet256()
     sampling = replace(preset.sampling, steps=steps or preset.sampling.steps)
     diffusion = cfg.make_diffusion(config)
-    solver, times = make_solver(diffusion, sampling), make_times(diffusion, sampling)
+    dtype = cfg.DTYPES[config.diffusion.dtype]
+    draw = make_sampler(diffusion, sampling, LATENT, dtype=dtype)
     ae, ae_static = _weights(lambda: models.kl_f8(key=jax.random.key(0)))
     dit, dit_static = _weights(
         lambda: cfg.make_dit(config, LATENT, CLASSES, remat="nothing", attention=attention)
@@ -134,20 +135,11 @@ def sampler(
 
     def function(params, labels, key):
         space, network = eqx.combine(params[0], ae_static), eqx.combine(params[1], dit_static)
-        denoiser = guided(network, sampling, cfg.DTYPES[config.diffusion.dtype])
-
-        def one(label, key):
-            noise_key, solver_key = jax.random.split(key)
-            z = jax.random.normal(noise_key, LATENT)
-            path, prediction = diffusion.path, diffusion.prediction
-            z = ex.sample(denoiser, path, prediction, solver, times, z, label, key=solver_key)
-            return space.decode(z)
-
-        return to_uint8(jax.vmap(one)(labels, jax.random.split(key, batch)))
+        return draw(space, network, labels, jax.random.split(key, batch))
 
     decode = lambda params, z: eqx.combine(params, ae_static).decode(z)
     z = jax.ShapeDtypeStruct(LATENT, jnp.float32)
-    calls = 2 * (len(times) - 1)  # with guidance, two of the network a step
+    calls = 2 * check_sampling(diffusion, sampling)  # with guidance, two of the network each
     flops = 2 * calls * models.multiply_adds(eqx.combine(dit, dit_static))
     flops = batch * (flops + count_flops(jax.make_jaxpr(decode)(ae, z)))
     labels = _placed(_ints(batch), sharding.batch_sharding(mesh))

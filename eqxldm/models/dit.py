@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
-from ..nn.boundary import gathered, undivided
+from ..nn.boundary import apart, gathered, undivided
 from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
@@ -68,7 +68,7 @@ class DiTBlock(eqx.Module):
         b1, a1, g1, b2, a2, g2 = self.modulation(c)
         x = x + g1 * self.attention(modulate(layer_norm(x), b1, a1))
         y = jax.nn.gelu(self.fc1(modulate(layer_norm(x), b2, a2)), approximate=True)
-        return x + g2 * checkpoint_name(self.fc2(y), "mlp")
+        return x + g2 * checkpoint_name(self.fc2(apart(y)), "mlp")
 
 
 class DiT(eqx.Module):

@@ -10,7 +10,7 @@ from .attention import (
     attend as attend,
     cudnn_attend as cudnn_attend,
 )
-from .boundary import undivided as undivided
+from .boundary import apart as apart, undivided as undivided
 from .conv import (
     Conv as Conv,
     ConvPair as ConvPair,

@@ -105,12 +105,14 @@ class QKV(eqx.Module):
         self.heads = heads
 
     def __call__(self, x: Float[Array, "n in"]) -> list[Float[Array, "n heads size"]]:
-        y = jnp.einsum("ni,koi->nko", x, self.weight.astype(x.dtype))
+        # Three products, each with the heads first as attention wants them: of a single one TPUs
+        # copy the parts out, and transpose them.
+        weight = self.weight.astype(x.dtype).reshape(3, self.heads, -1, x.shape[-1])
+        parts = [jnp.einsum("ni,hdi->hnd", x, w) for w in weight]
         if self.bias is not None:
-            y = y + self.bias.astype(x.dtype)
-        # `split` and not indices: its gradient is one concatenation, theirs three padded arrays
-        # and their sum.
-        return [part.reshape(len(x), self.heads, -1) for part in jax.lax.split(y, [1] * 3, axis=1)]
+            bias = self.bias.astype(x.dtype).reshape(3, self.heads, 1, -1)
+            parts = [y + b for y, b in zip(parts, bias, strict=True)]
+        return [jnp.swapaxes(y, 0, 1) for y in parts]
 
 
 class RMSNorm(eqx.Module):

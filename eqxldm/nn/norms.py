@@ -13,8 +13,14 @@ def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[A
     Array([-0.9999995,  0.9999995], dtype=float32)
     """
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, -1, keepdims=True)
-    variance = jnp.mean(centred * centred, -1, keepdims=True)
+    mean = jnp.mean(x32, -1, keepdims=True)
+    centred = x32 - mean
+    if x.dtype.itemsize < 4:
+        # One pass. E[x^2] - mean^2 cancels, but x was rounded sixteen bits earlier: before the
+        # variance has an error that shows, x itself has a larger one.
+        variance = jnp.maximum(jnp.mean(x32 * x32, -1, keepdims=True) - mean * mean, 0.0)
+    else:
+        variance = jnp.mean(centred * centred, -1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + norm_eps)).astype(x.dtype)
 
 

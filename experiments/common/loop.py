@@ -41,8 +41,8 @@ class Keep:
     """How many of the newest checkpoints stay; the one with the lowest loss stays too."""
     every: int | None = None
     """Every checkpoint whose step is a multiple of this stays."""
-    snapshots: Callable[[Any], PyTree] | None = None
-    """`state -> tree`: what is also kept, for good, every `snapshot_every` steps."""
+    snapshots: Callable[[Any], tuple[PyTree, dict[str, Any]]] | None = None
+    """`state -> tree, info`: what is also kept, for good, every `snapshot_every` steps and last."""
     snapshot_every: int = 0
 
 
@@ -159,22 +159,31 @@ def train_stage(
                 if stopped is not None:
                     save(step, wait=True)
                     raise Interrupted(stopped)
-                if step == steps or step % keep.save_every == 0:
-                    save(step, wait=step == steps)
-                if keep.snapshots is not None and step % keep.snapshot_every == 0:
-                    save_snapshot(run, stage, step, keep.snapshots(state))
+                last = step == steps
+                # Before the checkpoint, from which a killed run would go on without it.
+                if keep.snapshots is not None and (last or step % keep.snapshot_every == 0):
+                    save_snapshot(run, stage, step, *keep.snapshots(state))
+                if last or step % keep.save_every == 0:
+                    save(step, wait=last)
         return state, _timings(clock.read(steps - start), batch_size)
 
 
-def save_snapshot(run: RunFolder, stage: str, step: int, tree: PyTree) -> None:
+def open_snapshots(run: RunFolder, stage: str) -> Checkpoints:
+    """The snapshots of a stage, of which all stay."""
+    return Checkpoints(run.path / "snapshots" / stage, keep=10**9)
+
+
+def save_snapshot(
+    run: RunFolder, stage: str, step: int, tree: PyTree, info: dict[str, Any]
+) -> None:
     """Keeps a tree for good. A resumed run comes by the same step with the same tree.
 
     One that cannot be written is reported, as a checkpoint that is not the last one is.
     """
     try:
-        with Checkpoints(run.path / "snapshots" / stage, keep=10**9) as snapshots:
+        with open_snapshots(run, stage) as snapshots:
             if not agreed(step in snapshots.steps()):
-                snapshots.save(step, tree)
+                snapshots.save(step, tree, info=info)
     except CheckpointError as error:
         console.print(f"{stage}: {error}\n{stage}: going on without this snapshot.")
 
@@ -283,11 +292,11 @@ def _too_many(this: Stage, step: int, row: dict[str, Any]) -> str:
 
 
 def restore_newest(
-    checkpoints: Checkpoints, like: PyTree, batches: Any = None
+    checkpoints: Checkpoints, like: PyTree, batches: Any = None, *, part: bool = False
 ) -> tuple[int, PyTree, dict[str, Any]]:
     """The newest checkpoint that is not damaged; those that are, are named and set aside."""
     try:
-        return checkpoints.restore_newest(like, batches, report=console.print)
+        return checkpoints.restore_newest(like, batches, part=part, report=console.print)
     except CheckpointMismatch as error:
         raise UserError(f"{error}\nUse another --run-dir, or --overwrite to start anew.") from None
     except CheckpointError as error:

@@ -1,5 +1,6 @@
 """Drawing images from a trained model, and the pictures that show how they come about."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -35,6 +36,32 @@ class Generator(NamedTuple):
     dtype: Any = jnp.float32
 
 
+def make_sampler(
+    diffusion: Diffusion,
+    sampling: SamplingConfig,
+    shape: tuple[int, int, int],
+    *,
+    pad: int = 0,
+    dtype: Any = jnp.float32,
+) -> Callable[..., Any]:
+    """`(space, network, labels, keys) -> images`, a pure function of a batch, in uint8."""
+    solver, times = make_solver(diffusion, sampling), make_times(diffusion, sampling)
+
+    def draw(space, network, labels, keys):
+        denoiser = guided(network, sampling, dtype)
+
+        def one(label, key):
+            noise_key, solver_key = jax.random.split(key)
+            z = jax.random.normal(noise_key, shape)
+            path, prediction = diffusion.path, diffusion.prediction
+            z = ex.sample(denoiser, path, prediction, solver, times, z, label, key=solver_key)
+            return space.decode(z)
+
+        return to_uint8(jax.vmap(one)(labels, keys), pad=pad)
+
+    return draw
+
+
 def draw_samples(
     generator: Generator,
     labels: Int[np.ndarray, " n"],
@@ -49,28 +76,12 @@ def draw_samples(
     `sharding` divides a batch over devices, to which the model must have been copied.
     """
     trained, diffusion, sampling, pad, dtype = generator
-    solver, times = make_solver(diffusion, sampling), make_times(diffusion, sampling)
+    sampler = make_sampler(diffusion, sampling, trained.shape, pad=pad, dtype=dtype)
 
     @eqx.filter_jit
     def draw(space, network, labels, indices):
-        denoiser = guided(network, sampling, dtype)
-
-        def one(label, index):
-            noise_key, solver_key = jax.random.split(jax.random.fold_in(key, index))
-            z = jax.random.normal(noise_key, trained.shape)
-            z = ex.sample(
-                denoiser,
-                diffusion.path,
-                diffusion.prediction,
-                solver,
-                times,
-                z,
-                label,
-                key=solver_key,
-            )
-            return space.decode(z)
-
-        return to_uint8(jax.vmap(one)(labels, indices), pad=pad)
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+        return sampler(space, network, labels, keys)
 
     place = (lambda a: a) if sharding is None else lambda a: jax.device_put(a, sharding)
     images, n = [], len(labels)

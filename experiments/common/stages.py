@@ -178,10 +178,17 @@ def last_seconds(run: RunFolder, stage: str) -> float:
     return next((e["seconds"] for e in reversed(run.log_entries()) if e["stage"] == stage), 0.0)
 
 
-def final_state(run: RunFolder, stage: str, steps: int, like: Any) -> Any:
-    """The state of a finished stage; `like` needs only shapes, and is put where they say.
+def final_average(
+    run: RunFolder,
+    stage: str,
+    steps: int,
+    like: Any,
+    average: Callable[[Any], Any] = lambda state: state.ema[0],
+) -> Any:
+    """The first average of a finished stage; nothing else of its checkpoint is read.
 
-    Without shardings that is one device.
+    `like` is the stage's state and needs only shapes; the average is put where they say, without
+    shardings on one device.
     """
     folder = run.checkpoints / stage
     if not folder.is_dir():
@@ -198,7 +205,10 @@ def final_state(run: RunFolder, stage: str, steps: int, like: Any) -> Any:
             )
         here = SingleDeviceSharding(jax.devices()[0])
         place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here)
-        return restore_newest(checkpoints, jax.tree.map(place, like))[1]
+        wanted = jax.tree.map(place, average(like))
+        nothing = jax.tree.map(lambda _: None, like)
+        only = eqx.tree_at(average, nothing, wanted, is_leaf=lambda leaf: leaf is None)
+        return average(restore_newest(checkpoints, only, part=True)[1])
 
 
 def averaged(state: Any, static: Any) -> Any:

@@ -111,6 +111,8 @@ class Sample:
     guidance_interval: tuple[float, float] = SamplingConfig.guidance_interval
     solver: SolverName = SamplingConfig.solver
     seed: int = 0
+    sigma_rel: float | None = None
+    """The width of a post-hoc average, from a run with --diffusion.posthoc; else the first one."""
     sampling_batch: int = 64
     """Images sampled at once."""
     out: Path | None = None
@@ -127,6 +129,8 @@ class Evaluate:
     sampling: Annotated[SamplingConfig, Unnamed] = field(default_factory=SamplingConfig)
     n: int = 50_000
     """How many images, as many of each class."""
+    sigma_rel: float | None = None
+    """The width of a post-hoc average, from a run with --diffusion.posthoc; else the first one."""
     sampling_batch: int = 64
     """Images sampled at once, by each process."""
 
@@ -316,7 +320,7 @@ def sample(command: Sample) -> None:
     run = open_run(command.run_dir, command.preset)
     config = cfg.from_dict(run.config())
     check_sampling(cfg.make_diffusion(config), sampling)
-    trained, _, classes = stages.load_finished(config, run, make_mesh())
+    trained, _, classes = stages.load_finished(config, run, make_mesh(), command.sigma_rel)
     if command.label is None:
         labels = np.repeat(ev.shown_classes(classes), command.n)
     elif 0 <= command.label < classes:
@@ -344,7 +348,7 @@ def evaluate(command: Evaluate) -> None:
     made = run.path / "images"
     source = open_source(made if place.images is None and made.exists() else place.images)
     test = open_images(place.test_images) if place.test_images is not None else None
-    trained, labels, classes = stages.load_finished(config, run, mesh)
+    trained, labels, classes = stages.load_finished(config, run, mesh, command.sigma_rel)
     metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")
@@ -363,6 +367,7 @@ def evaluate(command: Evaluate) -> None:
             classes,
             command.n,
             batch=command.sampling_batch,
+            sigma_rel=command.sigma_rel,
         )
         if not is_primary():
             return

@@ -100,11 +100,14 @@ def all_samples(
     labels: Int[np.ndarray, " n"],
     *,
     batch: int,
-    step: int,
+    weights: dict[str, Any],
 ) -> Images:
-    """Samples in parts that are kept until all are there, so that little is drawn twice."""
+    """Samples in parts that are kept until all are there, so that little is drawn twice.
+
+    `weights` says which of the run's weights are sampled.
+    """
     folder = run.path / "parts"
-    about = {**as_dict(sampling), "seed": config.seed, "step": step, "count": len(labels)}
+    about = {**as_dict(sampling), "seed": config.seed, **weights, "count": len(labels)}
     if run.primary:
         if folder.exists() and read_json(folder / "about.json") != about:
             shutil.rmtree(folder)
@@ -209,15 +212,23 @@ def evaluate(
     count: int,
     *,
     batch: int,
+    sigma_rel: float | None = None,
 ) -> dict[str, Any]:
     """Samples `count` images, as many of each class, and writes samples.npz and samples.png.
 
-    Returns the parts of metrics.json that this determines; only the primary process has them.
+    `sigma_rel` is the width of the network's average where it is a post-hoc one. Returns the parts
+    of metrics.json that this determines; only the primary process has them.
     """
     labels = np.arange(count, dtype=np.int32) % classes
     begin = time.monotonic()
     samples = all_samples(
-        config, sampling, run, trained, labels, batch=batch, step=config.diffusion.steps
+        config,
+        sampling,
+        run,
+        trained,
+        labels,
+        batch=batch,
+        weights={"step": config.diffusion.steps, "sigma_rel": sigma_rel},
     )
     seconds = time.monotonic() - begin
     if not is_primary():
@@ -241,6 +252,7 @@ def evaluate(
         "network_calls": check_sampling(cfg.make_diffusion(config), sampling),
         "guidance_scale": sampling.guidance,
         "guidance_interval": list(sampling.guidance_interval),
+        "sigma_rel": sigma_rel,
     }
     return {
         "diffusion": scores,

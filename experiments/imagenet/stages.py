@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from eqxldm import models, weights
-from eqxldm.checkpoints import digest
+from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import ImageSource
 from eqxldm.data.images import to_float
 from eqxldm.data.latents import (
@@ -24,6 +24,7 @@ from eqxldm.data.latents import (
     write_latents,
 )
 from eqxldm.data.pipelines import Batches, image_batches, latent_batches
+from eqxldm.fingerprints import digest
 from eqxldm.models import LPIPS, AutoencoderKL, ConvClassifier
 from eqxldm.sharding import batch_sharding, build_placed, place, shardings
 from eqxldm.training import (
@@ -34,11 +35,13 @@ from eqxldm.training import (
     make_diffusion_loss,
     make_train_step,
     measure_latents,
+    posthoc_ema,
+    posthoc_weights,
 )
 
 from ..common import stages as shared
 from ..common.judge import classifier_loss
-from ..common.loop import Keep, train_stage
+from ..common.loop import Keep, open_snapshots, train_stage
 from ..common.processes import barrier, copied, gathered, local_mesh
 from ..common.run import RunFolder, read_json, write_json
 from ..common.spaces import Trained
@@ -101,7 +104,7 @@ class Job:
         options: Any,
         *constants: Any,
         flops: float | None = None,
-        snapshots: Callable[[Any], Any] | None = None,
+        snapshots: Callable[[Any], tuple[Any, dict[str, Any]]] | None = None,
     ) -> Any:
         """`train_stage` with the job's seed, mesh and run folder; `flops` are those of a step."""
         flops_per_step = {} if flops is None else {stage: flops}
@@ -458,7 +461,11 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
     )
     state = build_placed(lambda: build()[0], job.mesh)
     dit = eqx.combine(jax.eval_shape(lambda s: s.params, state), static)
-    named = len(options.averages)
+
+    def power_averages(state):
+        updates = int(state.step - state.skipped)
+        return state.ema[len(options.averages) :], {"updates": updates}
+
     state = job.train(
         "diffusion",
         [(options.steps, step)],
@@ -466,7 +473,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
         batches,
         options,
         flops=6.0 * options.batch_size * models.multiply_adds(dit),  # forward, and twice backward
-        snapshots=(lambda state: state.ema[named:]) if options.posthoc else None,
+        snapshots=power_averages if options.posthoc else None,
     )
     params = gathered(state.ema[0], job.mesh)
     return Trained(autoencoder, _network(config, shape, job.num_classes, params), shape)
@@ -484,8 +491,13 @@ def _is_float_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def load_finished(config: Config, run: RunFolder, mesh: Mesh) -> tuple[Trained, int, int]:
-    """The averaged models of a finished run, its number of labels and of classes."""
+def load_finished(
+    config: Config, run: RunFolder, mesh: Mesh, sigma_rel: float | None = None
+) -> tuple[Trained, int, int]:
+    """The averaged models of a finished run, its number of labels and of classes.
+
+    With `sigma_rel` the denoiser's average is put together from the run's snapshots.
+    """
     about = read_about(run, DATA, "num_classes", "class_names", mend=MEND)
     if not (run.path / AUTOENCODER).exists():
         raise UserError(f"the run in {run.path} is not finished: no {AUTOENCODER}. Train first.")
@@ -495,7 +507,30 @@ def load_finished(config: Config, run: RunFolder, mesh: Mesh) -> tuple[Trained, 
     placed = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings(like, mesh)
     )
-    state = shared.final_state(run, "diffusion", config.diffusion.steps, placed)
-    params = gathered(state.ema[0], mesh)
+    average = shared.final_average(run, "diffusion", config.diffusion.steps, placed)
+    params = gathered(average, mesh)
+    if sigma_rel is not None:
+        params = posthoc_average(config, run, like.ema, sigma_rel)
     network = _network(config, shape, labels, params)
     return Trained(autoencoder, network, shape), labels, len(about["class_names"])
+
+
+def posthoc_average(config: Config, run: RunFolder, like: Any, sigma_rel: float) -> Any:
+    """The average of this width at the end of training, from the snapshots of the kept ones."""
+    widths = config.diffusion.posthoc
+    if not widths:
+        raise UserError(
+            "--sigma-rel: the run kept no averages by power functions. Train one with "
+            "--diffusion.posthoc 0.05 0.1."
+        )
+    with open_snapshots(run, "diffusion") as snapshots:
+        try:
+            steps = snapshots.steps()
+            updates = [snapshots.info(step)["updates"] for step in steps]
+            kept = [(n, width) for n in updates for width in widths]
+            shares = posthoc_weights(kept, max(updates, default=0), sigma_rel)
+            wanted = tuple(like[len(config.diffusion.averages) :])
+            trees = (tree for step in steps for tree in snapshots.restore(step, wanted)[0])
+            return posthoc_ema(trees, shares)
+        except (ValueError, CheckpointError) as error:
+            raise UserError(f"--sigma-rel {sigma_rel}: {error}") from None

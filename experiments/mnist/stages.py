@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eqxldm.checkpoints import digest
 from eqxldm.data import Digits, cache_dir
 from eqxldm.data.images import to_float
 from eqxldm.data.pipelines import training_batches
+from eqxldm.fingerprints import digest
 from eqxldm.models import AutoencoderKL, ConvClassifier, Posterior
 from eqxldm.training import (
     adamw,
@@ -246,11 +246,12 @@ def load_finished(config: Config, run: RunFolder) -> tuple[Trained, int]:
         state, statics = eqx.filter_eval_shape(
             lambda: autoencoder_state(config, image_shape[0])[:2]
         )
-        state = shared.final_state(run, "autoencoder", config.autoencoder.steps, state)
-        space = normalised(averaged(state.autoencoder, statics[0]), run)
+        first = lambda state: state.autoencoder.ema[0]
+        average = shared.final_average(run, "autoencoder", config.autoencoder.steps, state, first)
+        space = normalised(eqx.combine(average, statics[0]), run)
     shape = padded_shape(config, space, image_shape)
     shapes = lambda: diffusion_state(config, shape, num_classes)[:2]
     state, static = eqx.filter_eval_shape(shapes)
     assert config.diffusion.steps is not None
-    state = shared.final_state(run, "diffusion", config.diffusion.steps, state)
-    return Trained(space, averaged(state, static), shape), num_classes
+    average = shared.final_average(run, "diffusion", config.diffusion.steps, state)
+    return Trained(space, eqx.combine(average, static), shape), num_classes
