@@ -161,6 +161,26 @@ ENTRY %main (p: f32[4]) -> f32[8] {
     assert found == {"all-gather": (32, 2), "all-reduce": (48, 2), "reduce-scatter": (16, 2)}
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("mesh['a'=1,'b'=4,'c'=4], device_ids=([4,4]T(1,0)) {'b'}", 4),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("[2,8]<=[4,4]T(1,0)", 8),
+        ("{{0,1,2},{3,4,5}}", 3),
+    ],
+)
+def test_groups_are_read_as_they_are_written(groups, size):
+    text = hlo.EXAMPLE.replace("replica_groups=[1,4]<=[4]", f"replica_groups={groups}")
+    assert [c.group for c in hlo.collectives(hlo.parse(text))] == [size]
+
+
+def test_groups_in_another_notation_are_not_counted_as_none():
+    text = hlo.EXAMPLE.replace("replica_groups=[1,4]<=[4]", "replica_groups=all")
+    with pytest.raises(ValueError, match="groups are not understood"):
+        hlo.collectives(hlo.parse(text))
+
+
 def test_a_parameter_gathered_outside_its_block_is_found():
     def gathers(dims, times):
         return [hlo.Collective("all-gather", (hlo.Array("f32", dims),), times, 4, "", "")]

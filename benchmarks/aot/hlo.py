@@ -348,14 +348,17 @@ def _resolve(table: dict[str, Instruction], name: str) -> Instruction:
 
 def _group(attributes: str) -> int:
     """How many devices take part in one group of a collective."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? *\{([^}]*)\}"
+    if found := re.search(mesh, attributes):
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
         return math.prod(int(sizes[a]) for a in re.findall(r"'([^']*)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
-    return 2 if "source_target_pairs" in attributes else 1
+    if "source_target_pairs" in attributes:
+        return 2
+    raise ValueError(f"a collective's groups are not understood: {attributes[:200]}")
 
 
 EXAMPLE = """

@@ -200,7 +200,7 @@ class DiT(eqx.Module):
 
         def apply(x, block_params):
             block = eqx.combine(gathered(block_params, x.dtype), static)
-            return undivided(block(x, c)), None
+            return undivided(block(x, undivided(c))), None
 
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)

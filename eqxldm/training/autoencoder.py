@@ -97,6 +97,8 @@ def make_autoencoder_step(
     The autoencoder minimises `nll + kl_weight KL + gan_weight w gan`, with `nll = distance
     (+ perceptual)`, `KL` in nats a pixel value, `gan` the hinge loss on the reconstruction and `w`
     the adaptive weight; the discriminator its hinge loss (Esser et al. 2021, eq. 6).
+    LDM's code has a learned log-variance of the pixels in `nll`, but gives it to no optimizer
+    (`AutoencoderKL.configure_optimizers` of CompVis/latent-diffusion): it stays 0, as here.
 
     With `adversarial=False` the discriminator is neither run nor trained: the step for the
     warm-up, over the same state. Two functions and not a branch inside one: XLA:CPU runs
