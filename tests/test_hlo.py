@@ -154,11 +154,14 @@ ENTRY %main (p: f32[4]) -> f32[8] {
   %whole = f32[8]{0} all-gather-done(%ag)
   %ar = (f32[4]{0}, f32[8]{0}) all-reduce-start(%p, %whole), replica_groups={{0,1}}, to_apply=%add
   %sums = (f32[4]{0}, f32[8]{0}) all-reduce-done(%ar)
-  ROOT %rs = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %rs = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %start = ((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%whole), replica_groups={{0,1}}
+  ROOT %part = f32[4]{0} reduce-scatter-done(%start)
 }
 """
-    found = {c.kind: (c.bytes, c.group) for c in hlo.collectives(hlo.parse(text))}
-    assert found == {"all-gather": (32, 2), "all-reduce": (48, 2), "reduce-scatter": (16, 2)}
+    found = [(c.kind, c.bytes, c.group) for c in hlo.collectives(hlo.parse(text))]
+    scatters = [("reduce-scatter", 16, 2), ("reduce-scatter", 32, 2)]
+    assert found == [("all-gather", 32, 2), ("all-reduce", 48, 2), *scatters]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def main() -> None:
         if args.update:  # after each, so that an interruption loses one
             committed.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
     print(LEGEND)
+    if args.platform == "tpu":
+        print(PROXY)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
     heard = args.platform == "gpu" or canary_heard()
@@ -151,8 +153,9 @@ def reasons(row: Row, before: Row | None) -> list[str]:
 LEGEND = """
 GiB a device: what comes in, what is made on the way, the peak beside the memory. Collectives: bytes
 of the whole arrays, GB a step; ag all-gather, rs reduce-scatter, ar all-reduce, aa all-to-all, cp
-collective-permute. TFLOP: a device, of the model, nothing recomputed. Cycles and MFU are the
-compiler's estimate, without waiting for other chips: they rank variants and promise no time."""
+collective-permute. TFLOP: a device, of the model, nothing recomputed."""
+PROXY = """Cycles and MFU are the compiler's estimate, without waiting for other chips: they rank
+variants and promise no time."""
 
 
 def header(platform: str) -> str:

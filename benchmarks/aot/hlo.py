@@ -213,9 +213,11 @@ def collectives(module: Module) -> list[Collective]:
         arrays, group = i.result, _group(i.attributes)
         if i.opcode == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # what goes in, then what comes out
+        elif i.opcode == "reduce-scatter-start":
+            arrays = arrays[: len(arrays) // 2]  # the whole ones go in
         elif i.opcode == "collective-permute-start":
             arrays = arrays[1:2]
-        elif kind == "reduce-scatter":
+        elif i.opcode == "reduce-scatter":
             arrays = tuple(Array(a.dtype, (group, *a.dims)) for a in arrays)
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             kind = "reduce-scatter"
