@@ -27,7 +27,7 @@ MACHINES = [
     ("eight H200", "NVIDIA H200", 450e9, "fsdp=8", 256),
     ("eight H200", "NVIDIA H200", 450e9, "fsdp=8", 2048),
     ("v5e-256", "TPU v5 lite", 100e9, "data=16,fsdp=16", 256),
-    ("v5e-256", "TPU v5 lite", 100e9, "data=16,fsdp=16", 2048),
+    ("v5e-256", "TPU v5 lite", 100e9, "data=16,fsdp=16", 4096),
 ]
 
 
@@ -42,9 +42,10 @@ def shapes(size):
 def network_bytes(params, mesh):
     """What a device receives in a step, `(parameters, gradients)`.
 
-    A divided parameter is gathered in bfloat16 for the forward and again for the backward pass,
-    its gradient is summed and scattered in float32 over `fsdp`; over what else shares the batch, as
-    that of a copied parameter over all, it is summed by a ring: twice `(n - 1) / n` of its size.
+    The least that is needed, in bfloat16. A divided parameter is gathered for the forward and
+    again for the backward pass, its gradient is summed and scattered over `fsdp`; over what else
+    shares the batch, as that of a copied parameter over all, it is summed by a ring: twice
+    `(n - 1) / n` of its size.
     """
     is_spec = lambda s: isinstance(s, jax.P)
     gathered = summed = 0.0
@@ -54,9 +55,9 @@ def network_bytes(params, mesh):
         size = math.prod(leaf.shape) / (mesh["tensor"] if "tensor" in spec else 1)
         if "fsdp" in spec:
             gathered += 2 * 2 * size * (fsdp - 1) / fsdp
-            summed += 4 * size * (fsdp - 1) / fsdp + 2 * 4 * size / fsdp * (data - 1) / data
+            summed += 2 * size * (fsdp - 1) / fsdp + 2 * 2 * size / fsdp * (data - 1) / data
         else:
-            summed += 2 * 4 * size * (fsdp * data - 1) / (fsdp * data)
+            summed += 2 * 2 * size * (fsdp * data - 1) / (fsdp * data)
     return gathered, summed
 
 

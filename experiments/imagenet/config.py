@@ -226,7 +226,7 @@ def cifar10() -> Preset:
             ),
             latents=LatentsConfig(batch_size=250),
             diffusion=DiffusionConfig(
-                steps=4000,
+                steps=10_000,
                 batch_size=64,
                 learning_rate=2e-3,
                 warmup=100,
@@ -240,7 +240,7 @@ def cifar10() -> Preset:
                 learned_range=False,
                 dtype="float32",
             ),
-            dit=DiTConfig("dit_s_2", depth=8, width=192, heads=6),
+            dit=DiTConfig("dit_s_2", depth=6, width=128, heads=4),
         ),
         SamplingConfig("ddim", 25, 1.6, (0.0, 0.8)),
         2000,
