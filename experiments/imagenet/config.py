@@ -228,7 +228,7 @@ def cifar10() -> Preset:
             diffusion=DiffusionConfig(
                 steps=10_000,
                 batch_size=64,
-                learning_rate=2e-3,
+                learning_rate=4e-3,
                 warmup=100,
                 cosine_decay=True,
                 b2=0.99,
