@@ -178,6 +178,23 @@ def test_groups_are_read_as_they_are_written(groups, size):
     assert [c.group for c in hlo.collectives(hlo.parse(text))] == [size]
 
 
+def test_what_another_core_runs_counts():
+    text = """
+%gather (p.1: f32[2]) -> f32[8] {
+  %p.1 = f32[2]{0} parameter(0)
+  ROOT %ag = f32[8]{0} all-gather(%p.1), replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %p = f32[2]{0} parameter(0)
+  %start = ((f32[2]{0}), f32[8]{0}) call-start(%p), async_execution_thread="sparsecore", to_apply=%gather
+  ROOT %done = f32[8]{0} call-done(%start)
+}
+"""  # noqa: E501
+    found = [(c.kind, c.bytes, c.times) for c in hlo.collectives(hlo.parse(text))]
+    assert found == [("all-gather", 32, 1)]
+
+
 def test_groups_in_another_notation_are_not_counted_as_none():
     text = hlo.EXAMPLE.replace("replica_groups=[1,4]<=[4]", "replica_groups=all")
     with pytest.raises(ValueError, match="groups are not understood"):

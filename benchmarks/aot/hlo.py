@@ -324,7 +324,7 @@ def _called(module: Module, computation: str, i: Instruction) -> list[tuple[str,
     if i.opcode == "while":
         times = trip_count(module, computation, i)
         return [(_attribute(i, "body"), 1 if times is None else times)]
-    if i.opcode == "call":
+    if i.opcode in ("call", "call-start"):  # the latter as on TPU7x's sparse cores
         return [(_attribute(i, "to_apply"), 1)]
     if i.opcode in ("async-update", "async-done"):
         return []
