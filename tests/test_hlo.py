@@ -178,11 +178,11 @@ def test_groups_are_read_as_they_are_written(groups, size):
     assert [c.group for c in hlo.collectives(hlo.parse(text))] == [size]
 
 
-def test_what_another_core_runs_counts():
+def test_of_what_another_core_runs_collectives_count_and_cycles_do_not():
     text = """
 %gather (p.1: f32[2]) -> f32[8] {
   %p.1 = f32[2]{0} parameter(0)
-  ROOT %ag = f32[8]{0} all-gather(%p.1), replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %ag = f32[8]{0} all-gather(%p.1), replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"estimated_cycles":"9"}
 }, execution_thread="sparsecore"
 
 ENTRY %main (p: f32[2]) -> f32[8] {
@@ -191,8 +191,10 @@ ENTRY %main (p: f32[2]) -> f32[8] {
   ROOT %done = f32[8]{0} call-done(%start)
 }
 """  # noqa: E501
-    found = [(c.kind, c.bytes, c.times) for c in hlo.collectives(hlo.parse(text))]
+    module = hlo.parse(text)
+    found = [(c.kind, c.bytes, c.times) for c in hlo.collectives(module)]
     assert found == [("all-gather", 32, 1)]
+    assert hlo.cycles(module) == 0  # of the core that computes
 
 
 def test_groups_in_another_notation_are_not_counted_as_none():

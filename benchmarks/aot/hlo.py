@@ -113,14 +113,16 @@ def parse(text: str) -> Module:
 def walk(module: Module, *, into_estimates: bool = True) -> Iterator[tuple[Instruction, str, int]]:
     """`(instruction, computation, times)` of all that runs, from the entry on.
 
-    Without `into_estimates` not into what an instruction with its own estimate of cycles calls.
+    Without `into_estimates` not into what an instruction with its own estimate of cycles calls, nor
+    into what another core runs meanwhile.
     """
 
     def visit(name: str, times: int) -> Iterator[tuple[Instruction, str, int]]:
         for instruction in module.computations[name]:
             yield instruction, name, times
             control = instruction.opcode in ("while", "conditional", "call")
-            if into_estimates or control or instruction.cycles is None:
+            beside = instruction.opcode == "call-start"  # on another core
+            if into_estimates or control or (instruction.cycles is None and not beside):
                 for called, n in _called(module, name, instruction):
                     yield from visit(called, times * n)
 
