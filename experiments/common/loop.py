@@ -155,14 +155,14 @@ def train_stage(
                     loss = _collect(this, pending, values)
                     rate = clock.rate(step - start) * batch_size
                     bar.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
+                last = step == steps
+                # Before the checkpoint, from which a stopped run would go on without it.
+                if keep.snapshots is not None and (last or step % keep.snapshot_every == 0):
+                    save_snapshot(run, stage, step, *keep.snapshots(state))
                 stopped = _stopped(signals, mesh, stops)
                 if stopped is not None:
                     save(step, wait=True)
                     raise Interrupted(stopped)
-                last = step == steps
-                # Before the checkpoint, from which a killed run would go on without it.
-                if keep.snapshots is not None and (last or step % keep.snapshot_every == 0):
-                    save_snapshot(run, stage, step, *keep.snapshots(state))
                 if last or step % keep.save_every == 0:
                     save(step, wait=last)
         return state, _timings(clock.read(steps - start), batch_size)
