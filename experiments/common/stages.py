@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -178,6 +179,23 @@ def last_seconds(run: RunFolder, stage: str) -> float:
     return next((e["seconds"] for e in reversed(run.log_entries()) if e["stage"] == stage), 0.0)
 
 
+def check_finished(run: RunFolder, stage: str, steps: int) -> Path:
+    """The folder of a finished stage's checkpoints."""
+    folder = run.checkpoints / stage
+    if not folder.is_dir():
+        raise UserError(
+            f"the run in {run.path} is not finished: no {stage} checkpoint. Train first."
+        )
+    found = Checkpoints(folder).steps()
+    if not found or found[-1] < steps:
+        at = found[-1] if found else 0
+        raise UserError(
+            f"the run in {run.path} is not finished: {stage} is at step {at} of {steps}. "
+            "Run the train command again to go on."
+        )
+    return folder
+
+
 def final_average(
     run: RunFolder,
     stage: str,
@@ -190,24 +208,12 @@ def final_average(
     `like` is the stage's state and needs only shapes; the average is put where they say, without
     shardings on one device.
     """
-    folder = run.checkpoints / stage
-    if not folder.is_dir():
-        raise UserError(
-            f"the run in {run.path} is not finished: no {stage} checkpoint. Train first."
-        )
-    with Checkpoints(folder) as checkpoints:
-        found = checkpoints.steps()
-        if not found or found[-1] < steps:
-            at = found[-1] if found else 0
-            raise UserError(
-                f"the run in {run.path} is not finished: {stage} is at step {at} of {steps}. "
-                "Run the train command again to go on."
-            )
-        here = SingleDeviceSharding(jax.devices()[0])
-        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here)
-        wanted = jax.tree.map(place, average(like))
-        nothing = jax.tree.map(lambda _: None, like)
-        only = eqx.tree_at(average, nothing, wanted, is_leaf=lambda leaf: leaf is None)
+    here = SingleDeviceSharding(jax.devices()[0])
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here)
+    wanted = jax.tree.map(place, average(like))
+    nothing = jax.tree.map(lambda _: None, like)
+    only = eqx.tree_at(average, nothing, wanted, is_leaf=lambda leaf: leaf is None)
+    with Checkpoints(check_finished(run, stage, steps)) as checkpoints:
         return average(restore_newest(checkpoints, only, part=True)[1])
 
 

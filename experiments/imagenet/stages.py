@@ -507,9 +507,11 @@ def load_finished(
     placed = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings(like, mesh)
     )
-    average = shared.final_average(run, "diffusion", config.diffusion.steps, placed)
-    params = gathered(average, mesh)
-    if sigma_rel is not None:
+    steps = config.diffusion.steps
+    if sigma_rel is None:
+        params = gathered(shared.final_average(run, "diffusion", steps, placed), mesh)
+    else:
+        shared.check_finished(run, "diffusion", steps)
         params = posthoc_average(config, run, like.ema, sigma_rel)
     network = _network(config, shape, labels, params)
     return Trained(autoencoder, network, shape), labels, len(about["class_names"])
