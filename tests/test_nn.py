@@ -64,15 +64,20 @@ def test_layer_norm_equals_numpy():
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 300.0])
-def test_layer_norm_of_bfloat16_loses_less_than_the_rounding_of_its_input(offset):
+@pytest.mark.parametrize("layer, shape, axes", [
+    (nn.layer_norm, (8, 16, 576), (-1,)),
+    (nn.GroupNorm(16, groups=2), (64, 64, 2, 8), (0, 1, 3)),
+], ids=["layer", "group"])  # fmt: skip
+def test_a_norm_of_bfloat16_loses_less_than_the_rounding_of_its_input(layer, shape, axes, offset):
     """E[x^2] - mean^2 cancels where the mean is large, but there x has been rounded more."""
-    x = jnp.asarray(np.random.default_rng(0).normal(offset, 1.0, (64, 1152)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(offset, 1.0, shape), jnp.bfloat16)
     exact = np.asarray(x, np.float64)
-    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    exact -= exact.mean(axes, keepdims=True)
+    exact /= np.sqrt(np.mean(exact**2, axes, keepdims=True) + 1e-6)
     written = 2**-8 * np.maximum(np.abs(exact), 2**-8)  # rounding of the result
     read = 2**-9 * offset  # of x, whose deviation is 1
-    error = np.abs(np.asarray(nn.layer_norm(x), np.float64) - exact)
-    assert (error <= written + read / 16).all()
+    result = np.asarray(layer(x.reshape(*shape[:2], -1)), np.float64).reshape(shape)
+    assert (np.abs(result - exact) <= written + read / 16).all()
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])

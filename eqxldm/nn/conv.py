@@ -99,4 +99,5 @@ def upsample_nearest(x: Float[Array, "h w c"]) -> Float[Array, "H W c"]:
     >>> upsample_nearest(jnp.ones((2, 3, 1))).shape
     (4, 6, 1)
     """
-    return x.repeat(2, axis=0).repeat(2, axis=1)
+    h, w, c = x.shape
+    return jnp.broadcast_to(x[:, None, :, None], (h, 2, w, 2, c)).reshape(2 * h, 2 * w, c)

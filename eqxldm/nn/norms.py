@@ -1,9 +1,13 @@
 """Normalisation layers; statistics are always float32."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from .boundary import apart
 
 
 def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[Array, "*leading d"]:
@@ -12,15 +16,7 @@ def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[A
     >>> layer_norm(jnp.array([1.0, 3.0]))
     Array([-0.9999995,  0.9999995], dtype=float32)
     """
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, -1, keepdims=True)
-    centred = x32 - mean
-    if x.dtype.itemsize < 4:
-        # One pass. E[x^2] - mean^2 cancels, but x was rounded sixteen bits earlier: before the
-        # variance has an error that shows, x itself has a larger one.
-        variance = jnp.maximum(jnp.mean(x32 * x32, -1, keepdims=True) - mean * mean, 0.0)
-    else:
-        variance = jnp.mean(centred * centred, -1, keepdims=True)
+    centred, variance = _centre(x, lambda values: jnp.mean(values, -1, keepdims=True))
     return (centred * jax.lax.rsqrt(variance + norm_eps)).astype(x.dtype)
 
 
@@ -52,8 +48,7 @@ class GroupNorm(eqx.Module):
     The input is channels-last, `(h, w, c)`.
 
     The sums are taken per channel first and per group afterwards: XLA:CPU reduces a
-    contiguous axis several times faster than a reshaped one. To keep the one-pass variance
-    from cancelling, the mean is subtracted before squaring.
+    contiguous axis several times faster than a reshaped one.
 
     >>> GroupNorm(8, groups=4)(jnp.ones((2, 2, 8))).shape
     (2, 2, 8)
@@ -76,12 +71,27 @@ class GroupNorm(eqx.Module):
         self.norm_eps = norm_eps
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - self._per_group(jnp.mean(x32, (0, 1)))
-        variance = self._per_group(jnp.mean(x32 * x32, (0, 1)))
+        # Apart from what makes x: a TPU's compiler otherwise puts a convolution and both passes
+        # over its result into one operation, and computes it again in each.
+        centred, variance = _centre(apart(x), self._mean)
         scale = jax.lax.rsqrt(variance + self.norm_eps) * self.scale
-        return (x32 * scale + self.bias).astype(x.dtype)
+        return (centred * scale + self.bias).astype(x.dtype)
 
-    def _per_group(self, per_channel: Float[Array, " c"]) -> Float[Array, " c"]:
-        means = jnp.mean(per_channel.reshape(self.groups, -1), -1)
-        return jnp.repeat(means, per_channel.size // self.groups)
+    def _mean(self, x: Float[Array, "h w c"]) -> Float[Array, " c"]:
+        """Each channel's mean over space and its group."""
+        means = jnp.mean(jnp.mean(x, (0, 1)).reshape(self.groups, -1), -1)
+        return jnp.repeat(means, x.shape[-1] // self.groups)
+
+
+def _centre(x: Array, mean: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """`x - mean(x)` in float32, and the variance.
+
+    Two passes over float32, one over what is shorter: `mean(x^2) - mean(x)^2` cancels, but `x` was
+    rounded sixteen bits earlier, so before the variance has an error that shows, `x` has a larger.
+    """
+    x32 = x.astype(jnp.float32)
+    centre = mean(x32)
+    centred = x32 - centre
+    if x.dtype.itemsize < 4:
+        return centred, jnp.maximum(mean(x32 * x32) - centre * centre, 0.0)
+    return centred, mean(centred * centred)
