@@ -48,8 +48,8 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
 	evaluate-fashion-mnist compare-mnist train-imagenet train-autoencoder train-cifar10 \
 	sample-imagenet evaluate-imagenet sample-cifar10 evaluate-cifar10 bench-solvers bench-mixture \
-	bench bench-accelerator bench-data scaling tpu-check gpu-check test test-parity test-soak lint \
-	format typecheck pins docs docs-serve clean
+	bench bench-accelerator bench-data scaling tpu-check tpu-pieces gpu-check test test-parity \
+	test-soak lint format typecheck pins docs docs-serve clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,9 @@ scaling: $(RUNTIME) ## memory on every mesh, FLOPs and network bytes of a step: 
 
 tpu-check: $(TPU) ## compile the presets for TPU slices, without a TPU: SHORT=1 ONLY=v5e UPDATE=1
 	.venv-tpu/bin/python -m benchmarks.aot.check tpu $(AOT)
+
+tpu-pieces: $(TPU) ## blocks of the models, each compiled for one TPU chip in seconds
+	.venv-tpu/bin/python -m benchmarks.aot.pieces $(ARGS)
 
 gpu-check: $(GPU) ## the same for H100 and H200, without a GPU (4.4 GB are installed)
 	.venv-gpu/bin/python -m benchmarks.aot.check gpu $(AOT)

@@ -48,12 +48,13 @@ def undivided(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 
 def gathered(params: PyTree, dtype: Any) -> PyTree:
-    """The weights of one block in `dtype`, whole on each device but for their part of `tensor`.
+    """A block's or a layer's weights in `dtype`, whole on each device but for their `tensor` part.
 
-    Called inside the block: cast first, so that half as many bytes travel, and gathered whole, so
-    that the compiler neither divides an activation nor splits a product into one for each part of
-    a weight, which it otherwise does on TPUs. Their gradients go back in `dtype` too. Vectors and
-    what is smaller stay as they are. Without a mesh only the cast is done.
+    Called where they are used: cast first, so that half as many bytes travel, and gathered whole,
+    so that the compiler neither divides an activation (a convolution's images by rows and
+    channels) nor splits a product into one for each part of a weight, as it otherwise does on
+    TPUs. Their gradients go back in `dtype` too. Vectors and what is smaller stay as they are.
+    Without a mesh only the cast is done.
 
     >>> import jax.numpy as jnp
     >>> gathered({"weight": jnp.ones((2, 3)), "bias": jnp.ones(2)}, jnp.bfloat16)["weight"].dtype

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .boundary import gathered
+
 NO_PADDING = ((0, 0), (0, 0))
 
 
@@ -39,12 +41,13 @@ class Conv(eqx.Module):
         self.padding = (side, side) if padding is None else padding
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        weight = gathered(self, x.dtype).weight
         # A product, which XLA:CPU does two to three times as fast, gradients included.
-        if self.weight.shape[:2] == (1, 1) and self.stride == 1 and self.padding == NO_PADDING:
-            return x @ self.weight[0, 0].astype(x.dtype) + self.bias.astype(x.dtype)
+        if weight.shape[:2] == (1, 1) and self.stride == 1 and self.padding == NO_PADDING:
+            return x @ weight[0, 0] + self.bias.astype(x.dtype)
         y = jax.lax.conv_general_dilated(
             x[None],
-            self.weight.astype(x.dtype),
+            weight,
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

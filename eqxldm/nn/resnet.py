@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .attention import Attention, attend, check_heads
-from .boundary import undivided
+from .boundary import gathered, undivided
 from .conv import Conv
 from .linear import Linear, zeros
 from .norms import GroupNorm
@@ -128,8 +128,9 @@ class AttentionBlock(eqx.Module):
         self.heads, self.attention = heads, attention
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        block = gathered(self, x.dtype)
         tokens = self.norm(x).reshape(-1, x.shape[-1])
         split = lambda y: y.reshape(len(tokens), self.heads, -1)
-        q, k, v = split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens))
+        q, k, v = (split(layer(tokens)) for layer in (block.query, block.key, block.value))
         y = self.attention(q, k, v)
-        return x + self.out(y.reshape(tokens.shape)).reshape(x.shape)
+        return x + block.out(y.reshape(tokens.shape)).reshape(x.shape)
