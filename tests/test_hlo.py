@@ -255,7 +255,7 @@ def test_a_strided_convolution_and_its_gradients_count_alike():
 
 ROW = dict(
     name="a", mesh={"fsdp": 8}, options={"batch": 8}, argument_bytes=1, temporary_bytes=1,
-    peak_bytes=100, memory_bytes=1000, collectives={"all-gather": 10**9}, flops=1e12,
+    peak_bytes=100, memory_bytes=1000, sent_bytes=10, collectives={"all-gather": 10**9}, flops=1e12,
     compile_seconds=1.0, cycles=10**6, mfu=0.5, unknown_loops=0, gathered_whole=[],
     involuntary=0, cudnn_attention=False,
 )  # fmt: skip
@@ -267,14 +267,15 @@ ROW = dict(
         (dict(memory_bytes=99), "needs"),
         (dict(involuntary=2), "2 involuntary"),
         (dict(gathered_whole=["w"]), "outside its block: w"),
-        (dict(peak_bytes=111), "grew by 11 %"),
+        (dict(peak_bytes=111), "memory grew by 11 %"),
+        (dict(sent_bytes=12), "traffic grew by 20 %"),
         (dict(error="Ran out of memory"), "Ran out"),
         (dict(unknown_loops=1), "unknown length"),
         (dict(options=dict(attention="cudnn")), "not cuDNN"),
     ],
 )
 def test_each_fault_has_its_line(change, reason):
-    before = dict(peak_bytes=100)
+    before = dict(peak_bytes=100, sent_bytes=10)
     assert check.reasons(ROW, before) == []
     found = check.reasons(ROW | change, before)
     assert len(found) == 1 and reason in found[0] and found[0].startswith("a:")

@@ -4,7 +4,7 @@ Compiles each case of `targets.py` for a slice that need not be there, from the 
 uses, each in a process of its own. Prints one table and compares it with the committed one in
 benchmarks/results: exit code 1, with a line for each reason, if a case does not compile or fit, if
 the compiler reports involuntary full rematerialisation, if a block's parameter is gathered outside
-its block, or if the peak of memory grew by more than a tenth.
+its block, or if the peak of memory or the bytes sent grew by more than a tenth.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def last_error(log: str, code: int) -> str:
 def reasons(row: Row, before: Row | None) -> list[str]:
     """Why a row fails, one line each.
 
-    >>> small, large = dict(name="a", peak_bytes=10, memory_bytes=99), dict(peak_bytes=8)
-    >>> reasons(small, None), reasons(small, large)
+    >>> row = dict(name="a", peak_bytes=10, memory_bytes=99, sent_bytes=0)
+    >>> reasons(row, None), reasons(row, dict(peak_bytes=8))
     ([], ['a: peak memory grew by 25 %, from 0.00 to 0.00 GiB a chip; --update accepts it.'])
     """
     name = row["name"]
@@ -141,12 +141,13 @@ def reasons(row: Row, before: Row | None) -> list[str]:
         found.append(f"{name}: {row['unknown_loops']} loops of unknown length: cycles count once.")
     if row.get("options", {}).get("attention") == "cudnn" and not row["cudnn_attention"]:
         found.append(f"{name}: attention is not cuDNN's.")
-    if before and "peak_bytes" in before and row["peak_bytes"] > GROWTH * before["peak_bytes"]:
-        growth = row["peak_bytes"] / before["peak_bytes"] - 1
-        found.append(
-            f"{name}: peak memory grew by {growth:.0%}, from {gib(before['peak_bytes'])} to "
-            f"{gib(row['peak_bytes'])} GiB a chip; --update accepts it.".replace("%", " %", 1)
-        )
+    for key, what in (("peak_bytes", "peak memory"), ("sent_bytes", "traffic")):
+        old = (before or {}).get(key, 0)
+        if old and row[key] > GROWTH * old:
+            found.append(
+                f"{name}: {what} grew by {100 * (row[key] / old - 1):.0f} %, from {gib(old)} to "
+                f"{gib(row[key])} GiB a chip; --update accepts it."
+            )
     return found
 
 
