@@ -129,6 +129,17 @@ def perturbed(model, *, seed=1, size=0.1):
     return eqx.combine(jax.tree.unflatten(treedef, noisy), static)
 
 
+def filled(make, *, seed=0, size=0.2):
+    """A model with a random number for every parameter; its own start is never computed."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        described = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype) if described else leaf
+
+    return jax.tree.map(fill, eqx.filter_eval_shape(make))
+
+
 def named_leaves(tree):
     """`{path: array}` of the inexact leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array))

@@ -16,7 +16,7 @@ from eqxldm import models, nn
 from eqxldm.models import DiT, multiply_adds, parameter_count, save_matmuls, save_narrow
 from eqxldm.nn import NormedSelfAttention, RMSNorm, SelfAttention, cudnn_attend
 
-from helpers import named_leaves, relative_error, small_dit, tree_error
+from helpers import filled, named_leaves, relative_error, small_dit, tree_error
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -48,17 +48,6 @@ def value_and_gradient(dit, *args):
 
     gradient, out = eqx.filter_grad(loss, has_aux=True)(dit)
     return out, gradient
-
-
-def filled(make, seed=0):
-    """A model with a random number for every parameter; its own start is never computed."""
-    rng = np.random.default_rng(seed)
-
-    def fill(leaf):
-        described = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) if described else leaf
-
-    return jax.tree.map(fill, eqx.filter_eval_shape(make))
 
 
 def described(name, shape=(4, 32, 32), **options):
