@@ -71,8 +71,8 @@ class GroupNorm(eqx.Module):
         self.norm_eps = norm_eps
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        # Apart from what makes x: a TPU's compiler otherwise puts a convolution and both passes
-        # over its result into one operation, and computes it again in each.
+        # Apart from what makes x: a TPU's compiler otherwise makes one operation of a convolution
+        # and this, which takes it long and comes out slower (docs/scaling.md).
         centred, variance = _centre(apart(x), self._mean)
         scale = jax.lax.rsqrt(variance + self.norm_eps) * self.scale
         return (centred * scale + self.bias).astype(x.dtype)
