@@ -105,9 +105,7 @@ def test_modules_import_their_package_relatively_and_nothing_above(path):
 @each_source
 def test_optional_dependencies_are_imported_where_used(path):
     at_import = {name[0] for name, now in imports(path) if now and name}
-    allowed = (
-        {"grain", "orbax"} if path.parts[-2] == "data" or path.name == "checkpoints.py" else set()
-    )
+    allowed = {"grain", "orbax"} if path.parts[-2] in ("data", "checkpoints") else set()
     assert not at_import & (OPTIONAL - allowed)
 
 

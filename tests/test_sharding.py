@@ -99,7 +99,6 @@ def test_the_rules_divide_the_layers_of_dit_xl_as_written(path, spec):
 
 def test_averages_and_the_optimizer_are_divided_like_the_parameters():
     optimizer = training.adamw(1e-4, clip_norm=1.0)
-    state, _ = eqx.filter_eval_shape(lambda: training.init_state(XL, optimizer, averages=2))
     state = eqx.filter_eval_shape(
         lambda k: training.init_state(models.dit_xl_2((4, 32, 32), key=k), optimizer, averages=2)[
             0
