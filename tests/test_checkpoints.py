@@ -28,7 +28,7 @@ from eqxldm.checkpoints import (
     CheckpointError,
     CheckpointMismatch,
     Checkpoints,
-    about as description,
+    _about as description,
 )
 from eqxldm.data.pipelines import training_batches
 from eqxldm.fingerprints import digest, fingerprint
@@ -357,7 +357,7 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from eqxldm.checkpoints import Checkpoints, about
+        from eqxldm.checkpoints import Checkpoints, _about as about
         with Checkpoints(Path(sys.argv[1])) as checkpoints:
             checkpoints.save(1, {"w": np.zeros((4, 6), np.float32)})
             checkpoints.wait()
@@ -389,7 +389,8 @@ TWO = """
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, own, local_device_ids=[0])
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from jax.experimental import multihost_utils
-    from eqxldm.checkpoints import Checkpoints, CheckpointError, about, writing
+    from eqxldm.checkpoints import Checkpoints, CheckpointError
+    from eqxldm.checkpoints import _about as about, _writing as writing
     from eqxldm.fingerprints import fingerprint
 
     def place(array, spec):

@@ -13,7 +13,7 @@ from eqxldm.checkpoints import (
     CheckpointError,
     CheckpointMismatch,
     Checkpoints,
-    about as description,
+    _about as description,
     folder as folders,
 )
 from eqxldm.fingerprints import digest

@@ -16,7 +16,8 @@ MESH = "data=2,fsdp=2"
 
 
 def start(folder, devices, *arguments):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    count = f"--xla_force_host_platform_device_count={devices}"  # of two, the last one counts
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "process_run.py"), str(folder), *arguments],
         env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},

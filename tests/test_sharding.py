@@ -168,7 +168,7 @@ def test_a_state_that_is_built_on_a_mesh_is_that_built_and_placed():
 @pytest.fixture(scope="module")
 def eight():
     """What `sharded_steps.py` measures on eight devices; in a process of its own."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     found = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "sharded_steps.py")],
         env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},

@@ -15,11 +15,11 @@ import jax
 from jaxtyping import PyTree
 
 from ..fingerprints import named_leaves, plain, start_fingerprints
-from .about import ABOUT, check_files, compare, described, listed, read_about, write_about
+from ._about import ABOUT, check_files, compare, described, listed, read_about, write_about
+from ._processes import agreed, raise_together, shared
+from ._reading import read_arrays
+from ._writing import TEMPORARY, Write
 from .errors import CheckpointError, CheckpointMismatch, not_saved, reason
-from .processes import agreed, raise_together, shared
-from .reading import read_arrays
-from .writing import TEMPORARY, Write
 
 
 @runtime_checkable
@@ -48,6 +48,7 @@ class Checkpoints:
     **Raises** `ValueError` if `keep` or `every` is less than 1.
 
     >>> import tempfile
+    >>> import numpy as np
     >>> with Checkpoints(Path(tempfile.mkdtemp())) as checkpoints:
     ...     checkpoints.save(7, {"w": np.ones(2)}, info={"note": "ones"}, metric=0.5)
     ...     checkpoints.wait()

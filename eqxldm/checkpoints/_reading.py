@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ..fingerprints import is_key
-from .about import described
+from ._about import described
 from .errors import CheckpointError, reason
 
 
