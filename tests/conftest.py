@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join([*new, given]).strip()
 worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 cache = Path(__file__).parents[1] / ".pytest_cache" / "jax" / worker
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # writing takes 0.005
 
 import gc  # noqa: E402
 

@@ -18,7 +18,7 @@ from experiments.common.loop import Keep, train_stage
 from experiments.common.run import RunFolder
 from experiments.common.terminal import Interrupted, Signals
 
-from helpers import perturbed
+from helpers import filled
 
 RECORDS, BATCH = 20, 8  # an epoch is two and a half batches
 
@@ -53,10 +53,11 @@ def main():
         jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     index = jax.process_index()
     mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
-    dit = DiT((2, 4, 4), patch=2, depth=2, width=16, heads=2, num_classes=3, key=jax.random.key(0))
+    sizes = dict(patch=2, depth=2, width=16, heads=2, num_classes=3)
+    dit = filled(lambda: DiT((2, 4, 4), **sizes, key=jax.random.key(0)))
     # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
     optimizer = optax.sgd(0.05, momentum=0.9)
-    state, static = training.init_state(perturbed(dit), optimizer, averages=1)
+    state, static = training.init_state(dit, optimizer, averages=1)
     loss = training.make_diffusion_loss(
         ex.LinearFlow(),
         ex.predict_velocity,

@@ -12,7 +12,7 @@ from eqxldm import nn, sharding, training
 from eqxldm.models import DiT
 from eqxldm.training import AutoencoderState, adamw, constant, init_state
 
-from helpers import perturbed, small_autoencoder, small_discriminator
+from helpers import filled, small_autoencoder, small_discriminator
 
 MIXED = "data=2,fsdp=2,tensor=2"
 MESHES = {
@@ -23,10 +23,10 @@ KEY = jax.random.key(3)
 
 
 def diffusion():
-    dit = DiT((4, 8, 8), patch=2, depth=2, width=32, heads=4, num_classes=5, learn_sigma=True,
-              key=KEY)  # fmt: skip
+    sizes = dict(patch=2, depth=2, width=32, heads=4, num_classes=5, learn_sigma=True)
+    dit = filled(lambda: DiT((4, 8, 8), **sizes, key=KEY), size=0.1)
     optimizer = adamw(1e-4, clip_norm=1.0)
-    state, static = init_state(perturbed(dit), optimizer, averages=1)
+    state, static = init_state(dit, optimizer, averages=1)
     loss = training.make_diffusion_loss(
         ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000))),
         ex.LearnedRange(ex.predict_eps),
@@ -41,7 +41,7 @@ def diffusion():
 
 def autoencoder():
     optimizer = adamw(1e-4)
-    ae, disc = perturbed(small_autoencoder()), perturbed(small_discriminator())
+    ae, disc = filled(small_autoencoder), filled(small_discriminator)
     ae_state, ae_static = init_state(ae, optimizer, averages=1)
     disc_state, disc_static = init_state(disc, optimizer)
     step = training.make_autoencoder_step(

@@ -112,12 +112,21 @@ def silenced(lpips):
 @pytest.mark.parametrize("make", [lambda m: m, silenced], ids=["features", "none"])
 def test_gradients_are_finite_where_images_agree_and_where_features_vanish(make, dtype):
     lpips = make(PUBLISHED)
-    for x, y in [(X, X), (FLAT, FLAT), (X, FLAT), (FLAT, X)]:
+    largest = {}
+    for name, (x, y) in {
+        "X X": (X, X),
+        "F F": (FLAT, FLAT),
+        "X F": (X, FLAT),
+        "F X": (FLAT, X),
+    }.items():
         x, y = x.astype(dtype), y.astype(dtype)
         found = gradients(lpips, x, y)
         assert finite(distance(lpips, x, y), *found) and found[0].dtype == dtype
-        if x is y or make is silenced:
-            assert not any(jnp.any(g) for g in found)
+        largest[name] = max(float(jnp.max(jnp.abs(g))) for g in found)
+    # The features of equal images are computed twice, and may differ by their rounding.
+    rounding = 16 * float(jnp.finfo(dtype).eps)
+    assert max(largest["X X"], largest["F F"]) <= rounding * min(largest["X F"], largest["F X"])
+    assert (largest["X F"] == 0) == (make is silenced)
 
 
 @given(exponent=st.integers(-45, 15), zeros=st.integers(0, 4))

@@ -123,9 +123,11 @@ def test_ode_solvers_carry_noise_to_the_data(solver, path, x64):
 def test_every_prediction_takes_the_same_way(path, x64):
     times = LATEST * eqxldm.uniform_times(8)
     for solver in SOLVERS.values():
-        way = sample(solver, path, times, X_T)
-        for prediction in PREDICTIONS.values():
-            other = sample(solver, path, times, X_T, prediction=prediction)
+        way, *others = (
+            sample(solver, path, times, X_T, prediction=prediction)
+            for prediction in PREDICTIONS.values()
+        )
+        for other in others:
             np.testing.assert_allclose(other, way, rtol=1e-9)
 
 
