@@ -15,11 +15,12 @@ if knows and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
 given = os.environ.get("XLA_FLAGS", "")
 new = (flag for flag in flags if flag.split("=")[0] not in given)
 os.environ["XLA_FLAGS"] = " ".join([*new, given]).strip()
-# A folder a worker: jax writes its entries in place, and a half-written one makes a warning.
+# A folder a worker: jax writes its entries in place, and a half-written one makes a warning. To
+# write one takes 0.005 s, so small ones are made again.
 worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 cache = Path(__file__).parents[1] / ".pytest_cache" / "jax" / worker
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # writing takes 0.005
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import gc  # noqa: E402
 
