@@ -7,8 +7,8 @@ from pathlib import Path
 # Tests compile much and compute little; set it to 0 to test what the optimiser makes of the code.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 flags = ["--xla_force_host_platform_device_count=2"]
-# XLA ends the process at a flag that it does not know.
-knows = version("jaxlib").startswith(("0.10.", "0.11.", "0.12."))
+# XLA ends the process at a flag that it does not know, as that of jaxlib 0.12 would.
+knows = version("jaxlib").startswith("0.10.")
 if knows and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
     # Halves the time to compile a small function.
     flags.append("--xla_cpu_use_fusion_emitters=false")
