@@ -99,6 +99,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that lie on this process's devices, ascending.
+
+    They need not be contiguous, as a mesh follows the wiring of a slice; and processes that
+    `tensor` divides the model between share theirs.
+
+    **Raises** `ValueError` as `check_batch`.
+
+    >>> own_rows(4, make_mesh()).tolist()
+    [0, 1, 2, 3]
+    """
+    check_batch(batch_size, mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    parts = {index[0].indices(batch_size) for index in indices if index is not None}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def batch_vmap(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.vmap` over a batch of examples, kept divided over `data` and `fsdp`.
 

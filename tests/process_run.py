@@ -52,7 +52,10 @@ def main():
         port, count, index = options.process
         jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     index = jax.process_index()
-    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
+    # Devices of the processes in turn, as the wiring of a slice may have them.
+    own = [[d for d in jax.devices() if d.process_index == i] for i in range(jax.process_count())]
+    devices = [device for each in zip(*own, strict=True) for device in each]
+    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh), devices)
     sizes = dict(patch=2, depth=2, width=16, heads=2, num_classes=3)
     dit = filled(lambda: DiT((2, 4, 4), **sizes, key=jax.random.key(0)))
     # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
@@ -67,8 +70,8 @@ def main():
     step = training.make_train_step(loss, static, optimizer, averages=(training.constant(0.9),))
     reader = Reader(options.kill_at if index == 1 else None)
     batches = Batches(
-        RECORDS, BATCH, reader, seed=1, process_index=index, process_count=jax.process_count(),
-        workers=0, threads=1, prefetch=1,
+        RECORDS, BATCH, reader, seed=1, rows=sharding.own_rows(BATCH, mesh), workers=0,
+        threads=1, prefetch=1,
     )  # fmt: skip
     run = RunFolder(options.folder, primary=index == 0)
     run.path.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def test_flips_are_those_of_epoch_and_record():
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_the_global_batches_are_those_of_one_process(count):
-    parts = [take(batches(process_index=p, process_count=count), 9) for p in range(count)]
+    parts = [take(batches(rows=np.arange(6).reshape(count, -1)[p]), 9) for p in range(count)]
     same(joined(parts), take(batches(), 9))
 
 
@@ -119,7 +119,7 @@ def test_a_position_is_exact_and_belongs_to_any_number_of_processes():
     first.close()
     parts = []
     for p in range(3):
-        later = batches(process_index=p, process_count=3)
+        later = batches(rows=(2 * p, 2 * p + 1))
         next(later)
         later.set_state(state)
         parts.append(take(later, 7))
@@ -161,8 +161,9 @@ def test_the_position_of_another_order_is_refused():
     [
         (N + 1, {}, "must lie in 1 .. 22, got 23"),
         (0, {}, "must lie in 1"),
-        (6, {"process_count": 4}, "6 does not divide by 4 processes"),
-        (6, {"process_count": 2, "process_index": 2}, "must lie in 0 .. 1, got 2"),
+        (6, {"rows": [2, 6]}, r"rows must be some of 0 .. 5 in ascending order, got \[2, 6\]"),
+        (6, {"rows": [3, 2]}, "in ascending order"),
+        (6, {"rows": []}, "in ascending order"),
     ],
 )
 def test_wrong_numbers_are_refused(batch_size, options, match):

@@ -280,7 +280,7 @@ def test_batches_draw_orientations_and_span_epochs(tmp_path):
     assert sorted(position[:n]) == sorted(position[n : 2 * n]) == list(range(n))
     following = next(batches)
     batches.close()
-    parts = [latent_batches(latents, 8, seed=5, process_index=p, process_count=2) for p in range(2)]
+    parts = [latent_batches(latents, 8, seed=5, rows=rows) for rows in (range(4), range(4, 8))]
     for part in parts:
         part.set_state(state)
     both = [next(part) for part in parts]

@@ -34,13 +34,13 @@ def finish(*processes):
     return rows
 
 
-def two(folder, until, *arguments):
+def two(folder, until, mesh, *arguments):
     """Each with two of the mesh's four devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     run = lambda i: start(
-        folder, 2, "--mesh", MESH, "--until", str(until), "--process", port, "2", str(i), *arguments
+        folder, 2, "--mesh", mesh, "--until", str(until), "--process", port, "2", str(i), *arguments
     )
     return finish(run(0), run(1))
 
@@ -54,13 +54,15 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One process alone; two together, of which one gets SIGTERM; those again, and one alone."""
+    """One process alone; two together, of which one gets SIGTERM; those with the model divided
+    between them, and one alone.
+    """
     base = tmp_path_factory.mktemp("runs")
     rows = {"alone": [one(base / "alone", STEPS)]}
-    rows["begun"] = two(base / "together", STEPS, "--kill-at", "5")
+    rows["begun"] = two(base / "together", STEPS, MESH, "--kill-at", "5")
     (checkpoint,) = (base / "together" / "checkpoints" / "stage").iterdir()
     shutil.copytree(base / "together", base / "handed_over")
-    rows["together"] = two(base / "together", STEPS)
+    rows["together"] = two(base / "together", STEPS, "tensor=4")
     rows["handed_over"] = [one(base / "handed_over", STEPS, "tensor=2,fsdp=-1")]
     return base, rows, int(checkpoint.name)
 
@@ -82,10 +84,13 @@ def test_another_number_of_processes_ends_with_the_same_parameters(runs, name):
 def test_the_processes_read_the_global_batches_in_order_each_its_part(runs):
     _, rows, step = runs
     whole = rows["alone"][0]["seen"]
-    joined = lambda parts: [a + b for a, b in zip(*(row["seen"] for row in parts), strict=False)]
+    # Of the mesh's four devices, and so of the batch's quarters, every other one is a process's.
+    quarters = lambda a, b: [*a[:2], *b[:2], *a[2:], *b[2:]]
+    begun = zip(*(row["seen"] for row in rows["begun"]), strict=False)
     for found, first in (
-        (joined(rows["begun"]), 0),
-        (joined(rows["together"]), step),
+        ([quarters(a, b) for a, b in begun], 0),
+        (rows["together"][0]["seen"], step),  # no axis divides the batch: each reads all of it
+        (rows["together"][1]["seen"], step),
         (rows["handed_over"][0]["seen"], step),
     ):
         count = min(len(found), STEPS - first)

@@ -1,6 +1,6 @@
 """Grain pipelines: shuffled, endless batches whose position can be saved and restored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ _SUBSTITUTES = 64  # unreadable images in a row before a pipeline gives up
 
 
 class Batches(grain.DatasetIterator):
-    """Endless batches in one global order, of which a process reads its contiguous part.
+    """Endless batches in one global order, of which a process reads its rows.
 
     Every epoch is one shuffle of all records, another one each epoch, and epochs follow one another
     without a gap: a batch may span two, and none is dropped, padded or repeated. Global batch `k`
@@ -72,8 +72,7 @@ class Batches(grain.DatasetIterator):
         read: Read,
         *,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int] | np.ndarray | None = None,
         workers: int,
         threads: int,
         prefetch: int,
@@ -82,19 +81,14 @@ class Batches(grain.DatasetIterator):
         self._running: grain.DatasetIterator | None = None
         if not 1 <= batch_size <= length:
             raise ValueError(f"batch_size must lie in 1 .. {length}, got {batch_size}.")
-        if not 0 <= process_index < process_count:
+        own = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if not (own.size and own[0] >= 0 and own[-1] < batch_size and np.all(np.diff(own) > 0)):
             raise ValueError(
-                f"process_index must lie in 0 .. {process_count - 1}, got {process_index}."
+                f"rows must be some of 0 .. {batch_size - 1} in ascending order, "
+                f"got {own.tolist()}."
             )
-        if batch_size % process_count:
-            raise ValueError(
-                f"batch_size is that of all processes together: {batch_size} does not divide by "
-                f"{process_count} processes."
-            )
-        own = batch_size // process_count
-        part = slice(process_index * own, (process_index + 1) * own)
         order = grain.MapDataset.range(length).seed(seed).shuffle().repeat().batch(batch_size)
-        self._batches = order.map_with_index(_Part(read, part, batch_size, length))
+        self._batches = order.map_with_index(_Part(read, own, batch_size, length))
         self._order = {"records": length, "batch_size": batch_size, "seed": seed}
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._workers = workers
@@ -155,8 +149,7 @@ def image_batches(
     seed: int,
     flip: bool = True,
     skip_unreadable: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 2,
@@ -164,21 +157,23 @@ def image_batches(
     """Endless batches of decoded, cropped, flipped images, in the order that `Batches` describes.
 
     A batch has `image`, uint8 `(b, size, size, 3)`, `label` and `index`, the record's position in
-    the source, both int32 `(b,)`; `b = batch_size / process_count`.
+    the source, both int32 `(b,)`; `b` is the number of `rows`.
 
     **Arguments**:
 
-    - `batch_size`: of all processes together, a multiple of `process_count`, at most the records.
+    - `batch_size`: of all processes together, at most the records.
     - `seed`: of the order and of the flips; the flip of a record depends on the seed, the epoch and
       the record alone.
     - `skip_unreadable`: an unreadable image gives its place to the next record of the source, and
       `skipped` has its id and the reason. Otherwise it raises `DataError`.
-    - `process_index`, `process_count`: `jax.process_index()` and `jax.process_count()`.
+    - `rows`: those of each global batch to read, ascending; by default all. With several processes
+      `sharding.own_rows(batch_size, mesh)`, which is what `prefetch_to_device` takes.
     - `workers`: processes that read ahead; 0 reads in this one. They start fresh interpreters, so a
       script that asks for them needs its `if __name__ == "__main__":`.
     - `threads`, `prefetch`: threads, and batches read ahead, in each worker or in this process.
 
-    **Raises** `ValueError` if the batch size does not divide or exceeds the number of records.
+    **Raises** `ValueError` if the batch size exceeds the number of records, or `rows` are not some
+    of the batch's in ascending order.
 
     >>> import io, PIL.Image
     >>> file = io.BytesIO()
@@ -197,8 +192,7 @@ def image_batches(
         batch_size,
         _ReadImages(source, size, seed, flip, skip_unreadable),
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         workers=workers,
         threads=threads,
         prefetch=prefetch,
@@ -211,8 +205,7 @@ def latent_batches(
     *,
     seed: int,
     flip: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     threads: int = 1,
     prefetch: int = 4,
@@ -228,8 +221,7 @@ def latent_batches(
         batch_size,
         _ReadLatents(latents, seed, flip),
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         workers=workers,
         threads=threads,
         prefetch=prefetch,
@@ -244,13 +236,13 @@ class _Part:
     """A process's part of global batch `k`, read."""
 
     read: Read
-    part: slice
+    rows: np.ndarray
     batch_size: int
     length: int
 
     def __call__(self, k: int, indices: np.ndarray) -> tuple[Batch, dict[str, str]]:
         epochs = (k * self.batch_size + np.arange(self.batch_size)) // self.length
-        return self.read(indices[self.part], epochs[self.part])
+        return self.read(indices[self.rows], epochs[self.rows])
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import PyTree
 
@@ -63,8 +65,8 @@ def prefetch_to_device(
 ) -> DevicePrefetch:
     """The batches as global arrays of a sharding, `depth` of them placed ahead by a thread.
 
-    Each process gives its own part of a batch, so that with several processes the first axis is
-    theirs together, in the order of the sharding's devices. An error in the pipeline is raised by
+    Each process gives the rows of the global batch that lie on its devices, ascending, as
+    `sharding.own_rows` counts them. An error in the pipeline is raised by
     the `next` that would have had its batch. `close()` ends the thread.
 
     >>> import numpy as np
@@ -112,8 +114,29 @@ class _Reader:
         self._slots.release()
 
 
+def _placer(sharding: Sharding) -> Callable[[np.ndarray], jax.Array]:
+    """`rows -> array`: the rows on this process's devices as its part of the global array."""
+    probe = (sharding.num_devices,)
+    width = sharding.shard_shape(probe)[0]  # of one of the parts that the first axis has
+    indices = sharding.addressable_devices_indices_map(probe).values()
+    own = sorted({index[0].indices(*probe)[0] // width for index in indices if index is not None})
+
+    def place(rows: np.ndarray) -> jax.Array:
+        each = len(rows) // len(own)  # rows of a part
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            at = own.index((index[0].start or 0) // each) * each
+            return rows[at : at + each]
+
+        shape = (each * (probe[0] // width), *rows.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return place
+
+
 def _read(batches, sharding, ready, slots, stopping) -> None:
-    place = lambda a: jax.make_array_from_process_local_data(sharding, a)
+    place = _placer(sharding)
     while True:
         slots.acquire()
         if stopping.is_set():

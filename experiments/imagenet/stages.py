@@ -26,7 +26,7 @@ from eqxldm.data.latents import (
 from eqxldm.data.pipelines import Batches, image_batches, latent_batches
 from eqxldm.fingerprints import digest
 from eqxldm.models import LPIPS, AutoencoderKL, ConvClassifier
-from eqxldm.sharding import batch_sharding, build_placed, place, shardings
+from eqxldm.sharding import batch_sharding, build_placed, own_rows, place, shardings
 from eqxldm.training import (
     MeanDistance,
     adamw,
@@ -144,12 +144,8 @@ class Job:
             skip_unreadable=not self.compute.strict,
             workers=self.compute.workers,
             threads=self.compute.threads,
-            **process(),
+            rows=own_rows(batch_size, self.mesh),
         )
-
-
-def process() -> dict[str, Any]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def describe_data(job: Job) -> None:
@@ -380,7 +376,8 @@ def cache_latents(job: Job, autoencoder: AutoencoderKL) -> Latents:
             batch_size=encode.batch_size,
             strict=job.compute.strict,
             progress=lambda done, total: bar.update(done),
-            **process(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
     barrier("latents")
     latents = open_latents(job.latents, header)
@@ -457,7 +454,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
         seed=data_seed(config, "diffusion"),
         flip=options.flip,
         workers=compute.workers,
-        **process(),
+        rows=own_rows(options.batch_size, job.mesh),
     )
     state = build_placed(lambda: build()[0], job.mesh)
     dit = eqx.combine(jax.eval_shape(lambda s: s.params, state), static)
