@@ -1,4 +1,4 @@
-"""What makers say of accelerators, by the names that JAX gives them, and the memory in use."""
+"""What makers say of accelerators, the memory in use, and what must not run at once."""
 
 from typing import Any, NamedTuple
 
@@ -109,3 +109,15 @@ def device_memory() -> dict[str, int] | None:
 
 def _find(device_kind: str) -> _Device | None:
     return _DEVICES.get(_ALIASES.get(device_kind, device_kind))
+
+
+def one_program_at_a_time() -> bool:
+    """Whether a program must have ended before the next one with collectives is dispatched.
+
+    So it is between processes on CPUs: programs run there at the same time, in an order that may
+    differ between the processes, and the collectives of one wait for those of another for ever.
+
+    >>> one_program_at_a_time()
+    False
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"

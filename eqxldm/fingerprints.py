@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from .devices import one_program_at_a_time
+
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
@@ -67,6 +69,8 @@ def start_fingerprints(arrays: dict[str, Any]) -> Callable[[], dict[str, str]]:
             everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if named else None
             try:
                 started[name] = _device_sums(everywhere)(array)
+                if one_program_at_a_time():
+                    started[name].block_until_ready()
             except TypeError:
                 raise ValueError(
                     f"fingerprint: {name} is {array.dtype}, needed are real elements of 1, 2, 4 or "

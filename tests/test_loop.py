@@ -1,6 +1,7 @@
 """The training loop, the run folder and the data pipeline, on a model of two numbers."""
 
 import json
+import resource
 
 import equinox as eqx
 import jax
@@ -16,7 +17,7 @@ from eqxldm.sharding import make_mesh
 from eqxldm.training import exponential, init_state, make_train_step
 from experiments.common import loop
 from experiments.common.run import RunFolder, replacing
-from experiments.common.terminal import Signals, UserError
+from experiments.common.terminal import Interrupted, Signals, UserError, run_main
 
 ARRAYS = {"x": np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)}
 
@@ -353,3 +354,68 @@ def test_model_leaves_survive_a_checkpoint_bit_for_bit(tmp_path):
         restored, info = checkpoints.restore(3, jax.tree.map(jnp.zeros_like, state))
     assert digest(restored) == digest(state)
     assert info == {"seconds": 1.5}
+
+
+def test_a_signal_that_comes_with_the_last_checkpoint_stops_after_it(
+    tmp_path, signals, monkeypatch
+):
+    wait = Checkpoints.wait
+
+    def signalled(self):
+        signals.pending = 15
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", signalled)
+    with pytest.raises(Interrupted) as stop:
+        train(tmp_path, signals)
+    assert stop.value.signum == 15
+    assert Checkpoints(tmp_path / "checkpoints" / "stage").steps()[-1] == 12
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_goes_on_later(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.log(step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # in the middle of the next line
+    try:
+        run.log(step=2)
+        run.log(step=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.log(step=4)
+    assert [entry["step"] for entry in run.log_entries()] == [1, 4]
+    said = capsys.readouterr().out
+    assert said.count(f"{tmp_path}/log.jsonl: File too large. Going on without") == 1
+
+
+def test_what_a_killed_process_left_is_deleted_and_nothing_else(tmp_path):
+    (tmp_path / ".config-ab12cd_3.json").write_text("{")  # killed before it had its name
+    run = RunFolder(tmp_path)
+    run.open({"a": 1}, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    for name in (".samples-0123abcd.npz", ".lock", ".own-file", "a-b.png"):
+        (tmp_path / name).write_text("")
+    run.open({"a": 1}, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", ".lock", ".own-file", "a-b.png",
+    }  # fmt: skip
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".samples-0123abcd.npz").write_text("")
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder(other).open({"a": 1}, overwrite=False)
+    assert (other / ".samples-0123abcd.npz").exists()
+
+
+def test_a_full_disk_is_one_message(capsys):
+    def full():
+        raise OSError(28, "No space left on device", "metrics.json")
+
+    assert run_main(full) == 2
+    assert capsys.readouterr().err == "error: metrics.json: No space left on device.\n"
+
+    def broken():
+        raise FileNotFoundError(2, "No such file or directory", "x")
+
+    with pytest.raises(FileNotFoundError):
+        run_main(broken)

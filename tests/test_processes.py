@@ -28,7 +28,7 @@ def start(folder, devices, *arguments):
 def finish(*processes):
     rows = []
     for process in processes:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err[-3000:]
         rows.append(json.loads(out.splitlines()[-1]))
     return rows

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
 from eqxldm.data.prefetch import prefetch_to_device
+from eqxldm.devices import one_program_at_a_time
 from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 
 from .processes import agreed
@@ -114,12 +115,24 @@ def train_stage(
             console.print(f"{stage}: resuming at step {start} of {steps}")
         this.saved = start
         clock, speed = _Clock(info), StepClock()
+        in_flight = 0 if one_program_at_a_time() else IN_FLIGHT
         pending: deque[tuple[int, dict[str, Any]]] = deque()
+        due: int | None = None  # the step to report, once it has finished
         stops: deque[jax.Array] = deque()
         about = {"config": read_json(run.path / "config.json"), "versions": versions()}
 
+        def report(step: int) -> None:
+            values = telemetry.speed(stage, *speed.read(), batch_size=batch_size)
+            loss = _collect(this, pending, step, values)
+            bar.update(
+                step, f"loss {loss:.4f}  {clock.rate(step - start) * batch_size:.0f} images/s"
+            )
+
         def save(step: int, wait: bool = False) -> None:
-            _collect(this, pending)
+            nonlocal due
+            if due is not None:
+                due = report(due)
+            _collect(this, pending, step)
             if not _all_finite(state):
                 raise LossNotFinite(_not_finite(this, "the state", step))
             metric = float(np.mean(this.losses)) if this.losses else None
@@ -148,14 +161,13 @@ def train_stage(
                 speed.step()
                 if clock.compiled():
                     speed.start()
-                if len(pending) > IN_FLIGHT:
-                    jax.block_until_ready(pending[-1 - IN_FLIGHT][1])
-                if step % log_every == 0 or step == steps:
-                    values = telemetry.speed(stage, *speed.read(), batch_size=batch_size)
-                    loss = _collect(this, pending, values)
-                    rate = clock.rate(step - start) * batch_size
-                    bar.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
+                if len(pending) > in_flight:
+                    jax.block_until_ready(pending[-1 - in_flight][1])
                 last = step == steps
+                if due is not None and step - due >= IN_FLIGHT:
+                    due = report(due)
+                if step % log_every == 0 or last:
+                    due = step
                 # Before the checkpoint, from which a stopped run would go on without it.
                 if keep.snapshots is not None and (last or step % keep.snapshot_every == 0):
                     save_snapshot(run, stage, step, *keep.snapshots(state))
@@ -165,6 +177,9 @@ def train_stage(
                     raise Interrupted(stopped)
                 if last or step % keep.save_every == 0:
                     save(step, wait=last)
+            stopped = _stopped_at_the_end(signals, mesh, stops)
+            if stopped is not None:
+                raise Interrupted(stopped)
         return state, _timings(clock.read(steps - start), batch_size)
 
 
@@ -199,9 +214,17 @@ def _stopped(signals: Signals, mesh: Mesh, stops: deque[jax.Array]) -> int | Non
     own = np.full(len(mesh.local_devices), signals.pending or 0, np.int32)
     everywhere = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
     stops.append(_largest(jax.make_array_from_process_local_data(everywhere, own)))
+    if one_program_at_a_time():
+        stops[-1].block_until_ready()
     if len(stops) <= IN_FLIGHT:
         return None
     return int(stops.popleft()) or None
+
+
+def _stopped_at_the_end(signals: Signals, mesh: Mesh, stops: deque[jax.Array]) -> int | None:
+    """The signal that came in the last steps or while the last checkpoint was written."""
+    found = [_stopped(signals, mesh, stops), *map(int, stops)]
+    return max(signum or 0 for signum in found) or None
 
 
 _largest = jax.jit(jnp.max)
@@ -245,13 +268,13 @@ class _Clock:
         }
 
 
-def _collect(this: Stage, pending: deque, speed: dict[str, Any] | None = None) -> float:
-    """Fetches and logs the means of the pending metrics, those of skipped steps left out."""
-    if not pending:
+def _collect(this: Stage, pending: deque, until: int, speed: dict[str, Any] | None = None) -> float:
+    """Fetches and logs the means of the metrics up to a step, those of skipped steps left out."""
+    taken = [pending.popleft() for _ in range(sum(step <= until for step, _ in pending))]
+    if not taken:
         return float("nan")
-    steps = [step for step, _ in pending]
-    rows = jax.device_get([metrics for _, metrics in pending])
-    pending.clear()
+    steps = [step for step, _ in taken]
+    rows = jax.device_get([metrics for _, metrics in taken])
     for step, row in zip(steps, rows, strict=True):
         if row.get("skipped_in_row", 0) >= this.patience:
             raise LossNotFinite(_too_many(this, step, row))

@@ -7,15 +7,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .terminal import UserError
+from .terminal import UserError, console
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
+
+
+REPLACING = r"\.\w+-[a-z0-9_]{8}\.\w+"  # the temporary names
 
 
 @contextlib.contextmanager
@@ -62,6 +66,7 @@ class RunFolder:
     def __init__(self, path: Path, *, primary: bool = True):
         self.path, self.primary = path, primary
         self.checkpoints = path / "checkpoints"
+        self._unlogged = False
 
     def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
         """Begins or resumes a run in the folder; refuses another configuration than its own.
@@ -71,6 +76,10 @@ class RunFolder:
         if not self.primary:
             return
         known = self.path / "config.json"
+        # What a process that was killed had not yet given its name.
+        for left in self.path.glob(".*-*" if known.exists() else ".config-*.json"):
+            if re.fullmatch(REPLACING, left.name):
+                left.unlink()
         if not known.exists():
             if any(entry.name not in self.MADE for entry in self.path.iterdir()):
                 raise UserError(
@@ -144,10 +153,19 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {error}. Delete it and train.") from None
 
     def log(self, **entry: Any) -> None:
+        """Adds a line to log.jsonl. That it cannot be written is said once; the run goes on."""
         if not self.primary:
             return
-        with open(self.path / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.path / "log.jsonl"
+        before = "\n" if self._unlogged else ""  # the end of a line that was cut
+        try:
+            with open(path, "a") as file:
+                file.write(before + json.dumps(entry) + "\n")
+            self._unlogged = False
+        except OSError as error:
+            if not self._unlogged:
+                console.print(f"{path}: {error.strerror}. Going on without these lines.")
+            self._unlogged = True
 
     def log_entries(self) -> list[dict[str, Any]]:
         path = self.path / "log.jsonl"

@@ -1,6 +1,7 @@
 """The terminal: progress bars, signals, and errors as one line with an exit code."""
 
 import contextlib
+import errno
 import signal
 import sys
 import time
@@ -13,6 +14,8 @@ from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import DataError
 
 console = Console(highlight=False, soft_wrap=True)
+# Of the disk and not of the program: full, over the quota, read-only, not permitted, broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
 
 
@@ -62,6 +65,12 @@ def run_main(main: Callable[[], None]) -> int:
     except (UserError, DataError, CheckpointError) as error:
         console.file.flush()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        console.file.flush()
+        print(f"error: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
         return 2
     except Interrupted as stop:
         name = signal.Signals(stop.signum).name

@@ -42,7 +42,7 @@ from eqxldm.training import (
 from ..common import stages as shared
 from ..common.judge import classifier_loss
 from ..common.loop import Keep, open_snapshots, train_stage
-from ..common.processes import barrier, copied, gathered, local_mesh
+from ..common.processes import agreed, barrier, copied, gathered, local_mesh
 from ..common.run import RunFolder, read_json, write_json
 from ..common.spaces import Trained
 from ..common.stages import averaged, read_about
@@ -235,7 +235,7 @@ def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None)
     Whichever it is, it is kept in the run folder, with the shift and scale of its latents.
     """
     path = job.run.path / AUTOENCODER
-    if not path.exists():
+    if not agreed(path.exists()):
         model = vae if vae is not None else _train_autoencoder(job, lpips)
         if job.run.primary:
             write_json(job.run.path / TIMES, job.timings.get("autoencoder", {"seconds": 0.0}))
@@ -446,6 +446,11 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
         config, shape, job.num_classes, remat=compute.remat, attention=compute.attention
     )
     _, static, optimizer = eqx.filter_eval_shape(build)
+    if options.batch_size > len(latents):
+        raise UserError(
+            f"--diffusion.batch-size {options.batch_size} is more than the {len(latents)} images "
+            "that could be read."
+        )
     prepare = latent_sampler(autoencoder.shift, autoencoder.scale)
     step = diffusion_step(config, static, optimizer, prepare, compute.accumulate)
     batches = latent_batches(
