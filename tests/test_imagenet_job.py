@@ -43,7 +43,7 @@ SMALL = (
 FILES = {
     "samples.png", "reconstructions.png", "forward.png", "reverse.png", "curves.png",
     "samples.npz", "metrics.json", "log.jsonl", "config.json", "data.json", "checkpoints",
-    "autoencoder.safetensors", "latents", "images", "snapshots",
+    "autoencoder.safetensors", "latents", "images", "snapshots", "tensorboard",
 }  # fmt: skip
 STAGES = ("classifier", "autoencoder", "diffusion")
 
@@ -68,7 +68,7 @@ def train(run, *options) -> int:
 def finished(tmp_path_factory) -> Path:
     """A finished run on images that it made itself; never written to."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert train(run) == 0
+    assert train(run, "--log.tensorboard") == 0
     return run
 
 
@@ -117,6 +117,8 @@ def test_what_a_finished_run_holds(finished):
     assert {*STAGES, "latents", "sampling", "measuring", "total"} == set(metrics["timings"])
     header = json.loads((finished / "latents" / "header.json").read_text())
     assert header["images"] == len(SHAPES) * EACH and header["shape"] == [4, 4, 4]
+    (events,) = (finished / "tensorboard" / "samples").iterdir()
+    assert all(name in events.read_bytes() for name in (b"reconstructions", b"samples"))
     with Image.open(finished / "samples.png") as picture:  # six of each class, twice enlarged
         assert picture.size == ((2 + 6 * 18) * 2, (2 + 4 * 18) * 2)
 

@@ -29,6 +29,13 @@ def save_png(path: Path, image: UInt8[np.ndarray, "H W c"]) -> None:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary)
 
 
+def read_png(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
 def save_curves(path: Path, entries: list[dict[str, Any]], stages: dict[str, list[str]]) -> None:
     """One panel a stage: its named losses over the steps, from the log's entries."""
     import matplotlib

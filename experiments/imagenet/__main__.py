@@ -18,11 +18,11 @@ from eqxldm.models import LPIPS, AutoencoderKL
 from eqxldm.sharding import make_mesh, parse_mesh
 
 from ..common.diffusion import SamplingConfig, SolverName, check_guidance, check_sampling
-from ..common.figures import image_grid, save_png
+from ..common.figures import image_grid, read_png, save_png
 from ..common.options import check, check_count
 from ..common.processes import Processes, barrier, is_primary, join
 from ..common.run import RunFolder, as_dict, write_json
-from ..common.telemetry import LogOptions
+from ..common.telemetry import LogOptions, Telemetry
 from ..common.terminal import Signals, UserError, console, run_main
 from . import config as cfg, evaluate as ev, stages
 from .config import PRESETS, AutoencoderConfig, ClassifierConfig, Config, LatentsConfig, PresetName
@@ -194,6 +194,10 @@ def run_stages(
     if not is_primary():
         return
     ev.write_pictures(config, sampling, run, trained, reference, len(job.source.class_names))
+    with Telemetry(run, job.log) as telemetry:
+        for name in ("reconstructions", "samples"):
+            grid = read_png(run.path / f"{name}.png")
+            telemetry.images("samples", config.diffusion.steps, name, grid)
     timings = {**job.timings, **results["timings"]}
     timings["total"] = {"seconds": sum(stage["seconds"] for stage in timings.values())}
     metrics = {
