@@ -16,6 +16,7 @@ from eqxldm import weights
 from eqxldm.checkpoints import Checkpoints
 from eqxldm.data import pipelines
 from eqxldm.fingerprints import digest
+from eqxldm.models import LPIPS
 from eqxldm.sharding import make_mesh
 from experiments.common.loop import open_snapshots
 from experiments.common.run import RunFolder
@@ -23,6 +24,8 @@ from experiments.common.terminal import run_main
 from experiments.imagenet import config as cfg, evaluate as ev, stages
 from experiments.imagenet.__main__ import main
 from experiments.imagenet.images import EACH, SHAPES, make_shapes, shrunk
+
+from helpers import filled
 
 SIZES = (
     "--size 16 --checkpoint-every 4 --reference 20 --classifier.steps 8 "
@@ -101,7 +104,9 @@ def final_digests(run: Path) -> dict[str, str]:
 
 
 def test_what_a_finished_run_holds(finished):
-    assert {entry.name for entry in finished.iterdir()} == FILES | {".lock", "autoencoder.json"}
+    assert {entry.name for entry in finished.iterdir()} == FILES | {
+        ".lock", "autoencoder.json", "autoencoder-loss.json",
+    }  # fmt: skip
     with np.load(finished / "samples.npz") as samples:
         drawn, labels = samples["arr_0"], samples["arr_1"]
     assert drawn.shape == (24, 16, 16, 3) and drawn.dtype == np.uint8
@@ -391,3 +396,18 @@ def test_images_shrink_to_means_of_blocks():
     means = images.reshape(2, 4, 2, 4, 2, 3).astype(float).mean((2, 4))
     assert np.abs(shrunk(images, 4) - means).max() <= 0.5
     assert shrunk(images, 8) is images
+
+
+def test_an_autoencoder_begun_without_lpips_does_not_go_on_with_it(copied, monkeypatch, capsys):
+    for name in ("metrics.json", "autoencoder.safetensors"):
+        (copied / name).unlink()
+    lpips = filled(lambda: LPIPS(channels=(4,) * 5, key=jax.random.key(0)))
+    monkeypatch.setattr(stages, "load_lpips", lambda folder: lpips)
+    assert train(copied, "--lpips", copied) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"is trained with --lpips none, given is {stages.identity(lpips)[:12]}." in said
+
+
+def test_evaluate_checks_its_numbers(finished, capsys):
+    assert call("evaluate", "--run-dir", finished, "--keep-every", "0") == 2
+    assert "--keep-every must be" in capsys.readouterr().err

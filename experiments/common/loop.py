@@ -56,8 +56,8 @@ class Stage:
     run: RunFolder
     telemetry: Telemetry
     patience: int
-    saved: int = 0  # the step of the last checkpoint that was begun
-    losses: list[float] = field(default_factory=list)  # since then
+    checkpoints: Checkpoints
+    losses: list[float] = field(default_factory=list)  # since the last checkpoint was begun
 
 
 def train_stage(
@@ -104,7 +104,7 @@ def train_stage(
     ):
         if telemetry is None:
             telemetry = stack.enter_context(Telemetry(run))
-        this = Stage(stage, batch_size, run, telemetry, patience)
+        this = Stage(stage, batch_size, run, telemetry, patience, checkpoints)
         start, info = 0, {"seconds": 0.0, "stepping": 0.0, "stepped": 0}
         if agreed(bool(checkpoints.steps())):
             start, state, info = restore_newest(checkpoints, state, ahead)
@@ -113,7 +113,6 @@ def train_stage(
             return state, _timings(info, batch_size)
         if start:
             console.print(f"{stage}: resuming at step {start} of {steps}")
-        this.saved = start
         clock, speed = _Clock(info), StepClock()
         in_flight = 0 if one_program_at_a_time() else IN_FLIGHT
         pending: deque[tuple[int, dict[str, Any]]] = deque()
@@ -140,7 +139,6 @@ def train_stage(
             info, failed = {**clock.read(step - start), **about}, None
             try:
                 checkpoints.save(step, state, ahead, info, metric=metric)
-                this.saved = step
             except CheckpointError as error:  # of this save, or of the one before
                 failed = error
                 if not wait:
@@ -294,7 +292,10 @@ def _collect(this: Stage, pending: deque, until: int, speed: dict[str, Any] | No
 
 
 def _not_finite(this: Stage, what: str, step: int) -> str:
-    last = this.run.checkpoints / this.name / str(this.saved) if this.saved else "none yet"
+    with contextlib.suppress(CheckpointError):  # one that fails does not count
+        this.checkpoints.wait()
+    steps = this.checkpoints.steps()
+    last = this.checkpoints.folder / str(steps[-1]) if steps else "none yet"
     return (
         f"{this.name}: {what} is not finite at step {step}. Last good checkpoint: {last}. "
         "Try a lower learning rate."

@@ -110,6 +110,7 @@ class RunFolder:
             "*.npz",
             "*.jsonl",
             "autoencoder.json",
+            "autoencoder-loss.json",
             "autoencoder.safetensors",
             "data.json",
             "metrics.json",

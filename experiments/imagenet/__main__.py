@@ -343,6 +343,7 @@ def evaluate(command: Evaluate) -> None:
     join(command.processes)
     sampling, place = command.sampling, command.place
     check_guidance(sampling)
+    check(command.compute)
     check_count("--n", command.n, least=10)
     check_count("--sampling-batch", command.sampling_batch)
     signals, mesh = Signals(), mesh_of(command.compute)

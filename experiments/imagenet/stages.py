@@ -54,6 +54,7 @@ from .config import CHANNELS, AttentionName, Config, RematName
 from .images import decoded
 
 DATA, AUTOENCODER, TIMES = "data.json", "autoencoder.safetensors", "autoencoder.json"
+LOSS = "autoencoder-loss.json"
 SKIPPED = "skipped.json"  # what write_latents leaves when all shards are there
 MEND = "--overwrite starts anew."
 
@@ -224,9 +225,9 @@ def load_lpips(folder: Path) -> LPIPS:
         raise UserError(f"--lpips: {error}") from None
 
 
-def identity(autoencoder: AutoencoderKL) -> str:
-    """What the latent cache knows an autoencoder by."""
-    return digest(eqx.filter(autoencoder, eqx.is_array))
+def identity(model: AutoencoderKL | LPIPS) -> str:
+    """What the latent cache knows an autoencoder by, and a run its LPIPS."""
+    return digest(eqx.filter(model, eqx.is_array))
 
 
 def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None) -> AutoencoderKL:
@@ -261,8 +262,25 @@ def autoencoder_state(config: Config):
     return shared.autoencoder_state(config, config.autoencoder, CHANNELS)
 
 
+def _keep_loss(job: Job, lpips: LPIPS | None) -> None:
+    """Training that has begun with LPIPS goes on with the same LPIPS, or is refused."""
+    path = job.run.path / LOSS
+    given = {"lpips": None if lpips is None else identity(lpips)}
+    begun = read_json(path) or given
+    if begun != given:
+        name = lambda loss: loss["lpips"][:12] if loss["lpips"] else "none"
+        raise UserError(
+            f"the autoencoder in {job.run.path} is trained with --lpips {name(begun)}, given is "
+            f"{name(given)}. Use the same, another --run-dir, or --overwrite to start anew."
+        )
+    barrier("loss")
+    if job.run.primary and not path.exists():
+        write_json(path, given)
+
+
 def _train_autoencoder(job: Job, lpips: LPIPS | None) -> AutoencoderKL:
     """The averaged autoencoder, its latents not yet normalised."""
+    _keep_loss(job, lpips)
     config, options = job.config, job.config.autoencoder
     _, statics, optimizers = eqx.filter_eval_shape(lambda: autoencoder_state(config))
     state = build_placed(lambda: autoencoder_state(config)[0], job.mesh)
