@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from eqxldm.data.record_files import replace_durably
+
 from .terminal import UserError, console
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
@@ -32,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,7 +43,7 @@ from ..common import stages as shared
 from ..common.judge import classifier_loss
 from ..common.loop import Keep, open_snapshots, train_stage
 from ..common.processes import agreed, barrier, copied, gathered, local_mesh
-from ..common.run import RunFolder, read_json, write_json
+from ..common.run import RunFolder, read_json, replacing, write_json
 from ..common.spaces import Trained
 from ..common.stages import averaged, read_about
 from ..common.streams import data_seed, stage_key
@@ -240,7 +240,8 @@ def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None)
         model = vae if vae is not None else _train_autoencoder(job, lpips)
         if job.run.primary:
             write_json(job.run.path / TIMES, job.timings.get("autoencoder", {"seconds": 0.0}))
-            weights.save(_measured(job, model) if vae is None else model, path)
+            with replacing(path) as temporary:
+                weights.save(_measured(job, model) if vae is None else model, temporary)
         barrier("autoencoder")
     job.timings["autoencoder"] = read_json(job.run.path / TIMES) or {"seconds": 0.0}
     model = load_vae(path)
