@@ -290,3 +290,12 @@ def test_prefetching_takes_any_grain_iterator():
         same([jax.device_get(next(ahead))], [next(plain)])
         assert ahead.get_state() == plain.get_state()
     ahead.close()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
+    arrays = {"x": np.arange(12)}
+    mesh = make_mesh({"data": 2})
+    ahead = prefetch_to_device(training_batches(arrays, 5, seed=0), batch_sharding(mesh))
+    with pytest.raises(ValueError, match="5 rows do not divide by the 2 parts"):
+        next(ahead)
+    ahead.close()

@@ -398,7 +398,13 @@ def test_what_a_killed_process_left_is_deleted_and_nothing_else(tmp_path):
     run = RunFolder(tmp_path)
     run.open({"a": 1}, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    for name in (".samples-0123abcd.npz", ".lock", ".own-file", "a-b.png"):
+    for name in (
+        ".samples-0123abcd.npz",
+        ".autoencoder-loss-0123abcd.json",
+        ".lock",
+        ".own-file",
+        "a-b.png",
+    ):
         (tmp_path / name).write_text("")
     run.open({"a": 1}, overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {

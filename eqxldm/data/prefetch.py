@@ -122,7 +122,12 @@ def _placer(sharding: Sharding) -> Callable[[np.ndarray], jax.Array]:
     own = sorted({index[0].indices(*probe)[0] // width for index in indices if index is not None})
 
     def place(rows: np.ndarray) -> jax.Array:
-        each = len(rows) // len(own)  # rows of a part
+        each, rest = divmod(len(rows), len(own))  # rows of a part
+        if rest or not each:
+            raise ValueError(
+                f"prefetch_to_device: {len(rows)} rows do not divide by the {len(own)} parts of a "
+                "batch on this process's devices."
+            )
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None

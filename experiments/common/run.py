@@ -21,7 +21,7 @@ from .terminal import UserError, console
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
 
 
-REPLACING = r"\.\w+-[a-z0-9_]{8}\.\w+"  # the temporary names
+REPLACING = r"\.[\w-]+-[a-z0-9_]{8}\.\w+"  # the temporary names
 
 
 @contextlib.contextmanager
