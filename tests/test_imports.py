@@ -24,7 +24,11 @@ DIFFUSION = {
     "sampling": {"grids", "paths", "predictions", "solvers"},
     "likelihood": {"grids", "paths", "predictions", "solvers", "sampling"},
 }
-LAYERS = {"nn": {"nn"}, "models": {"nn", "models"}, "weights": {"nn", "models", "weights"}}
+LAYERS = {
+    "nn": {"nn"},
+    "models": {"nn", "models"},
+    "weights": {"nn", "models", "weights", "durable"},
+}
 APART = {"metrics": {"metrics"}}
 OPTIONAL = {
     "PIL", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips", "matplotlib",

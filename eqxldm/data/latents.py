@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..durable import replacing
 from .decoding import CROP, decode_and_crop
 from .idx import DataError
-from .record_files import RecordFiles, replace_durably, writing_records
+from .record_files import RecordFiles, writing_records
 from .records import ImageSource
 
 FORMAT = 1
@@ -132,7 +133,7 @@ def write_latents(
             f"write_latents: the header is for {header['images']} images, got {len(source)}."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, header, process_index)
+    _begin(folder, header)
     paths = _shard_paths(folder, header)
     mine = range(process_index, len(paths), process_count)
     per_shard = header["images_per_shard"]
@@ -155,7 +156,7 @@ def write_latents(
                 progress(done, total)
     if all(path.exists() for path in paths):
         skipped = Latents(folder, header).skipped()
-        _write_json(folder / "skipped.json", skipped, process_index)
+        _write_json(folder / "skipped.json", skipped)
 
 
 def open_latents(folder: str | Path, expect: Mapping[str, Any] | None = None) -> "Latents":
@@ -362,13 +363,11 @@ def _stored(name: str, values: Any, images: list[Decoded], header: Header, batch
     return stored.view(np.uint16)
 
 
-def _begin(folder: Path, header: Header, process_index: int) -> None:
+def _begin(folder: Path, header: Header) -> None:
     """Writes the header into a new folder; refuses that of another cache."""
-    for left in folder.glob(f".*.json-{process_index}"):  # of this process, killed
-        left.unlink()
     found = _read_header(folder)
     if found is None:
-        _write_json(folder / "header.json", header, process_index)
+        _write_json(folder / "header.json", header)
     else:
         _compare(folder, found, header)
 
@@ -405,7 +404,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
-def _write_json(path: Path, value: Any, process_index: int) -> None:
-    temporary = path.with_name(f".{path.name}-{process_index}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    replace_durably(temporary, path)
+def _write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")

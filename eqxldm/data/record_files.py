@@ -1,9 +1,6 @@
 """ArrayRecord files read in bulk by index, and written whole or not at all."""
 
 import contextlib
-import glob
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import replacing
 from .idx import DataError
 
 # Records are read one by one at random: no groups. Images and latents don't compress.
@@ -26,6 +24,7 @@ class RecordFiles:
 
     **Raises** `DataError` if a file is missing or damaged.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "a.arrayrecord")
     ...     with writing_records(path) as write:
@@ -128,45 +127,10 @@ def _array_record() -> Any:
 
 @contextlib.contextmanager
 def writing_records(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Gives a function that adds a record; the file is at `path` when the block ends, or never.
-
-    It is written under a hidden name, synced to the disk and then renamed, so that neither a
-    killed process nor a lost machine leaves half a file at `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}-"
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):  # of a process that was killed
-        left.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        writer = _array_record().ArrayRecordWriter(name, _WRITER_OPTIONS)
+    """Gives a function that adds a record; the file is at `path` when the block ends, or never."""
+    with replacing(path) as temporary:
+        writer = _array_record().ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         try:
             yield writer.write
         finally:
             writer.close()
-        temporary.chmod(0o644)
-        replace_durably(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Moves a complete file to `path`: its content is on the disk before its name is.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "new").write_text("1")
-    ...     replace_durably(Path(folder, "new"), Path(folder, "a"))
-    ...     os.listdir(folder)
-    ['a']
-    """
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

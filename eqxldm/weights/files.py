@@ -4,7 +4,6 @@ Opening reads headers only; each tensor is read when it is asked for.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..durable import replacing
 from .layout import Tensor, WeightsError
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -56,12 +56,8 @@ def write_safetensors(
     """
     from safetensors.numpy import save_file
 
-    part = path.with_name(path.name + ".part")
-    save_file(dict(tensors), part, metadata=dict(header))
-    mask = os.umask(0)
-    os.umask(mask)
-    part.chmod(0o666 & ~mask)  # safetensors makes files that nobody else can read
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=dict(header))
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:

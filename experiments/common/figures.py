@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from .run import replacing
+from eqxldm.durable import replacing
 
 
 def image_grid(

@@ -1,6 +1,13 @@
 """One process or many: which one writes, waiting for each other, and whole copies of arrays."""
 
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import equinox as eqx
 import jax
@@ -8,9 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
+from eqxldm.checkpoints import CheckpointError
+from eqxldm.data import DataError
 from eqxldm.sharding import make_mesh
 
 from .terminal import UserError, console
+
+GRACE = 10.0  # seconds that a process which fails waits for the others to leave with it
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,57 @@ def join(options: Processes) -> None:
             "found, give --coordinator HOST:PORT --processes N --process-id I."
         ) from error
     console.quiet = not is_primary()
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code that `main` returns.
+
+    At a normal end processes wait for each other. One that fails does so for ten seconds only:
+    the others may be waiting for it in a step, and learn that it is gone when it is.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        if jax.distributed.is_initialized():
+            print(
+                "If another process stopped first, what it printed says why. The same command, on "
+                "all hosts, goes on from the last checkpoint.",
+                file=sys.stderr,
+            )
+        code = 1
+    if code and jax.distributed.is_initialized():
+        leaving = threading.Thread(target=_shutdown, daemon=True)
+        leaving.start()
+        leaving.join(GRACE)
+        if leaving.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
+def _shutdown() -> None:
+    with contextlib.suppress(RuntimeError):  # others have gone already
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Checks of all processes, or of one for all: where one raises, every other one does too."""
+    error = None
+    try:
+        yield
+    except (UserError, DataError, CheckpointError, OSError) as raised:
+        error = raised
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = np.ravel(multihost_utils.process_allgather(np.int32(error is not None)))
+        if error is None and failed.any():
+            raise UserError(f"process {int(failed.argmax())} stopped; what it printed says why.")
+    if error is not None:
+        raise error
 
 
 def is_primary() -> bool:

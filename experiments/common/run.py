@@ -5,38 +5,17 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eqxldm.data.record_files import replace_durably
+from eqxldm.durable import is_temporary, replacing
 
 from .terminal import UserError, console
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
-
-
-REPLACING = r"\.[\w-]+-[a-z0-9_]{8}\.\w+"  # the temporary names
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        replace_durably(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,12 +57,8 @@ class RunFolder:
         if not self.primary:
             return
         known = self.path / "config.json"
-        # What a process that was killed had not yet given its name.
-        for left in self.path.glob(".*-*" if known.exists() else ".config-*.json"):
-            if re.fullmatch(REPLACING, left.name):
-                left.unlink()
         if not known.exists():
-            if any(entry.name not in self.MADE for entry in self.path.iterdir()):
+            if not all(e.name in self.MADE or is_temporary(e, known) for e in self.path.iterdir()):
                 raise UserError(
                     f"{self.path} holds files but no config.json: not a run folder. "
                     "Use another --run-dir."

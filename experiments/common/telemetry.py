@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from eqxldm.devices import GIB, device_memory, peak_flops
+from eqxldm.durable import replacing
 
 from .processes import is_primary
-from .run import RunFolder, replacing
+from .run import RunFolder
 from .terminal import UserError, console
 
 Number = int | float | np.number

@@ -3,9 +3,10 @@
 `--preset imagenet256|cifar10|smoke` chooses the defaults, which `--help` then shows.
 """
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from eqxldm.sharding import make_mesh, parse_mesh
 from ..common.diffusion import SamplingConfig, SolverName, check_guidance, check_sampling
 from ..common.figures import image_grid, read_png, save_png
 from ..common.options import check, check_count
-from ..common.processes import Processes, barrier, is_primary, join
+from ..common.processes import Processes, agreed, is_primary, join, leave, together
 from ..common.run import RunFolder, as_dict, write_json
 from ..common.telemetry import LogOptions, Telemetry
 from ..common.terminal import Signals, UserError, console, run_main
@@ -151,8 +152,7 @@ def train(command: Train) -> None:
     check_sampling(cfg.make_diffusion(command.config), command.sampling)
     every = ("classifier", "autoencoder", "diffusion")
     job, vae, lpips, test = prepare(command, command.config, every)
-    with job.run.locked():
-        begin(job, command.overwrite)
+    with begun(job, command.overwrite):
         run_stages(command, job, vae, lpips, test)
 
 
@@ -166,11 +166,12 @@ def run_stages(
     """What is left to do of the run, stage by stage."""
     config, run, sampling = job.config, job.run, command.sampling
     metrics = run.metrics()
-    if metrics is not None:  # whatever it was evaluated with since
+    if agreed(metrics is not None):  # whatever it was evaluated with since
         console.print(
             f"{run.path} is finished; `evaluate` samples it again, --overwrite starts anew."
         )
-        console.print(ev.summary(metrics, run.path))
+        if metrics is not None:
+            console.print(ev.summary(metrics, run.path))
         return
     classifier = stages.train_classifier(job)
     autoencoder = stages.obtain_autoencoder(job, vae, lpips)
@@ -218,10 +219,9 @@ def train_autoencoder(command: Autoencoder) -> None:
     if command.place.vae is not None:
         raise UserError("--vae: this command trains one; leave it out.")
     job, _, lpips, test = prepare(command, config, ("classifier", "autoencoder"))
-    with job.run.locked():
-        begin(job, command.overwrite)
+    with begun(job, command.overwrite):
         metrics = job.run.metrics()
-        if metrics is None:
+        if not agreed(metrics is not None):
             classifier = stages.train_classifier(job)
             autoencoder = stages.obtain_autoencoder(job, None, lpips)
             if not is_primary():
@@ -231,7 +231,8 @@ def train_autoencoder(command: Autoencoder) -> None:
             ev.write_curves(job.run)
             metrics = {"autoencoder": found, "timings": job.timings, **ev.describe(config)}
             write_json(job.run.path / "metrics.json", metrics)
-        console.print(ev.summary(metrics, job.run.path))
+        if metrics is not None:
+            console.print(ev.summary(metrics, job.run.path))
         console.print(f"`train --vae {job.run.path}` takes this autoencoder.")
 
 
@@ -240,48 +241,56 @@ def prepare(
 ) -> tuple[Job, AutoencoderKL | None, LPIPS | None, ImageSource | None]:
     """The job and what is given to it, everything checked and nothing written."""
     join(command.processes)
+    signals = Signals()
     place, compute = command.place, command.compute
-    check(config)
-    check(compute)
-    check_count("--accumulate", compute.accumulate)
-    check_count("--threads", compute.threads)
-    check_count("--workers", compute.workers, least=0)
-    cfg.check_diffusion(config)
-    signals, mesh = Signals(), mesh_of(compute)
-    vae = stages.load_vae(place.vae) if place.vae is not None else None
-    lpips = stages.load_lpips(place.lpips) if place.lpips is not None else None
     alone = isinstance(command, Autoencoder)
     run = open_run(place.run_dir, place.preset, "-autoencoder" if alone else "")
-    own = place.images is None and place.preset == SMOKE
-    source = None if own else open_source(place.images)
-    count = len(SHAPES) * EACH if source is None else len(source)
-    classes = len(SHAPES if source is None else source.class_names)
-    labels = classes if config.num_classes is None else config.num_classes
-    if classes > labels:
-        raise UserError(
-            f"--num-classes {labels}: {place.images or 'the images'} has {classes} classes. Leave "
-            "it out or raise it."
-        )
-    test = open_test_images(place.test_images, source)
-    needed = tuple(s for s in trained if not (s == "autoencoder" and vae is not None))
-    cfg.check_sizes(config, count, labels, mesh, compute.accumulate, vae, needed)
+    with together():
+        check(config)
+        check(compute)
+        check_count("--accumulate", compute.accumulate)
+        check_count("--threads", compute.threads)
+        check_count("--workers", compute.workers, least=0)
+        cfg.check_diffusion(config)
+        mesh = mesh_of(compute)
+        vae = stages.load_vae(place.vae) if place.vae is not None else None
+        lpips = stages.load_lpips(place.lpips) if place.lpips is not None else None
+        own = place.images is None and place.preset == SMOKE
+        source = None if own else open_source(place.images)
+        count = len(SHAPES) * EACH if source is None else len(source)
+        classes = len(SHAPES if source is None else source.class_names)
+        labels = classes if config.num_classes is None else config.num_classes
+        if classes > labels:
+            raise UserError(
+                f"--num-classes {labels}: {place.images or 'the images'} has {classes} classes. "
+                "Leave it out or raise it."
+            )
+        test = open_test_images(place.test_images, source)
+        needed = tuple(s for s in trained if not (s == "autoencoder" and vae is not None))
+        cfg.check_sizes(config, count, labels, mesh, compute.accumulate, vae, needed)
     if source is None:
-        if is_primary():
-            run.path.mkdir(parents=True, exist_ok=True)
-            make_shapes(run.path / "images")
-        barrier("images")
+        with together():
+            if is_primary():
+                run.path.mkdir(parents=True, exist_ok=True)
+                make_shapes(run.path / "images")
         source = open_images(run.path / "images")
-    latents = place.latents or run.path / "latents"
+    latents = place.latents or run.path / stages.LATENTS
     job = Job(config, compute, source, labels, run, latents, mesh, signals, command.log)
-    if not command.overwrite:
-        stages.check_cache(job, vae)
+    if not alone:
+        with together():
+            stages.check_cache(job, vae, overwrite=command.overwrite)
     return job, vae, lpips, test
 
 
-def begin(job: Job, overwrite: bool) -> None:
-    """Opens the run folder for the job."""
-    job.run.open(as_dict(job.config), overwrite=overwrite)
-    stages.describe_data(job)
+@contextlib.contextmanager
+def begun(job: Job, overwrite: bool) -> Iterator[None]:
+    """Holds the run folder, opened for the job."""
+    with contextlib.ExitStack() as held:
+        with together():
+            held.enter_context(job.run.locked())
+            job.run.open(as_dict(job.config), overwrite=overwrite)
+            stages.describe_data(job)
+        yield
 
 
 def open_source(path: Path | None) -> ImageSource:
@@ -357,9 +366,13 @@ def evaluate(command: Evaluate) -> None:
     metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")
-    job = Job(config, command.compute, source, labels, run, run.path / "latents", mesh, signals)
-    with run.locked():
-        stages.describe_data(job)
+    job = Job(
+        config, command.compute, source, labels, run, run.path / stages.LATENTS, mesh, signals
+    )
+    with contextlib.ExitStack() as held:
+        with together():
+            held.enter_context(run.locked())
+            stages.describe_data(job)
         classifier = stages.train_classifier(job)
         reference = ev.Reference(config, source, test, strict=job.compute.strict)
         results = ev.evaluate(
@@ -430,4 +443,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    leave(lambda: run_main(main))

@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt8
 
 from eqxldm.data import ImageSource
 from eqxldm.data.images import to_float, to_uint8
+from eqxldm.durable import replacing
 from eqxldm.models import AutoencoderKL, ConvClassifier
 from eqxldm.sharding import batch_sharding
 
@@ -19,8 +20,8 @@ from ..common.batching import map_images
 from ..common.diffusion import SamplingConfig, check_sampling
 from ..common.figures import image_grid, save_curves, save_png
 from ..common.judge import Judged, judge, reconstruction_scores, sample_scores
-from ..common.processes import barrier, concatenated, copied, is_primary, local_mesh, own_share
-from ..common.run import RunFolder, as_dict, read_json, replacing, versions, write_json
+from ..common.processes import agreed, concatenated, copied, is_primary, local_mesh, own_share
+from ..common.run import RunFolder, as_dict, read_json, versions, write_json
 from ..common.sampling import (
     Generator,
     class_rows,
@@ -104,7 +105,7 @@ def all_samples(
 ) -> Images:
     """Samples in parts that are kept until all are there, so that little is drawn twice.
 
-    `weights` says which of the run's weights are sampled.
+    `weights` says which of the run's weights are sampled. Only the primary process gets them all.
     """
     folder = run.path / "parts"
     about = {**as_dict(sampling), "seed": config.seed, **weights, "count": len(labels)}
@@ -112,21 +113,19 @@ def all_samples(
         if folder.exists() and read_json(folder / "about.json") != about:
             shutil.rmtree(folder)
         write_json(folder / "about.json", about)
-    barrier("parts")
-    parts = []
+    parts = [np.zeros((0, config.size, config.size, cfg.CHANNELS), np.uint8)]
     for i in range(0, len(labels), PART):
         path = folder / f"{i:07d}.npy"
-        kept = _load(path)
-        barrier(f"part {i}")
-        if kept is None:
+        kept = _load(path) if run.primary else None
+        if not agreed(kept is not None):
             kept = draw(
                 config, sampling, trained, labels[i : i + PART], config.seed, batch=batch, first=i
             )
             if run.primary and len(labels) > PART:
                 with replacing(path) as temporary:
                     np.save(temporary, kept)
-        parts.append(kept)
-        barrier(f"part {i} drawn")
+        if kept is not None:
+            parts.append(kept)
     return np.concatenate(parts)
 
 

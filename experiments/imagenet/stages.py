@@ -43,7 +43,7 @@ from ..common import stages as shared
 from ..common.judge import classifier_loss
 from ..common.loop import Keep, open_snapshots, train_stage
 from ..common.processes import agreed, barrier, copied, gathered, local_mesh
-from ..common.run import RunFolder, read_json, replacing, write_json
+from ..common.run import RunFolder, read_json, write_json
 from ..common.spaces import Trained
 from ..common.stages import averaged, read_about
 from ..common.streams import data_seed, stage_key
@@ -54,7 +54,7 @@ from .config import CHANNELS, AttentionName, Config, RematName
 from .images import decoded
 
 DATA, AUTOENCODER, TIMES = "data.json", "autoencoder.safetensors", "autoencoder.json"
-LOSS = "autoencoder-loss.json"
+LOSS, LATENTS = "autoencoder-loss.json", "latents"
 SKIPPED = "skipped.json"  # what write_latents leaves when all shards are there
 MEND = "--overwrite starts anew."
 
@@ -168,7 +168,6 @@ def describe_data(job: Job) -> None:
                 )
         else:
             write_json(job.run.path / DATA, about)
-    barrier("data")
 
 
 def _differences(found: dict[str, Any], about: dict[str, Any]) -> str:
@@ -240,8 +239,7 @@ def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None)
         model = vae if vae is not None else _train_autoencoder(job, lpips)
         if job.run.primary:
             write_json(job.run.path / TIMES, job.timings.get("autoencoder", {"seconds": 0.0}))
-            with replacing(path) as temporary:
-                weights.save(_measured(job, model) if vae is None else model, temporary)
+            weights.save(_measured(job, model) if vae is None else model, path)
         barrier("autoencoder")
     job.timings["autoencoder"] = read_json(job.run.path / TIMES) or {"seconds": 0.0}
     model = load_vae(path)
@@ -370,15 +368,24 @@ def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
     )
 
 
-def check_cache(job: Job, vae: AutoencoderKL | None) -> None:
-    """Refuses a cache that is there already and is another one, as early as that can be seen."""
+def check_cache(job: Job, vae: AutoencoderKL | None, *, overwrite: bool) -> None:
+    """Refuses a cache that is there already and is another one, before anything is trained."""
+    if overwrite and job.latents == job.run.path / LATENTS:
+        return  # it will be deleted
     found = read_json(job.latents / "header.json")
+    if found is None:
+        return
     kept = job.run.path / AUTOENCODER
-    autoencoder = load_vae(kept) if vae is None and kept.exists() else vae
-    if found is not None and autoencoder is not None:
-        header = cache_header(job, autoencoder)
-        if any(found.get(name) != value for name, value in header.items()):
-            open_latents(job.latents, header)  # raises, with all that differs
+    autoencoder = load_vae(kept) if vae is None and kept.exists() and not overwrite else vae
+    if autoencoder is None:
+        raise UserError(
+            f"--latents {job.latents}: there is a latent cache already, and this run is to train "
+            "an autoencoder of its own, whose latents are others. Give the one that made it with "
+            "--vae, or use another folder, or delete this one."
+        )
+    header = cache_header(job, autoencoder)
+    if any(found.get(name) != value for name, value in header.items()):
+        open_latents(job.latents, header)  # raises, with all that differs
 
 
 def cache_latents(job: Job, autoencoder: AutoencoderKL) -> Latents:

@@ -10,13 +10,14 @@ from jaxtyping import Int, UInt8
 
 from eqxldm.data import Digits
 from eqxldm.data.images import to_float, to_uint8
+from eqxldm.durable import replacing
 from eqxldm.models import AutoencoderKL, ConvClassifier
 
 from ..common.batching import map_images
 from ..common.diffusion import SamplingConfig, check_sampling
 from ..common.figures import image_grid, save_curves, save_png
 from ..common.judge import judge, reconstruction_scores, sample_scores
-from ..common.run import RunFolder, as_dict, replacing, versions
+from ..common.run import RunFolder, as_dict, versions
 from ..common.sampling import (
     Generator,
     class_rows,

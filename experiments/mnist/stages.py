@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from eqxldm.data import Digits, cache_dir
 from eqxldm.data.images import to_float
 from eqxldm.data.pipelines import training_batches
+from eqxldm.durable import replacing
 from eqxldm.fingerprints import digest
 from eqxldm.models import AutoencoderKL, ConvClassifier, Posterior
 from eqxldm.training import (
@@ -31,7 +32,7 @@ from ..common import stages as shared
 from ..common.batching import map_images
 from ..common.judge import classifier_loss, read_judge, write_judge
 from ..common.loop import Keep, train_stage
-from ..common.run import RunFolder, as_dict, replacing, write_json
+from ..common.run import RunFolder, as_dict, write_json
 from ..common.spaces import Pixels, Trained
 from ..common.stages import averaged, read_about
 from ..common.streams import data_seed, stage_key
