@@ -245,7 +245,10 @@ def build_placed(
     arrays = lambda: eqx.filter(build(), eqx.is_array)
     static = eqx.filter(eqx.filter_eval_shape(build), lambda a: not _is_shape(a))
     placed = shardings(jax.eval_shape(arrays), mesh, smallest=smallest)
-    return eqx.combine(jax.jit(arrays, out_shardings=placed)(), static)
+    # It runs once, and to optimise it takes XLA:CPU four times as long as not to.
+    hasty = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
+    made = jax.jit(arrays, out_shardings=placed, compiler_options=hasty)()
+    return eqx.combine(made, static)
 
 
 def _is_shape(leaf: Any) -> bool:

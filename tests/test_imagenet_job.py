@@ -5,16 +5,19 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
 import pytest
+from children import free_port, run_together
 from PIL import Image
 
 from eqxldm import weights
 from eqxldm.checkpoints import Checkpoints
 from eqxldm.data import pipelines
+from eqxldm.data.latents import open_latents
 from eqxldm.fingerprints import digest
 from eqxldm.models import LPIPS
 from eqxldm.sharding import make_mesh
@@ -103,6 +106,22 @@ def final_digests(run: Path) -> dict[str, str]:
     }
 
 
+def final_arrays(run: Path) -> dict[str, Any]:
+    config = cfg.from_dict(json.loads((run / "config.json").read_text()))
+    trained, *_ = stages.load_finished(config, RunFolder(run), make_mesh())
+    latents = open_latents(run / "latents")
+    found = latents.read(np.arange(len(latents)), np.zeros(len(latents), bool))
+    with np.load(run / "samples.npz") as samples:
+        return {
+            "autoencoder": stages.identity(trained.space),
+            "network": jax.tree.leaves(eqx.filter(trained.denoiser, eqx.is_array)),
+            "latents": [found["mean"].astype(np.float32), found["logvar"].astype(np.float32)],
+            "index": found["index"].tolist(),
+            "labels": samples["arr_1"].tolist(),
+            "samples": [samples["arr_0"].astype(np.float32)],
+        }
+
+
 def test_what_a_finished_run_holds(finished):
     assert {entry.name for entry in finished.iterdir()} == FILES | {
         ".lock", "autoencoder.json", "autoencoder-loss.json",
@@ -160,6 +179,41 @@ def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, tmp_path, 
     assert final_digests(run) == final_digests(finished)
     scores = lambda run: json.loads((run / "metrics.json").read_text())["diffusion"]
     assert scores(run) == scores(finished)
+
+
+def train_in_two(run, *options):
+    """The same command in two processes, each with one device."""
+    command = ["-m", "experiments.imagenet", "train", "--preset", "smoke", *SMALL]
+    command += ["--run-dir", run, *options, "--distributed", "--coordinator"]
+    command += [f"127.0.0.1:{free_port()}", "--processes", 2, "--process-id"]
+    return run_together(*([*command, i] for i in range(2)), devices=1)
+
+
+def test_two_processes_go_on_with_a_run_of_one(finished, copied):
+    """From the trained autoencoder on, which they measure, cache latents with, train and sample."""
+    for name in ("latents", "checkpoints/diffusion", "snapshots/diffusion"):
+        shutil.rmtree(copied / name)
+    for name in ("autoencoder.safetensors", "autoencoder.json", "metrics.json", "samples.npz"):
+        (copied / name).unlink()
+    for ended in train_in_two(copied):
+        assert ended.code == 0, ended.err[-3000:]
+    assert not ended.out.startswith("error") and "FD" not in ended.out  # the first one prints
+    found, expected = final_arrays(copied), final_arrays(finished)
+    # One rounding of float16; sums of float32 in another order; what uint8 may make of those.
+    for name, bound in (("latents", 2**-10), ("network", 1e-5), ("samples", 1 / 255)):
+        atol = bound * max(np.abs(array).max() for array in expected[name])
+        for a, b in zip(found[name], expected[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=name)
+    assert found["autoencoder"] == expected["autoencoder"]
+    assert found["labels"] == expected["labels"]
+    assert found["index"] == list(range(len(SHAPES) * EACH))
+
+
+def test_two_processes_stop_together_with_one_message(copied):
+    first, second = train_in_two(copied, "--seed", 1)
+    assert (first.code, second.code) == (2, 2)
+    assert "--seed: the folder has 0, now 1" in first.err
+    assert "error: process 0 stopped; what it printed says why." in second.err
 
 
 def test_a_finished_run_is_left_as_it_is(copied, capsys):
@@ -342,6 +396,15 @@ def test_a_cache_of_another_recipe_is_refused_before_anything_is_written(
     assert not run.exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_the_cache_of_another_run_needs_its_autoencoder(finished, tmp_path, capsys, options):
+    run = tmp_path / "run"
+    images = ["--images", finished / "images"]
+    assert train(run, *images, "--latents", finished / "latents", *options) == 2
+    assert "Give the one that made it with --vae" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def test_unreadable_images_are_left_out_or_stop_the_run(images, finished, tmp_path, capsys):
     broken = Path(shutil.copytree(images, tmp_path / "images"))
     (broken / "circle" / "007.jpg").write_bytes(b"no image")
@@ -355,6 +418,10 @@ def test_unreadable_images_are_left_out_or_stop_the_run(images, finished, tmp_pa
     assert "latents: 2 unreadable images are left out" in capsys.readouterr().out
     skipped = json.loads((run / "latents" / "skipped.json").read_text())
     assert set(skipped) == {"circle/007.jpg", "square/003.jpg"}
+    all_of_them = ["--latents", run / "latents", "--diffusion.batch-size", 400]
+    assert train(tmp_path / "other", *args, *all_of_them) == 2
+    said = capsys.readouterr().err
+    assert "--diffusion.batch-size 400 is more than the 398 images that could be read" in said
 
 
 def test_commands_that_need_a_finished_run_say_so(tmp_path, capsys):

@@ -1,52 +1,33 @@
 """Two real processes over loopback train, checkpoint and resume together; one goes on alone."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from children import ROOT, free_port, run_together
 
-ROOT = Path(__file__).parents[1]
 MESH = "data=2,fsdp=2"
+PROGRAM = ROOT / "tests" / "process_run.py"
 
 
-def start(folder, devices, *arguments):
-    count = f"--xla_force_host_platform_device_count={devices}"  # of two, the last one counts
-    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "process_run.py"), str(folder), *arguments],
-        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(*processes):
+def run(devices, *commands):
     rows = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-3000:]
+    for code, out, err in run_together(*commands, devices=devices):
+        assert code == 0, err[-3000:]
         rows.append(json.loads(out.splitlines()[-1]))
     return rows
 
 
 def two(folder, until, mesh, *arguments):
     """Each with two of the mesh's four devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    run = lambda i: start(
-        folder, 2, "--mesh", mesh, "--until", str(until), "--process", port, "2", str(i), *arguments
-    )
-    return finish(run(0), run(1))
+    same = [PROGRAM, folder, "--mesh", mesh, "--until", until, *arguments]
+    port = free_port()
+    return run(2, *([*same, "--process", port, 2, i] for i in range(2)))
 
 
 def one(folder, until, mesh=MESH):
-    return finish(start(folder, 4, "--mesh", mesh, "--until", str(until)))[0]
+    return run(4, [PROGRAM, folder, "--mesh", mesh, "--until", until])[0]
 
 
 STEPS = 12

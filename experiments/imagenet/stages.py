@@ -370,13 +370,14 @@ def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
 
 def check_cache(job: Job, vae: AutoencoderKL | None, *, overwrite: bool) -> None:
     """Refuses a cache that is there already and is another one, before anything is trained."""
-    if overwrite and job.latents == job.run.path / LATENTS:
-        return  # it will be deleted
+    own = job.latents == job.run.path / LATENTS
     found = read_json(job.latents / "header.json")
-    if found is None:
+    if found is None or (own and overwrite):  # which deletes it
         return
     kept = job.run.path / AUTOENCODER
     autoencoder = load_vae(kept) if vae is None and kept.exists() and not overwrite else vae
+    if autoencoder is None and own:  # the same one will come of the run's checkpoints
+        return
     if autoencoder is None:
         raise UserError(
             f"--latents {job.latents}: there is a latent cache already, and this run is to train "
