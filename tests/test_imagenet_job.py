@@ -24,7 +24,7 @@ from eqxldm.sharding import make_mesh
 from experiments.common.loop import open_snapshots
 from experiments.common.run import RunFolder
 from experiments.common.terminal import run_main
-from experiments.imagenet import config as cfg, evaluate as ev, stages
+from experiments.imagenet import autoencoder as ae, config as cfg, evaluate as ev, stages
 from experiments.imagenet.__main__ import main
 from experiments.imagenet.images import EACH, SHAPES, make_shapes, shrunk
 
@@ -96,12 +96,12 @@ def final_digests(run: Path) -> dict[str, str]:
     leaves = [leaf for leaf in jax.tree.leaves(trained.denoiser) if hasattr(leaf, "shape")]
     with np.load(run / "samples.npz") as samples:
         found = {"network": digest(leaves), "samples": digest(dict(samples))}
-    vae = stages.load_vae(run)
+    vae = ae.load_vae(run)
     shards = sorted((run / "latents").glob("*.arrayrecord"))
     assert len(shards) == 4
     return {
         **found,
-        "autoencoder": f"{stages.identity(vae)} {vae.shift} {vae.scale}",
+        "autoencoder": f"{ae.identity(vae)} {vae.shift} {vae.scale}",
         "latents": digest([np.frombuffer(shard.read_bytes(), np.uint8) for shard in shards]),
     }
 
@@ -113,7 +113,7 @@ def final_arrays(run: Path) -> dict[str, Any]:
     found = latents.read(np.arange(len(latents)), np.zeros(len(latents), bool))
     with np.load(run / "samples.npz") as samples:
         return {
-            "autoencoder": stages.identity(trained.space),
+            "autoencoder": ae.identity(trained.space),
             "network": jax.tree.leaves(eqx.filter(trained.denoiser, eqx.is_array)),
             "latents": [found["mean"].astype(np.float32), found["logvar"].astype(np.float32)],
             "index": found["index"].tolist(),
@@ -164,8 +164,8 @@ def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, tmp_path, 
     moments = {
         "classifier": (pipelines._ReadImages, "__call__", 4),
         "autoencoder": (pipelines._ReadImages, "__call__", 9),
-        "statistics": (stages.Encoder, "__call__", 1),
-        "latents": (stages.Encoder, "__call__", 9),
+        "statistics": (ae.Encoder, "__call__", 1),
+        "latents": (ae.Encoder, "__call__", 9),
         "diffusion": (pipelines._ReadLatents, "__call__", 6),
         "sampling": (ev, "draw", 1),
     }
@@ -267,7 +267,7 @@ def test_the_autoencoder_alone_and_handed_on(finished, images, tmp_path, capsys)
     assert {"reconstructions.png", "curves.png", "metrics.json"} <= found
     assert not {"latents", "samples.npz"} & found
     # The run on images of its own made the same autoencoder.
-    assert stages.identity(stages.load_vae(alone)) == stages.identity(stages.load_vae(finished))
+    assert ae.identity(ae.load_vae(alone)) == ae.identity(ae.load_vae(finished))
     cache = ["--images", images, "--latents", finished / "latents"]
     assert train(run, "--vae", alone, *cache) == 0
     assert not (run / "latents").exists()
@@ -360,7 +360,7 @@ def test_another_configuration_or_other_images_are_refused(copied, images, place
     assert "--seed: the folder has 0, now 1" in capsys.readouterr().err
     (copied / "metrics.json").unlink()
     vae = copied / "other.safetensors"
-    model = stages.load_vae(copied)
+    model = ae.load_vae(copied)
     weights.save(model.with_latent_stats(0.0, 0.5), vae)
     assert train(copied, "--vae", vae) == 2
     said = capsys.readouterr().err
@@ -469,10 +469,10 @@ def test_an_autoencoder_begun_without_lpips_does_not_go_on_with_it(copied, monke
     for name in ("metrics.json", "autoencoder.safetensors"):
         (copied / name).unlink()
     lpips = filled(lambda: LPIPS(channels=(4,) * 5, key=jax.random.key(0)))
-    monkeypatch.setattr(stages, "load_lpips", lambda folder: lpips)
+    monkeypatch.setattr(ae, "load_lpips", lambda folder: lpips)
     assert train(copied, "--lpips", copied) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"is trained with --lpips none, given is {stages.identity(lpips)[:12]}." in said
+    assert f"is trained with --lpips none, given is {ae.identity(lpips)[:12]}." in said
 
 
 def test_evaluate_checks_its_numbers(finished, capsys):

@@ -19,7 +19,7 @@ from eqxldm.training import MeanDistance
 from experiments.common import stages as shared
 from experiments.common.diffusion import check_sampling
 from experiments.common.sampling import make_sampler
-from experiments.imagenet import config as cfg, stages
+from experiments.imagenet import autoencoder, config as cfg, stages
 
 from .flops import count_flops
 
@@ -95,8 +95,10 @@ def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
         autoencoder=replace(cfg.imagenet256().config.autoencoder, dtype="bfloat16"),
     )
     options = config.autoencoder
-    state, statics, optimizers = eqx.filter_eval_shape(lambda: stages.autoencoder_state(config))
-    prepare = lambda batch, key: to_float(stages.random_crop(batch["image"], config.size, key))
+    state, statics, optimizers = eqx.filter_eval_shape(
+        lambda: autoencoder.autoencoder_state(config)
+    )
+    prepare = lambda batch, key: to_float(autoencoder.random_crop(batch["image"], config.size, key))
     phases = shared.autoencoder_phases(
         options,
         statics,

@@ -25,10 +25,10 @@ from ..common.processes import Processes, agreed, is_primary, join, leave, toget
 from ..common.run import RunFolder, as_dict, write_json
 from ..common.telemetry import LogOptions, Telemetry
 from ..common.terminal import Signals, UserError, console, run_main
-from . import config as cfg, evaluate as ev, stages
+from . import autoencoder as ae, config as cfg, evaluate as ev, stages
 from .config import PRESETS, AutoencoderConfig, ClassifierConfig, Config, LatentsConfig, PresetName
 from .images import EACH, SHAPES, make_shapes
-from .stages import Compute, Job
+from .job import LATENTS, Compute, Job, describe_data
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def run_stages(
             console.print(ev.summary(metrics, run.path))
         return
     classifier = stages.train_classifier(job)
-    autoencoder = stages.obtain_autoencoder(job, vae, lpips)
+    autoencoder = ae.obtain_autoencoder(job, vae, lpips)
     reference = ev.Reference(config, job.source, test, strict=job.compute.strict)
     measured: dict[str, Any] = {}
     if is_primary():
@@ -223,7 +223,7 @@ def train_autoencoder(command: Autoencoder) -> None:
         metrics = job.run.metrics()
         if not agreed(metrics is not None):
             classifier = stages.train_classifier(job)
-            autoencoder = stages.obtain_autoencoder(job, None, lpips)
+            autoencoder = ae.obtain_autoencoder(job, None, lpips)
             if not is_primary():
                 return
             reference = ev.Reference(config, job.source, test, strict=job.compute.strict)
@@ -253,8 +253,8 @@ def prepare(
         check_count("--workers", compute.workers, least=0)
         cfg.check_diffusion(config)
         mesh = mesh_of(compute)
-        vae = stages.load_vae(place.vae) if place.vae is not None else None
-        lpips = stages.load_lpips(place.lpips) if place.lpips is not None else None
+        vae = ae.load_vae(place.vae) if place.vae is not None else None
+        lpips = ae.load_lpips(place.lpips) if place.lpips is not None else None
         own = place.images is None and place.preset == SMOKE
         source = None if own else open_source(place.images)
         count = len(SHAPES) * EACH if source is None else len(source)
@@ -274,7 +274,7 @@ def prepare(
                 run.path.mkdir(parents=True, exist_ok=True)
                 make_shapes(run.path / "images")
         source = open_images(run.path / "images")
-    latents = place.latents or run.path / stages.LATENTS
+    latents = place.latents or run.path / LATENTS
     job = Job(config, compute, source, labels, run, latents, mesh, signals, command.log)
     if not alone:
         with together():
@@ -289,7 +289,7 @@ def begun(job: Job, overwrite: bool) -> Iterator[None]:
         with together():
             held.enter_context(job.run.locked())
             job.run.open(as_dict(job.config), overwrite=overwrite)
-            stages.describe_data(job)
+            describe_data(job)
         yield
 
 
@@ -366,13 +366,11 @@ def evaluate(command: Evaluate) -> None:
     metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")
-    job = Job(
-        config, command.compute, source, labels, run, run.path / stages.LATENTS, mesh, signals
-    )
+    job = Job(config, command.compute, source, labels, run, run.path / LATENTS, mesh, signals)
     with contextlib.ExitStack() as held:
         with together():
             held.enter_context(run.locked())
-            stages.describe_data(job)
+            describe_data(job)
         classifier = stages.train_classifier(job)
         reference = ev.Reference(config, source, test, strict=job.compute.strict)
         results = ev.evaluate(

@@ -1,21 +1,16 @@
-"""The stages of training: judge, autoencoder, latents, diffusion. Each goes on where it stopped."""
+"""The stages of training beside the autoencoder: judge, latents, diffusion. Each resumes."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from eqxldm import models, weights
+from eqxldm import models
 from eqxldm.checkpoints import CheckpointError
-from eqxldm.data import ImageSource
-from eqxldm.data.images import to_float
 from eqxldm.data.latents import (
     Latents,
     latent_header,
@@ -23,166 +18,34 @@ from eqxldm.data.latents import (
     open_latents,
     write_latents,
 )
-from eqxldm.data.pipelines import Batches, image_batches, latent_batches
-from eqxldm.fingerprints import digest
-from eqxldm.models import LPIPS, AutoencoderKL, ConvClassifier
-from eqxldm.sharding import batch_sharding, build_placed, own_rows, place, shardings
+from eqxldm.data.pipelines import latent_batches
+from eqxldm.models import AutoencoderKL, ConvClassifier
+from eqxldm.sharding import build_placed, own_rows, shardings
 from eqxldm.training import (
-    MeanDistance,
     adamw,
     exponential,
     init_state,
     make_diffusion_loss,
     make_train_step,
-    measure_latents,
     posthoc_ema,
     posthoc_weights,
 )
 
 from ..common import stages as shared
 from ..common.judge import classifier_loss
-from ..common.loop import Keep, open_snapshots, train_stage
-from ..common.processes import agreed, barrier, copied, gathered, local_mesh
-from ..common.run import RunFolder, read_json, write_json
+from ..common.loop import open_snapshots
+from ..common.processes import barrier, gathered
+from ..common.run import RunFolder, read_json
 from ..common.spaces import Trained
 from ..common.stages import averaged, read_about
-from ..common.streams import data_seed, stage_key
-from ..common.telemetry import LogOptions, Telemetry
-from ..common.terminal import Signals, StageBar, UserError, console
+from ..common.streams import data_seed
+from ..common.terminal import StageBar, UserError, console
 from . import config as cfg
-from .config import CHANNELS, AttentionName, Config, RematName
-from .images import decoded
+from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
+from .config import AttentionName, Config, RematName
+from .job import DATA, LATENTS, MEND, Job
 
-DATA, AUTOENCODER, TIMES = "data.json", "autoencoder.safetensors", "autoencoder.json"
-LOSS, LATENTS = "autoencoder-loss.json", "latents"
 SKIPPED = "skipped.json"  # what write_latents leaves when all shards are there
-MEND = "--overwrite starts anew."
-
-
-@dataclass(frozen=True)
-class Compute:
-    """What it runs on: an interrupted run may go on with other values."""
-
-    mesh: str = ""
-    """How devices share the work: data=2,fsdp=4,tensor=1. By default all are on data."""
-    accumulate: int = 1
-    """Parts of a batch of the diffusion that are computed one after the other."""
-    remat: RematName = "narrow"
-    """What the backward pass computes again: everything, all but what is as narrow as a token, all
-    but the matmuls, or nothing."""
-    attention: AttentionName = "xla"
-    """cudnn is for bfloat16 on a GPU."""
-    workers: int = 0
-    """Processes that read and decode images; 0 uses threads."""
-    threads: int = 2
-    keep_every: int | None = None
-    """Checkpoints whose step is a multiple of this stay; the newest two and the best do anyway."""
-    strict: bool = False
-    """Stop at an unreadable image. By default it is left out and listed."""
-
-
-@dataclass
-class Job:
-    """What every stage needs, and the seconds that each took."""
-
-    config: Config
-    compute: Compute
-    source: ImageSource
-    num_classes: int
-    run: RunFolder
-    latents: Path
-    mesh: Mesh
-    signals: Signals
-    log: LogOptions = field(default_factory=LogOptions)
-    timings: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def train(
-        self,
-        stage: str,
-        phases: Any,
-        state: Any,
-        batches: Batches,
-        options: Any,
-        *constants: Any,
-        flops: float | None = None,
-        snapshots: Callable[[Any], tuple[Any, dict[str, Any]]] | None = None,
-    ) -> Any:
-        """`train_stage` with the job's seed, mesh and run folder; `flops` are those of a step."""
-        flops_per_step = {} if flops is None else {stage: flops}
-        with Telemetry(self.run, self.log, flops_per_step=flops_per_step) as telemetry:
-            state, self.timings[stage] = train_stage(
-                stage,
-                phases,
-                state,
-                batches,
-                batch_size=options.batch_size,
-                key=stage_key(self.config, stage, "step"),
-                mesh=self.mesh,
-                run=self.run,
-                signals=self.signals,
-                keep=Keep(
-                    self.config.checkpoint_every,
-                    every=self.compute.keep_every,
-                    snapshots=snapshots,
-                    snapshot_every=self.config.diffusion.snapshot_every,
-                ),
-                constants=constants,
-                telemetry=telemetry,
-            )
-        if batches.skipped:
-            console.print(
-                f"{stage}: {len(batches.skipped)} unreadable images were replaced by others, "
-                f"the first: {next(iter(batches.skipped.values()))}"
-            )
-        return state
-
-    def images(self, stage: str, size: int, batch_size: int) -> Batches:
-        return image_batches(
-            self.source,
-            size,
-            batch_size,
-            seed=data_seed(self.config, stage),
-            skip_unreadable=not self.compute.strict,
-            workers=self.compute.workers,
-            threads=self.compute.threads,
-            rows=own_rows(batch_size, self.mesh),
-        )
-
-
-def describe_data(job: Job) -> None:
-    """`data.json`: the images that the run is about; refuses others."""
-    about = {
-        "source": job.source.digest(),
-        "images": len(job.source),
-        "num_classes": job.num_classes,
-        "class_names": list(job.source.class_names),
-    }
-    if job.run.primary:
-        if (job.run.path / DATA).exists():
-            found = read_about(job.run, DATA, *about, mend=MEND)
-            if found != about:
-                raise UserError(
-                    f"the run in {job.run.path} is about other images:\n"
-                    + _differences(found, about)
-                    + "Give the same images, use another --run-dir, or --overwrite to start anew."
-                )
-        else:
-            write_json(job.run.path / DATA, about)
-
-
-def _differences(found: dict[str, Any], about: dict[str, Any]) -> str:
-    names = {"source": "listing", "images": "images", "num_classes": "labels of the network"}
-    lines = [
-        f"  {shown}: it has {str(found[name])[:16]}, now {str(about[name])[:16]}\n"
-        for name, shown in names.items()
-        if found[name] != about[name]
-    ]
-    old, new = found["class_names"], about["class_names"]
-    if old != new:
-        changed = next((pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]), None)
-        first = f", the first that differs is {changed[0]}, now {changed[1]}" if changed else ""
-        lines.append(f"  classes: it has {len(old)}, now {len(new)}{first}\n")
-    return "".join(lines)
 
 
 def train_classifier(job: Job) -> ConvClassifier:
@@ -197,160 +60,6 @@ def train_classifier(job: Job) -> ConvClassifier:
     batches = job.images("classifier", cfg.judge_size(job.config.size), options.batch_size)
     state = job.train("classifier", [(options.steps, step)], state, batches, options)
     return jax.device_get(averaged(gathered(state, job.mesh), static))
-
-
-def load_vae(path: Path) -> AutoencoderKL:
-    """The autoencoder of a file, a diffusers folder, or another run's folder."""
-    if (path / AUTOENCODER).exists():
-        path = path / AUTOENCODER
-    try:
-        model = weights.load(path)
-    except (weights.WeightsError, OSError) as error:
-        raise UserError(
-            f"--vae {path}: {error} Needed is a diffusers folder of an AutoencoderKL (config.json "
-            f"and weights), an {AUTOENCODER}, or the run folder that holds it."
-        ) from None
-    if not isinstance(model, AutoencoderKL):
-        raise UserError(f"--vae {path}: is a {type(model).__name__}; needed is an AutoencoderKL.")
-    if model.in_channels != CHANNELS:
-        raise UserError(f"--vae {path}: is for {model.in_channels} channels; images have 3.")
-    return model
-
-
-def load_lpips(folder: Path) -> LPIPS:
-    try:
-        return weights.load_lpips(folder)
-    except (weights.WeightsError, OSError, ImportError) as error:
-        raise UserError(f"--lpips: {error}") from None
-
-
-def identity(model: AutoencoderKL | LPIPS) -> str:
-    """What the latent cache knows an autoencoder by, and a run its LPIPS."""
-    return digest(eqx.filter(model, eqx.is_array))
-
-
-def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None) -> AutoencoderKL:
-    """The run's autoencoder: that of the run folder, else the one given, else one trained here.
-
-    Whichever it is, it is kept in the run folder, with the shift and scale of its latents.
-    """
-    path = job.run.path / AUTOENCODER
-    if not agreed(path.exists()):
-        model = vae if vae is not None else _train_autoencoder(job, lpips)
-        if job.run.primary:
-            write_json(job.run.path / TIMES, job.timings.get("autoencoder", {"seconds": 0.0}))
-            weights.save(_measured(job, model) if vae is None else model, path)
-        barrier("autoencoder")
-    job.timings["autoencoder"] = read_json(job.run.path / TIMES) or {"seconds": 0.0}
-    model = load_vae(path)
-    if vae is not None and (model.shift, model.scale, identity(model)) != (
-        vae.shift,
-        vae.scale,
-        identity(vae),
-    ):
-        of = lambda ae: ae.latent_shape(job.config.size, job.config.size)
-        raise UserError(
-            f"the run in {job.run.path} has another autoencoder than --vae: "
-            f"{identity(model)[:12]} with latents {of(model)}, given {identity(vae)[:12]} with "
-            f"latents {of(vae)}. Leave --vae out, use another --run-dir, or --overwrite."
-        )
-    return model
-
-
-def autoencoder_state(config: Config):
-    return shared.autoencoder_state(config, config.autoencoder, CHANNELS)
-
-
-def _keep_loss(job: Job, lpips: LPIPS | None) -> None:
-    """Training that has begun with LPIPS goes on with the same LPIPS, or is refused."""
-    path = job.run.path / LOSS
-    given = {"lpips": None if lpips is None else identity(lpips)}
-    begun = read_json(path) or given
-    if begun != given:
-        name = lambda loss: loss["lpips"][:12] if loss["lpips"] else "none"
-        raise UserError(
-            f"the autoencoder in {job.run.path} is trained with --lpips {name(begun)}, given is "
-            f"{name(given)}. Use the same, another --run-dir, or --overwrite to start anew."
-        )
-    barrier("loss")
-    if job.run.primary and not path.exists():
-        write_json(path, given)
-
-
-def _train_autoencoder(job: Job, lpips: LPIPS | None) -> AutoencoderKL:
-    """The averaged autoencoder, its latents not yet normalised."""
-    _keep_loss(job, lpips)
-    config, options = job.config, job.config.autoencoder
-    _, statics, optimizers = eqx.filter_eval_shape(lambda: autoencoder_state(config))
-    state = build_placed(lambda: autoencoder_state(config)[0], job.mesh)
-    size = options.crop_from or config.size
-    prepare = lambda batch, key: to_float(random_crop(batch["image"], config.size, key))
-    phases = shared.autoencoder_phases(
-        options,
-        statics,
-        optimizers,
-        prepare,
-        distance=cfg.make_distance(options),
-        dtype=cfg.DTYPES[options.dtype],
-    )
-    # A network's weights are an argument of the step: as constants they would be compiled in.
-    perceptual = []
-    if lpips is not None:
-        perceptual = [place(MeanDistance(lpips, options.perceptual_weight), job.mesh)]
-    batches = job.images("autoencoder", size, options.batch_size)
-    state = job.train("autoencoder", phases, state, batches, options, *perceptual)
-    return averaged(gathered(state.autoencoder, job.mesh), statics[0])
-
-
-def random_crop(images: Any, size: int, key: Any) -> Any:
-    """A `size x size` part of each image, `(b, h, w, c)`; the image itself where it has that size.
-
-    >>> random_crop(jnp.zeros((2, 6, 6, 3), jnp.uint8), 4, jax.random.key(0)).shape
-    (2, 4, 4, 3)
-    """
-    b, h, w, c = images.shape
-    if (h, w) == (size, size):
-        return images
-    corners = jax.random.randint(key, (b, 2), 0, jnp.array([h - size + 1, w - size + 1]))
-    cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (size, size, c))
-    return jax.vmap(cut)(images, corners)
-
-
-class Encoder:
-    """`encode(images) -> (mean, logvar)`, a batch divided over this process's devices."""
-
-    def __init__(self, autoencoder: AutoencoderKL, batch_size: int):
-        mesh = local_mesh()
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._sharding: NamedSharding = batch_sharding(mesh)
-        params, static = eqx.partition(autoencoder, eqx.is_array)
-        self._params = copied(params, mesh)
-
-        @jax.jit
-        def posterior(params, images):
-            found = jax.vmap(eqx.combine(params, static).posterior)(to_float(images))
-            return found.mean, found.logvar
-
-        self._posterior = posterior
-
-    def __call__(self, images: np.ndarray) -> tuple[Any, Any]:
-        return self._posterior(self._params, jax.device_put(images, self._sharding))
-
-
-def _measured(job: Job, autoencoder: AutoencoderKL) -> AutoencoderKL:
-    """The autoencoder with the shift and scale that some training images' latents have."""
-    encode = Encoder(autoencoder, job.config.latents.batch_size)
-    n, size = len(job.source), encode.batch_size
-    chosen = np.random.default_rng(data_seed(job.config, "autoencoder")).permutation(n)
-    indices = np.sort(chosen[: job.config.latents.statistics])
-    moments = []
-    for images, _ in decoded(job.source, indices, job.config.size, strict=job.compute.strict):
-        for i in range(0, len(images), size):
-            part = images[i : i + size]
-            padded = np.pad(part, [(0, size - len(part))] + [(0, 0)] * 3, mode="edge")
-            moments.append([np.asarray(m)[: len(part)] for m in encode(padded)])
-    shift, scale = measure_latents(*(np.concatenate(m) for m in zip(*moments, strict=True)))
-    return autoencoder.with_latent_stats(shift, scale)
 
 
 def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
@@ -370,7 +79,7 @@ def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
 
 def check_cache(job: Job, vae: AutoencoderKL | None, *, overwrite: bool) -> None:
     """Refuses a cache that is there already and is another one, before anything is trained."""
-    own = job.latents == job.run.path / LATENTS
+    own = job.latents.resolve() == (job.run.path / LATENTS).resolve()
     found = read_json(job.latents / "header.json")
     if found is None or (own and overwrite):  # which deletes it
         return
