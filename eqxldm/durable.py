@@ -1,11 +1,17 @@
 """Files that appear whole or not at all, and stay."""
 
 import contextlib
-import glob
 import os
+import re
 import secrets
+import socket
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+_DAY = 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -14,7 +20,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Its content is on the disk before it has the name, so that neither a killed process nor a lost
     machine leaves half a file at `path`. Of two writers at the same time the last one stays. What
-    killed ones have left is removed by the next.
+    killed ones have left is removed by the next one on the same host, or on any after a day. Write
+    into the temporary file; one that is put in its place is not known to be in use.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -25,58 +32,51 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        _remove_if_left(left)
-    temporary, handle = _claim(path)
-    try:
-        yield temporary
-        # As the umask says, also where a library has put a file of its own in its place.
-        temporary.chmod(os.fstat(handle).st_mode & 0o777)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
+    for found in path.parent.iterdir():
+        if is_temporary(found, path):
+            _remove_if_left(found)
+    temporary = path.with_name(f".{path.name}-{_host()}-{secrets.token_hex(4)}{path.suffix}")
+    with open(temporary, "xb") as claim:
+        if not _lock(claim):
+            claim.close()
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def is_temporary(found: Path, path: Path) -> bool:
-    """Whether `found` is what a killed writer of `path` has left.
+    """Whether a file has the name of a temporary one of `path`.
 
-    >>> is_temporary(Path(".a.txt-0f3c9a12.txt"), Path("a.txt"))
+    >>> is_temporary(Path(".a.txt-0f3c9a12-77ab03d5.txt"), Path("a.txt"))
     True
     """
-    return found.name.startswith(_prefix(path))
+    name = re.escape(f".{path.name}-") + "[0-9a-f]{8}-[0-9a-f]{8}" + re.escape(path.suffix)
+    return re.fullmatch(name, found.name) is not None
 
 
-def _prefix(path: Path) -> str:
-    return f".{path.name}-"
-
-
-def _claim(path: Path) -> tuple[Path, int]:
-    """A new file, locked for as long as its handle is open: a sign that its writer lives."""
-    while True:
-        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}{path.suffix}")
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        _lock(handle, "LOCK_EX")
-        if temporary.exists():  # and was not taken for left before it was locked
-            return temporary, handle
-        os.close(handle)
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _remove_if_left(temporary: Path) -> None:
     with contextlib.suppress(OSError), open(temporary, "rb") as file:
-        if _lock(file.fileno(), "LOCK_SH", "LOCK_NB"):  # else its writer lives, or nobody can tell
+        own = f"-{_host()}-" in temporary.name
+        if (own and _lock(file)) or time.time() - os.fstat(file.fileno()).st_mtime > _DAY:
             temporary.unlink()
 
 
-def _lock(handle: int, *flags: str) -> bool:
+def _lock(file: IO[bytes]) -> bool:
+    """Locks a file for as long as it is open: a sign, on this host, that its writer lives."""
     try:
         import fcntl
 
-        fcntl.flock(handle, sum(getattr(fcntl, flag) for flag in flags))
-    except (ImportError, OSError):  # held by another, or there are no locks here
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # there are no locks here, or another one has it
         return False
     return True
 

@@ -1,9 +1,12 @@
 """Processes over loopback, each with some of the devices."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,16 +31,19 @@ def run_together(*commands, devices: int) -> list[Ended]:
     count = f"--xla_force_host_platform_device_count={devices}"  # of two, the last one counts
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
     env = os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for command in commands
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [Ended(p.returncode, *text) for p, text in zip(processes, said, strict=True)]
+    ended, begin = [], time.monotonic()
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            # Files, because a pipe that nobody reads yet can be full.
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], env=env, stdout=out, stderr=err
+            )
+            stack.callback(process.kill)
+            started.append((process, out, err))
+        for process, out, err in started:
+            code = process.wait(timeout=TIMEOUT - (time.monotonic() - begin))
+            texts = [file.seek(0) or file.read() for file in (out, err)]
+            ended.append(Ended(code, *texts))
+    return ended

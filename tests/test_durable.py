@@ -1,10 +1,18 @@
 """Files appear whole or not at all, whoever else writes them."""
 
 import os
+import time
 
+import numpy as np
 import pytest
 
+from eqxldm import durable, weights
+from eqxldm.data.record_files import writing_records
 from eqxldm.durable import replacing
+from experiments.common.figures import save_png
+from experiments.common.run import write_json
+
+from helpers import small_autoencoder
 
 
 def names(folder):
@@ -23,9 +31,19 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_what_a_killed_writer_left_goes_and_nothing_else_does(tmp_path):
-    others = [".b.txt-0123abcd.txt", ".own-file", "a.txt-0123abcd.txt"]
-    for name in (".a.txt-0123abcd.txt", *others):
-        (tmp_path / name).write_text("")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as temporary:
+        name = temporary.name
+        raise RuntimeError
+    host, other = name.split("-")[1], "0" * 8
+    others = [
+        f".b.txt-{host}-0123abcd.txt", f".a.txt-{other}-0123abcd.txt", ".a.txt-backup",
+        f"a.txt-{host}-0123abcd.txt", ".own-file",
+    ]  # fmt: skip
+    old = tmp_path / f".a.txt-{other}-4567abcd.txt"
+    for left in (name, old.name, *others):
+        (tmp_path / left).write_text("")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.write_text("")
     assert names(tmp_path) == sorted(["a.txt", *others])
@@ -42,17 +60,43 @@ def test_writers_at_the_same_time_leave_each_other_alone(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_file_may_be_read_by_those_that_the_umask_says(tmp_path):
-    def by_itself(temporary):  # as libraries do that write a file of their own and rename it
-        other = tmp_path / "other"
-        other.touch(mode=0o600)
-        os.replace(other, temporary)
+def libraries():
+    """How the files of a run are written."""
 
+    def arrayrecord(path):
+        with writing_records(path) as write:
+            write(b"footer")
+
+    return {
+        "a.safetensors": lambda path: weights.save(small_autoencoder(), path),
+        "a.arrayrecord": arrayrecord,
+        "a.png": lambda path: save_png(path, np.zeros((2, 2, 3), np.uint8)),
+        "a.json": lambda path: write_json(path, {}),
+    }
+
+
+def test_a_file_may_be_read_by_those_that_the_umask_says(tmp_path):
     old = os.umask(0o027)
     try:
-        for name, write in (("a", lambda path: path.write_text("")), ("b", by_itself)):
-            with replacing(tmp_path / name) as temporary:
-                write(temporary)
+        for name, write in libraries().items():
+            write(tmp_path / name)
             assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(old)
+
+
+def test_libraries_write_into_the_file_that_is_locked(tmp_path, monkeypatch):
+    """And not into one of their own, which they move there: another writer would remove it."""
+    for name, write in libraries().items():
+        written = []
+
+        def replace(temporary, path, written=written, move=os.replace):
+            with open(temporary, "rb") as file:
+                assert not durable._lock(file)
+            written.append(path)
+            move(temporary, path)
+
+        monkeypatch.setattr(os, "replace", replace)
+        write(tmp_path / name)
+        monkeypatch.undo()
+        assert written == [tmp_path / name]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +29,30 @@ def two(folder, until, mesh, *arguments):
 
 def one(folder, until, mesh=MESH):
     return run(4, [PROGRAM, folder, "--mesh", mesh, "--until", until])[0]
+
+
+FAILS = """
+import sys
+from experiments.common import processes
+from experiments.common.terminal import UserError, run_main
+processes.GRACE = 1.0
+def main():
+    processes.join(processes.Processes(True, sys.argv[1], 2, int(sys.argv[2])))
+    if processes.is_primary():
+        return processes.barrier("never")
+    raise UserError("its disk is full")
+processes.leave(lambda: run_main(main))
+"""
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others():
+    at = f"127.0.0.1:{free_port()}"
+    begin = time.monotonic()
+    first, second = run_together(*(["-c", FAILS, at, i] for i in range(2)), devices=1)
+    assert time.monotonic() - begin < 100  # jax waits 300 seconds
+    assert (first.code, second.code) == (1, 2)
+    assert "If another process stopped first" in first.err
+    assert second.err.endswith("error: its disk is full\n")
 
 
 STEPS = 12

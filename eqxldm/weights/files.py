@@ -54,10 +54,10 @@ def write_safetensors(
     >>> import tempfile
     >>> write_safetensors(Path(tempfile.mkdtemp()) / "a.safetensors", {"w": np.ones(2)}, {})
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=dict(header))
+        temporary.write_bytes(save(dict(tensors), metadata=dict(header)))
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -61,8 +62,9 @@ def join(options: Processes) -> None:
 def leave(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code that `main` returns.
 
-    At a normal end processes wait for each other. One that fails does so for ten seconds only:
-    the others may be waiting for it in a step, and learn that it is gone when it is.
+    At a normal end jax lets processes wait for each other, five minutes at most. One that fails
+    waits ten seconds: the others may be waiting for it in a step, and learn that it is gone when it
+    is.
     """
     try:
         code = main()
@@ -76,6 +78,8 @@ def leave(main: Callable[[], int]) -> NoReturn:
             )
         code = 1
     if code and jax.distributed.is_initialized():
+        for signum in (signal.SIGINT, signal.SIGTERM):  # it is stopping
+            signal.signal(signum, signal.SIG_IGN)
         leaving = threading.Thread(target=_shutdown, daemon=True)
         leaving.start()
         leaving.join(GRACE)

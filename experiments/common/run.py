@@ -81,7 +81,10 @@ class RunFolder:
         """What a run writes; files of others stay."""
         folders = ("checkpoints", "snapshots", "latents", "parts", "tensorboard", "wandb")
         for folder in folders:
-            shutil.rmtree(self.path / folder, ignore_errors=True)
+            place = (self.path / folder).resolve()  # which may be on another disk, behind a link
+            shutil.rmtree(place, ignore_errors=True)
+            if (self.path / folder).is_symlink():
+                place.mkdir(parents=True)
         for pattern in (
             "*.png",
             "*.npz",

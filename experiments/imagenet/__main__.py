@@ -21,7 +21,7 @@ from eqxldm.sharding import make_mesh, parse_mesh
 from ..common.diffusion import SamplingConfig, SolverName, check_guidance, check_sampling
 from ..common.figures import image_grid, read_png, save_png
 from ..common.options import check, check_count
-from ..common.processes import Processes, agreed, is_primary, join, leave, together
+from ..common.processes import Processes, agreed, barrier, is_primary, join, leave, together
 from ..common.run import RunFolder, as_dict, write_json
 from ..common.telemetry import LogOptions, Telemetry
 from ..common.terminal import Signals, UserError, console, run_main
@@ -152,7 +152,7 @@ def train(command: Train) -> None:
     check_sampling(cfg.make_diffusion(command.config), command.sampling)
     every = ("classifier", "autoencoder", "diffusion")
     job, vae, lpips, test = prepare(command, command.config, every)
-    with begun(job, command.overwrite):
+    with held(job, overwrite=command.overwrite):
         run_stages(command, job, vae, lpips, test)
 
 
@@ -219,7 +219,7 @@ def train_autoencoder(command: Autoencoder) -> None:
     if command.place.vae is not None:
         raise UserError("--vae: this command trains one; leave it out.")
     job, _, lpips, test = prepare(command, config, ("classifier", "autoencoder"))
-    with begun(job, command.overwrite):
+    with held(job, overwrite=command.overwrite):
         metrics = job.run.metrics()
         if not agreed(metrics is not None):
             classifier = stages.train_classifier(job)
@@ -273,7 +273,8 @@ def prepare(
             if is_primary():
                 run.path.mkdir(parents=True, exist_ok=True)
                 make_shapes(run.path / "images")
-        source = open_images(run.path / "images")
+        with together():
+            source = open_images(run.path / "images")
     latents = place.latents or run.path / LATENTS
     job = Job(config, compute, source, labels, run, latents, mesh, signals, command.log)
     if not alone:
@@ -283,14 +284,19 @@ def prepare(
 
 
 @contextlib.contextmanager
-def begun(job: Job, overwrite: bool) -> Iterator[None]:
-    """Holds the run folder, opened for the job."""
-    with contextlib.ExitStack() as held:
+def held(job: Job, *, overwrite: bool | None = None) -> Iterator[None]:
+    """Holds the run's folder until all processes are done with it.
+
+    `overwrite` says how a run is begun or resumed; None: it is there and stays as it is.
+    """
+    with contextlib.ExitStack() as stack:
         with together():
-            held.enter_context(job.run.locked())
-            job.run.open(as_dict(job.config), overwrite=overwrite)
+            stack.enter_context(job.run.locked())
+            if overwrite is not None:
+                job.run.open(as_dict(job.config), overwrite=overwrite)
             describe_data(job)
         yield
+        barrier("done")  # process 0 measures and draws for longer than jax waits at an exit
 
 
 def open_source(path: Path | None) -> ImageSource:
@@ -355,22 +361,19 @@ def evaluate(command: Evaluate) -> None:
     check(command.compute)
     check_count("--n", command.n, least=10)
     check_count("--sampling-batch", command.sampling_batch)
-    signals, mesh = Signals(), mesh_of(command.compute)
-    run = open_run(place.run_dir, place.preset)
-    config = cfg.from_dict(run.config())
-    check_sampling(cfg.make_diffusion(config), sampling)
-    made = run.path / "images"
-    source = open_source(made if place.images is None and made.exists() else place.images)
-    test = open_images(place.test_images) if place.test_images is not None else None
+    signals, run = Signals(), open_run(place.run_dir, place.preset)
+    with together():
+        mesh, config = mesh_of(command.compute), cfg.from_dict(run.config())
+        check_sampling(cfg.make_diffusion(config), sampling)
+        made = run.path / "images"
+        source = open_source(made if place.images is None and made.exists() else place.images)
+        test = open_images(place.test_images) if place.test_images is not None else None
+        metrics = run.metrics()
     trained, labels, classes = stages.load_finished(config, run, mesh, command.sigma_rel)
-    metrics = run.metrics()
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no metrics.json. Train first.")
     job = Job(config, command.compute, source, labels, run, run.path / LATENTS, mesh, signals)
-    with contextlib.ExitStack() as held:
-        with together():
-            held.enter_context(run.locked())
-            describe_data(job)
+    with held(job):
         classifier = stages.train_classifier(job)
         reference = ev.Reference(config, source, test, strict=job.compute.strict)
         results = ev.evaluate(
@@ -411,10 +414,10 @@ def commands(name: PresetName) -> Any:
         Annotated[type(default), tyro.conf.subcommand(command, default=default)]
         for command, default in defaults.items()
     ]
-    together: Any = kinds[0]
+    union: Any = kinds[0]
     for kind in kinds[1:]:
-        together = together | kind
-    return together
+        union = union | kind
+    return union
 
 
 def chosen_preset(args: Sequence[str]) -> PresetName:

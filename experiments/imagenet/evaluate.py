@@ -113,7 +113,8 @@ def all_samples(
         if folder.exists() and read_json(folder / "about.json") != about:
             shutil.rmtree(folder)
         write_json(folder / "about.json", about)
-    parts = [np.zeros((0, config.size, config.size, cfg.CHANNELS), np.uint8)]
+    count = len(labels) if run.primary else 0
+    samples = np.empty((count, config.size, config.size, cfg.CHANNELS), np.uint8)
     for i in range(0, len(labels), PART):
         path = folder / f"{i:07d}.npy"
         kept = _load(path) if run.primary else None
@@ -124,9 +125,9 @@ def all_samples(
             if run.primary and len(labels) > PART:
                 with replacing(path) as temporary:
                     np.save(temporary, kept)
-        if kept is not None:
-            parts.append(kept)
-    return np.concatenate(parts)
+        if run.primary and kept is not None:
+            samples[i : i + PART] = kept
+    return samples
 
 
 def _load(path: Path) -> Images | None:

@@ -80,8 +80,8 @@ def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
 def check_cache(job: Job, vae: AutoencoderKL | None, *, overwrite: bool) -> None:
     """Refuses a cache that is there already and is another one, before anything is trained."""
     own = job.latents.resolve() == (job.run.path / LATENTS).resolve()
-    found = read_json(job.latents / "header.json")
-    if found is None or (own and overwrite):  # which deletes it
+    path = job.latents / "header.json"
+    if not path.exists() or (own and overwrite):  # which deletes it
         return
     kept = job.run.path / AUTOENCODER
     autoencoder = load_vae(kept) if vae is None and kept.exists() and not overwrite else vae
@@ -93,7 +93,7 @@ def check_cache(job: Job, vae: AutoencoderKL | None, *, overwrite: bool) -> None
             "an autoencoder of its own, whose latents are others. Give the one that made it with "
             "--vae, or use another folder, or delete this one."
         )
-    header = cache_header(job, autoencoder)
+    header, found = cache_header(job, autoencoder), read_json(path) or {}
     if any(found.get(name) != value for name, value in header.items()):
         open_latents(job.latents, header)  # raises, with all that differs
 
