@@ -314,7 +314,6 @@ def test_an_array_record_appears_whole_or_not_at_all(tmp_path):
         write(b"x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".a.arrayrecord-left").write_bytes(b"of a killed process")
     with writing_records(path) as write:
         for k in range(5):
             write(b"%d" % k)
