@@ -420,6 +420,16 @@ def test_the_cache_of_another_run_needs_its_autoencoder(finished, tmp_path, caps
     assert not run.exists()
 
 
+def test_a_cache_whose_header_is_damaged_is_refused_before_training(finished, tmp_path, capsys):
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    (latents / "header.json").write_text('{"format"')
+    given = ["--vae", finished, "--images", finished / "images", "--latents", latents]
+    assert train(tmp_path / "run", *given) == 2
+    assert "header.json: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_unreadable_images_are_left_out_or_stop_the_run(images, finished, tmp_path, capsys):
     broken = Path(shutil.copytree(images, tmp_path / "images"))
     (broken / "circle" / "007.jpg").write_bytes(b"no image")

@@ -331,11 +331,15 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "checkpoints" / "stage").mkdir(parents=True)
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-disk"
+    (elsewhere / "of-a-run").mkdir(parents=True)
+    (tmp_path / "latents").symlink_to(elsewhere)
     with pytest.raises(UserError, match="--a: the folder has 1, now 2"):
         RunFolder(tmp_path).open({"a": 2}, overwrite=False)
     RunFolder(tmp_path).open({"a": 2}, overwrite=True)
     names = {entry.name for entry in tmp_path.iterdir()}
-    assert names == {"config.json", "notes.txt"}
+    assert names == {"config.json", "notes.txt", "latents"}
+    assert list(elsewhere.iterdir()) == [] and (tmp_path / "latents").is_symlink()
     assert json.loads((tmp_path / "config.json").read_text()) == {"a": 2}
 
 

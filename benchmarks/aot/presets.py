@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqxldm import models, sharding
-from eqxldm.data.images import to_float
 from eqxldm.data.latents import latent_sampler
 from eqxldm.training import MeanDistance
-from experiments.common import stages as shared
 from experiments.common.diffusion import check_sampling
 from experiments.common.sampling import make_sampler
 from experiments.imagenet import autoencoder, config as cfg, stages
@@ -98,15 +96,7 @@ def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
     state, statics, optimizers = eqx.filter_eval_shape(
         lambda: autoencoder.autoencoder_state(config)
     )
-    prepare = lambda batch, key: to_float(autoencoder.random_crop(batch["image"], config.size, key))
-    phases = shared.autoencoder_phases(
-        options,
-        statics,
-        optimizers,
-        prepare,
-        distance=cfg.make_distance(options),
-        dtype=cfg.DTYPES[options.dtype],
-    )
+    phases = autoencoder.autoencoder_phases(config, statics, optimizers)
     lpips = eqx.filter_eval_shape(lambda: models.LPIPS(key=jax.random.key(0)))
     perceptual = MeanDistance(lpips, options.perceptual_weight)
     side = options.crop_from or config.size

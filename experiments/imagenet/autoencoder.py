@@ -93,6 +93,20 @@ def autoencoder_state(config: Config):
     return shared.autoencoder_state(config, config.autoencoder, CHANNELS)
 
 
+def autoencoder_phases(config: Config, statics: Any, optimizers: Any) -> list[tuple[int, Any]]:
+    """The train steps of random crops, without and with the discriminator."""
+    options = config.autoencoder
+    prepare = lambda batch, key: to_float(random_crop(batch["image"], config.size, key))
+    return shared.autoencoder_phases(
+        options,
+        statics,
+        optimizers,
+        prepare,
+        distance=cfg.make_distance(options),
+        dtype=cfg.DTYPES[options.dtype],
+    )
+
+
 def _keep_loss(job: Job, lpips: LPIPS | None) -> None:
     """Training that has begun with LPIPS goes on with the same LPIPS, or is refused."""
     path = job.run.path / LOSS
@@ -116,15 +130,7 @@ def _train_autoencoder(job: Job, lpips: LPIPS | None) -> AutoencoderKL:
     _, statics, optimizers = eqx.filter_eval_shape(lambda: autoencoder_state(config))
     state = build_placed(lambda: autoencoder_state(config)[0], job.mesh)
     size = options.crop_from or config.size
-    prepare = lambda batch, key: to_float(random_crop(batch["image"], config.size, key))
-    phases = shared.autoencoder_phases(
-        options,
-        statics,
-        optimizers,
-        prepare,
-        distance=cfg.make_distance(options),
-        dtype=cfg.DTYPES[options.dtype],
-    )
+    phases = autoencoder_phases(config, statics, optimizers)
     # A network's weights are an argument of the step: as constants they would be compiled in.
     perceptual = []
     if lpips is not None:
