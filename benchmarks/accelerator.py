@@ -48,11 +48,11 @@ class HalfPrecision(eqx.Module):
 def training_step(network, shape, batch):
     """`(run, loss, memory)`: a step over fixed latents, its first loss, bytes as compiled."""
     optimizer = adamw(1e-4)
-    state, static = init_state(HalfPrecision(network), optimizer, averages=1)
+    state, static = init_state(HalfPrecision(network), optimizer, ema_decays=1)
     path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(path, prediction, ex.discrete_time(1000))
-    step = make_train_step(loss, static, optimizer, averages=AVERAGES)
+    step = make_train_step(loss, static, optimizer, ema_decays=AVERAGES)
     step = jax.jit(step, donate_argnums=0)
     data = jax.random.normal(KEY, (batch, *shape)), jnp.zeros(batch, jnp.int32)
     memory = step.lower(state, data, KEY).compile().memory_analysis()
@@ -121,13 +121,13 @@ def other_rows(small, budget):
     optimizer = adamw(1e-4)
 
     def unet_step():
-        state, static = init_state(unet, optimizer, averages=1)
+        state, static = init_state(unet, optimizer, num_emas=1)
         x = jax.random.normal(KEY, (batch, *shape))
 
         def loss(model, x, key):
             return jnp.mean(jax.vmap(lambda x: model(x, jnp.array(0.5), None))(x) ** 2), {}
 
-        step = make_train_step(loss, static, optimizer, averages=AVERAGES)
+        step = make_train_step(loss, static, optimizer, ema_decays=AVERAGES)
         step = jax.jit(step, donate_argnums=0)
         memory = step.lower(state, x, KEY).compile().memory_analysis()
 

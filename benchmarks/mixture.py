@@ -64,7 +64,7 @@ def main() -> None:
         print("|---" * (len(STEPS) + 2) + "|")
         for solver_name, solver in SOLVERS.items():
             errors = [distance(path, solver, n, x_T, exact) for n in STEPS]
-            calls = ex.evaluations(path, solver, ex.uniform_times(20, START))
+            calls = ex.nfe(path, solver, ex.uniform_times(20, START))
             cells = " | ".join(f"{e:.4f}" for e in errors)
             print(f"| `{solver_name}` | {cells} | {calls} |", flush=True)
     chance = np.mean(np.abs(np.sort(DATA.draw(COUNT, seed=0)) - exact))

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-DIT = dict(model="dit", classes=10, batch=128, ours=dict(patch=2, depth=6, width=192, heads=6))
+DIT = dict(
+    model="dit", classes=10, batch=128, ours=dict(patch_size=2, depth=6, width=192, num_heads=6)
+)
 UNET = dict(
     model="unet", shape=[1, 32, 32], classes=10, batch=32,
     ours=dict(channels=[32, 64, 128], blocks=1, groups=8, attention_levels=[False, False, True]),
@@ -28,9 +30,11 @@ UNET = dict(
         up_block_types=["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     ),
 )  # fmt: skip
-S_2 = DIT | dict(shape=[4, 32, 32], batch=4, ours=dict(patch=2, depth=12, width=384, heads=6))
+S_2 = DIT | dict(
+    shape=[4, 32, 32], batch=4, ours=dict(patch_size=2, depth=12, width=384, num_heads=6)
+)
 LATENT, PIXEL = DIT | dict(shape=[4, 8, 8]), DIT | dict(shape=[4, 14, 14])
-AUTOENCODER = dict(shape=[1, 32, 32], batch=32, channels=[32, 64], patch=2)
+AUTOENCODER = dict(shape=[1, 32, 32], batch=32, channels=[32, 64], patch_size=2)
 # name, kind, case, the peers, the goal of ours against the faster peer
 CASES = [
     ("DiT 6 x 192, 16 tokens, batch 128: forward", "forward", LATENT, "diffusers torch", None),

@@ -50,10 +50,10 @@ def forward(case):
 
 def train(case):
     optimizer = adamw(1e-4)
-    state, static = init_state(network(case), optimizer, averages=1)
+    state, static = init_state(network(case), optimizer, ema_decays=1)
     loss = make_diffusion_loss(PATH, ex.predict_eps, ex.discrete_time(1000))
     step = jax.jit(
-        make_train_step(loss, static, optimizer, averages=(exponential(0.999),)), donate_argnums=0
+        make_train_step(loss, static, optimizer, ema_decays=(exponential(0.999),)), donate_argnums=0
     )
     data = batch(case)
 
@@ -86,15 +86,17 @@ def sample(case):
 def autoencoder(case):
     """A step of the autoencoder and its discriminator."""
     channels, *_ = case["shape"]
-    sizes = dict(channels=tuple(case["channels"]), blocks=1, patch=case["patch"], groups=8)
+    sizes = dict(
+        channels=tuple(case["channels"]), blocks=1, patch_size=case["patch_size"], groups=8
+    )
     ae = AutoencoderKL(channels, 4, **sizes, key=KEY)
     disc = PatchDiscriminator(channels, channels=32, layers=2, groups=8, key=KEY)
     optimizers = adamw(1e-4), adamw(1e-4)
-    ae_state, ae_static = init_state(ae, optimizers[0], averages=1)
+    ae_state, ae_static = init_state(ae, optimizers[0], num_emas=1)
     disc_state, disc_static = init_state(disc, optimizers[1])
     state = AutoencoderState(ae_state, disc_state)
     step = make_autoencoder_step(
-        ae_static, disc_static, *optimizers, distance=l2_distance, averages=(exponential(0.999),)
+        ae_static, disc_static, *optimizers, distance=l2_distance, ema_decays=(exponential(0.999),)
     )
     step, x = jax.jit(step, donate_argnums=0), batch(case | {"classes": 1})[0]
 
@@ -110,14 +112,15 @@ def compile_seconds(depth, batch=8):
     """Tracing and compiling DiT-XL/2's training step with so many blocks; nothing is run."""
     optimizer = adamw(1e-4)
     make = lambda: DiT(
-        (4, 32, 32), patch=2, depth=depth, width=1152, heads=16, num_classes=1000,
+        (4, 32, 32), patch_size=2, depth=depth, width=1152, num_heads=16, num_classes=1000,
         learn_sigma=True, key=KEY,
     )  # fmt: skip
-    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, averages=1))
+    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, ema_decays=1))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(PATH, prediction, ex.discrete_time(1000))
     step = jax.jit(
-        make_train_step(loss, static, optimizer, averages=(exponential(0.9999),)), donate_argnums=0
+        make_train_step(loss, static, optimizer, ema_decays=(exponential(0.9999),)),
+        donate_argnums=0,
     )
     x = jax.ShapeDtypeStruct((batch, 4, 32, 32), jnp.float32)
     begin = time.perf_counter()

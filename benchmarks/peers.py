@@ -46,14 +46,16 @@ def network(case, library):
     ours = case["ours"]
     if library == "torch":
         model = official_dit.DiT(
-            tuple(case["shape"]), patch=ours["patch"], depth=ours["depth"], width=ours["width"],
-            heads=ours["heads"], classes=case["classes"], learn_sigma=False,
+            tuple(case["shape"]), patch_size=ours["patch_size"], depth=ours["depth"],
+            width=ours["width"], num_heads=ours["num_heads"], classes=case["classes"],
+            learn_sigma=False,
         )  # fmt: skip
         return model, lambda x, t, y: model(x, t, y)
     model = DiTTransformer2DModel(
-        num_attention_heads=ours["heads"], attention_head_dim=ours["width"] // ours["heads"],
+        num_attention_heads=ours["num_heads"],
+        attention_head_dim=ours["width"] // ours["num_heads"],
         in_channels=channels, out_channels=channels, num_layers=ours["depth"], sample_size=size,
-        patch_size=ours["patch"], num_embeds_ada_norm=case["classes"],
+        patch_size=ours["patch_size"], num_embeds_ada_norm=case["classes"],
     )  # fmt: skip
     return model, lambda x, t, y: model(x, timestep=t, class_labels=y).sample
 
@@ -136,7 +138,7 @@ def discriminator(channels):
 def autoencoder(case, library):
     """The same step as ours, as latent diffusion's code takes it: two backward passes for the
     adaptive weight, one for the sum, one for the discriminator."""
-    channels, levels, patch = case["shape"][0], case["channels"], case["patch"]
+    channels, levels, patch = case["shape"][0], case["channels"], case["patch_size"]
     inner = channels * patch**2
     model = AutoencoderKL(
         in_channels=inner, out_channels=inner, latent_channels=4, block_out_channels=levels,

@@ -17,7 +17,7 @@ from eqxldm.devices import peak_flops
 from eqxldm.sharding import bytes_per_device, parse_mesh, partition_specs
 from eqxldm.training import adamw, init_state
 
-SIZES = [f"{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
+SIZES = [f"{size}_{patch_size}" for size in ("s", "b", "l", "xl") for patch_size in (2, 4, 8)]
 MESHES = ["data=1", "fsdp=4", "fsdp=8", "fsdp=16", "fsdp=128", "tensor=4", "fsdp=4,tensor=2"]
 
 # Bytes a second that a device can receive from all others: NVLink 4 (NVIDIA's H200 data sheet: 900
@@ -35,7 +35,7 @@ def shapes(size):
     """The training state of a size, and its network, as shapes."""
     make = lambda key: getattr(models, f"dit_{size}")((4, 32, 32), key=key)
     key = jax.random.key(0)
-    state = eqx.filter_eval_shape(lambda k: init_state(make(k), adamw(1e-4), averages=1)[0], key)
+    state = eqx.filter_eval_shape(lambda k: init_state(make(k), adamw(1e-4), ema_decays=1)[0], key)
     return state, eqx.filter_eval_shape(make, key)
 
 

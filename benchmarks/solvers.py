@@ -91,7 +91,7 @@ def main() -> None:
         name: jax.jit(lambda x, w, k, s=s: run(s, x, w, k)).lower(x, weight, key).compile()
         for name, s in SOLVERS.items()
     }
-    calls = {name: ex.evaluations(PATH, s, TIMES) for name, s in SOLVERS.items()}
+    calls = {name: ex.nfe(PATH, s, TIMES) for name, s in SOLVERS.items()}
     functions = dict(compiled)
     for n in sorted(set(calls.values())):
         function = jax.jit(lambda x, w, k, n=n: alone(n, x, w, k))

@@ -14,10 +14,10 @@ from .checks import (
     check_time as check_time,
     checked as checked,
 )
-from .exact import (
+from .gaussian_mixture import (
     GaussianMixture as GaussianMixture,
 )
-from .grids import (
+from .times import (
     karras_times as karras_times,
     logsnr_times as logsnr_times,
     shift_time as shift_time,
@@ -97,11 +97,11 @@ from .sampling import (
     check_combination as check_combination,
     ddim_invert as ddim_invert,
     encode as encode,
-    evaluations as evaluations,
+    nfe as nfe,
     sample as sample,
     sample_trajectory as sample_trajectory,
 )
-from .schedules import (
+from .betas import (
     alpha_bar_from_betas as alpha_bar_from_betas,
     betas_from_alpha_bar as betas_from_alpha_bar,
     cosine_betas as cosine_betas,

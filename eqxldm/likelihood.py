@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from .grids import Grid, check_times, timestep_times
 from .paths import (
     AbstractPath,
     DiscreteVP,
@@ -38,6 +37,7 @@ from .predictions import (
 )
 from .sampling import check_combination
 from .solvers import DDPM, Estimate, Variance, fixed_small, intervals, learned_range, log_variance
+from .times import Grid, check_times, timestep_times
 
 NATS_A_BIT = math.log(2.0)
 LogLikelihood = Callable[[Array, Array, Array], Array]

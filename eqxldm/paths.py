@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .schedules import Table, check_alpha_bar
+from .betas import Table, check_alpha_bar
 
 if TYPE_CHECKING:
     Time = Any  # pyright takes Array and ndarray for strangers
@@ -86,9 +86,9 @@ class DiscreteVP(AbstractPath):
     (Ho et al. 2020, eq. 4)
 
     **Raises** `ValueError` for a table outside (0, 1) or one that does not decrease; its last
-    entry may be 0 (`schedules.rescale_zero_terminal_snr`).
+    entry may be 0 (`betas.rescale_zero_terminal_snr`).
 
-    >>> from eqxldm.schedules import alpha_bar_from_betas, linear_betas
+    >>> from eqxldm.betas import alpha_bar_from_betas, linear_betas
     >>> path = DiscreteVP(alpha_bar_from_betas(linear_betas(1000)))
     >>> round(float(path.alpha(1 / 1000)) ** 2, 12)
     0.9999

@@ -10,7 +10,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
-from .grids import Grid, check_times
 from .paths import AbstractPath, at_least_float32
 from .predictions import (
     Denoiser,
@@ -21,6 +20,7 @@ from .predictions import (
     split_output,
 )
 from .solvers import DDIM, DDPM, AbstractSolver, Estimate, learned_range
+from .times import Grid, check_times
 
 X = Float[Array, "*shape"]
 
@@ -55,7 +55,7 @@ def sample(
       `guidance.guide` for guidance.
     - `prediction`: what `out` means.
     - `times`: a descending grid in [0, 1], one entry more than there are steps
-      (`grids.uniform_times`, `timestep_times`, `karras_times`, ...). Close over it: its
+      (`times.uniform_times`, `timestep_times`, `karras_times`, ...). Close over it: its
       coefficients are then computed in float64 and checked when this function is traced. A grid
       that is itself traced (an argument of `jit`) works in its own dtype, with its coefficients
       checked at run time only.
@@ -171,13 +171,13 @@ def ddim_invert(
     return encode(denoiser, path, prediction, DDIM(), times, x0, cond)
 
 
-def evaluations(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
+def nfe(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
     """The number of function evaluations (NFE): how often a run calls the denoiser.
 
     A guided denoiser counts once; inside, it runs the network on two conditions.
 
     >>> from eqxldm import DDIM, LinearFlow, uniform_times
-    >>> evaluations(LinearFlow(), DDIM(), uniform_times(20))
+    >>> nfe(LinearFlow(), DDIM(), uniform_times(20))
     20
     """
     return len(solver.plan(path, check_times(times)).t)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .nn.boundary import tensor_axis
+from .nn.constraints import tensor_axis
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -120,7 +120,7 @@ def batch_vmap(function: Callable[..., Any], **options: Any) -> Callable[..., An
     """`jax.vmap` over a batch of examples, kept divided over `data` and `fsdp`.
 
     The mesh is the one of `jax.set_mesh`; without one this is `jax.vmap`. Constraints inside the
-    function, such as `nn.undivided`, then say where the whole batch lies.
+    function, such as `nn.replicate_activation`, then say where the whole batch lies.
 
     >>> batch_vmap(lambda x: x + 1)(np.zeros(2)).tolist()
     [1.0, 1.0]
@@ -130,20 +130,20 @@ def batch_vmap(function: Callable[..., Any], **options: Any) -> Callable[..., An
     return jax.vmap(function, **options, spmd_axis_name=axes or None)
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(batch_size: int, mesh: Mesh, grad_accum_steps: int = 1) -> None:
     """`ValueError` unless a global batch divides over the mesh and the parts of a step.
 
-    >>> check_batch(8, make_mesh(devices=jax.devices()[:1]), accumulate=3)
+    >>> check_batch(8, make_mesh(devices=jax.devices()[:1]), grad_accum_steps=3)
     Traceback (most recent call last):
         ...
     ValueError: a batch of 8 does not divide by 3 (1 device shares a batch, in 3 parts).
     """
     count = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % (count * accumulate):
+    if batch_size < 1 or batch_size % (count * grad_accum_steps):
         many = f"{count} devices share" if count > 1 else "1 device shares"
-        parts = f", in {accumulate} parts" if accumulate > 1 else ""
+        parts = f", in {grad_accum_steps} parts" if grad_accum_steps > 1 else ""
         raise ValueError(
-            f"a batch of {batch_size} does not divide by {count * accumulate} "
+            f"a batch of {batch_size} does not divide by {count * grad_accum_steps} "
             f"({many} a batch{parts})."
         )
 
@@ -157,8 +157,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Where an array of this path and shape is divided.
 
-    1. Over `tensor` as the first of `nn.boundary.TENSOR_RULES` says whose pattern ends the path, if
-       that axis divides.
+    1. Over `tensor` as the first of `nn.constraints.TENSOR_RULES` says whose pattern ends the path,
+       if that axis divides.
     2. Over `fsdp` the largest axis that divides and that rule 1 did not take, the last of equals,
        if a layer's part has at least `smallest` elements.
     3. The leading axis of scanned blocks is never divided, and over `data` nothing is.

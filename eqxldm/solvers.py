@@ -171,7 +171,7 @@ class Heun(AbstractSolver):
     t). Second order, two network calls a step; the step to `t = 0` is Euler's, with one.
 
     >>> import eqxldm as ex
-    >>> ex.evaluations(ex.LinearFlow(), Heun(), ex.uniform_times(10))
+    >>> ex.nfe(ex.LinearFlow(), Heun(), ex.uniform_times(10))
     19
     """
 

@@ -105,7 +105,7 @@ class WithNoise(eqxldm.AbstractSolver):
 
 def small_dit(*, seed=0, **changes):
     """A DiT of a size for tests, on a latent that is not square."""
-    sizes = dict(patch=2, depth=3, width=16, heads=2, num_classes=5, mlp_ratio=2.0)
+    sizes = dict(patch_size=2, depth=3, width=16, num_heads=2, num_classes=5, mlp_ratio=2.0)
     return DiT((3, 4, 8), **{**sizes, **changes}, key=jax.random.key(seed))
 
 

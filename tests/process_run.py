@@ -56,18 +56,18 @@ def main():
     own = [[d for d in jax.devices() if d.process_index == i] for i in range(jax.process_count())]
     devices = [device for each in zip(*own, strict=True) for device in each]
     mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh), devices)
-    sizes = dict(patch=2, depth=2, width=16, heads=2, num_classes=3)
+    sizes = dict(patch_size=2, depth=2, width=16, num_heads=2, num_classes=3)
     dit = filled(lambda: DiT((2, 4, 4), **sizes, key=jax.random.key(0)))
     # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
     optimizer = optax.sgd(0.05, momentum=0.9)
-    state, static = training.init_state(dit, optimizer, averages=1)
+    state, static = training.init_state(dit, optimizer, num_emas=1)
     loss = training.make_diffusion_loss(
         ex.LinearFlow(),
         ex.predict_velocity,
         ex.logit_normal_time(),
         prepare=lambda batch, key: (batch["x0"], batch["label"]),
     )
-    step = training.make_train_step(loss, static, optimizer, averages=(training.constant(0.9),))
+    step = training.make_train_step(loss, static, optimizer, ema_decays=(training.constant(0.9),))
     reader = Reader(options.kill_at if index == 1 else None)
     batches = Batches(
         RECORDS, BATCH, reader, seed=1, rows=sharding.own_rows(BATCH, mesh), workers=0,

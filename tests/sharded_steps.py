@@ -23,10 +23,10 @@ KEY = jax.random.key(3)
 
 
 def diffusion():
-    sizes = dict(patch=2, depth=2, width=32, heads=4, num_classes=5, learn_sigma=True)
+    sizes = dict(patch_size=2, depth=2, width=32, num_heads=4, num_classes=5, learn_sigma=True)
     dit = filled(lambda: DiT((4, 8, 8), **sizes, key=KEY), size=0.1)
     optimizer = adamw(1e-4, clip_norm=1.0)
-    state, static = init_state(dit, optimizer, averages=1)
+    state, static = init_state(dit, optimizer, num_emas=1)
     loss = training.make_diffusion_loss(
         ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000))),
         ex.LearnedRange(ex.predict_eps),
@@ -34,7 +34,7 @@ def diffusion():
         example_loss=ex.hybrid_loss,
     )
     step = training.make_train_step(
-        loss, static, optimizer, averages=(constant(0.9),), accumulate=2
+        loss, static, optimizer, ema_decays=(constant(0.9),), grad_accum_steps=2
     )
     return state, step, (jax.random.normal(KEY, (16, 4, 8, 8)), jnp.arange(16) % 5)
 
@@ -42,10 +42,10 @@ def diffusion():
 def autoencoder():
     optimizer = adamw(1e-4)
     ae, disc = filled(small_autoencoder), filled(small_discriminator)
-    ae_state, ae_static = init_state(ae, optimizer, averages=1)
+    ae_state, ae_static = init_state(ae, optimizer, num_emas=1)
     disc_state, disc_static = init_state(disc, optimizer)
     step = training.make_autoencoder_step(
-        ae_static, disc_static, optimizer, optimizer, averages=(constant(0.9),)
+        ae_static, disc_static, optimizer, optimizer, ema_decays=(constant(0.9),)
     )
     images = jax.random.uniform(KEY, (8, 1, 16, 16), minval=-1)
     return AutoencoderState(ae_state, disc_state), step, images
@@ -72,12 +72,12 @@ def parameters(state):
 
 
 def boundary(mesh):
-    """How the compiler divides what `undivided` constrains inside a vmap over a batch."""
+    """How the compiler divides what `replicate_activation` constrains in a vmap over a batch."""
     seen = []
     inspect = lambda x: jax.debug.inspect_array_sharding(x, callback=seen.append)
 
     def one(x):
-        y = nn.undivided(x * 2)
+        y = nn.replicate_activation(x * 2)
         return y
 
     def batch(x):

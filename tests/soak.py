@@ -26,8 +26,8 @@ SMALL = """--size 16 --checkpoint-every 15 --reference 40 --classifier.steps 60
     --autoencoder.channels 8 8 --autoencoder.groups 4 --autoencoder.discriminator-channels 4
     --autoencoder.discriminator-layers 1 --latents.batch-size 10 --latents.images-per-shard 40
     --latents.statistics 64 --diffusion.steps 240 --diffusion.batch-size 16 --diffusion.warmup 10
-    --diffusion.posthoc 0.1 --diffusion.snapshot-every 60 --dit.depth 2 --dit.width 32 --dit.heads 2
-    --samples 24 --sampling.steps 3 --sampling-batch 8""".split()
+    --diffusion.posthoc 0.1 --diffusion.snapshot-every 60 --dit.depth 2 --dit.width 32
+    --dit.num-heads 2 --samples 24 --sampling.steps 3 --sampling-batch 8""".split()
 STAGES = ("classifier", "autoencoder", "diffusion")
 
 

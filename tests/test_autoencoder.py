@@ -392,7 +392,7 @@ def test_wrong_arguments_are_refused(call, message):
         (dict(decoder_blocks=0), "decoder_blocks=0"),
         (dict(channels=()), "at least one level"),
         (dict(channels=(8, 0)), re.escape("channels=(8, 0)")),
-        (dict(patch=0), "patch=0"),
+        (dict(patch_size=0), "patch_size=0"),
         (dict(latent_channels=0), "latent_channels=0"),
         (dict(attention_levels=(True,) * 3), "attention_levels needs one entry for each of the 2"),
     ],

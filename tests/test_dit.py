@@ -60,11 +60,13 @@ def linear(size_in, size_out):
     return size_in * size_out + size_out
 
 
-def parameters_of_the_paper(depth, d, patch, classes=1000, channels=4, outputs=8):
+def parameters_of_the_paper(depth, d, patch_size, classes=1000, channels=4, outputs=8):
     block = linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d)
     block += linear(d, 6 * d)
     time, labels = linear(256, d) + linear(d, d), (classes + 1) * d
-    ends = linear(channels * patch**2, d) + linear(d, outputs * patch**2) + linear(d, 2 * d)
+    ends = (
+        linear(channels * patch_size**2, d) + linear(d, outputs * patch_size**2) + linear(d, 2 * d)
+    )
     return depth * block + time + labels + ends
 
 
@@ -73,11 +75,11 @@ def parameters_of_the_paper(depth, d, patch, classes=1000, channels=4, outputs=8
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_the_published_counts(name):
-    (depth, width, heads), patch = SIZES[name[:-2]], int(name[-1])
+    (depth, width, num_heads), patch_size = SIZES[name[:-2]], int(name[-1])
     dit = described(name)
     gflops, millions = PUBLISHED[name]
-    assert dit.patch == patch and dit.blocks.attention.qkv.heads == heads
-    assert parameter_count(dit) == parameters_of_the_paper(depth, width, patch)
+    assert dit.patch_size == patch_size and dit.blocks.attention.qkv.num_heads == num_heads
+    assert parameter_count(dit) == parameters_of_the_paper(depth, width, patch_size)
     assert round(parameter_count(dit) / 1e6) == millions
     assert round(multiply_adds(dit) / 1e9, 2) == gflops
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays_of(dit))
@@ -124,12 +126,12 @@ def test_counts_do_not_depend_on_how_the_blocks_run():
     assert len(set(map(multiply_adds, shapes))) == 1
 
 
-@pytest.mark.parametrize("shape, patch", [((4, 16, 16), 2), ((3, 8, 24), 2), ((8, 8, 8), 1)])
-def test_multiply_adds_are_half_of_the_flops_that_xla_counts(shape, patch):
+@pytest.mark.parametrize("shape, patch_size", [((4, 16, 16), 2), ((3, 8, 24), 2), ((8, 8, 8), 1)])
+def test_multiply_adds_are_half_of_the_flops_that_xla_counts(shape, patch_size):
     # XLA counts the body of a loop once, so the blocks are unrolled.
     make = lambda: DiT(
-        shape, patch=patch, depth=2, width=256, heads=4, num_classes=5, learn_sigma=True,
-        unroll=2, remat=None, key=jax.random.key(0),
+        shape, patch_size=patch_size, depth=2, width=256, num_heads=4, num_classes=5,
+        learn_sigma=True, unroll=2, remat=None, key=jax.random.key(0),
     )  # fmt: skip
     dit = eqx.filter_eval_shape(make)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -169,7 +171,7 @@ def numpy_dit(dit, x_t, t, label, p):
     )
     c = silu(time + np.float64(dit.label_embedding.table)[label])
 
-    heads = dit.blocks.attention.qkv.heads
+    num_heads = dit.blocks.attention.qkv.num_heads
     for k in range(len(dit.blocks.fc1.weight)):
         modulation = apply(c, get(dit.blocks.modulation.linear, k)).reshape(6, d)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
@@ -177,8 +179,8 @@ def numpy_dit(dit, x_t, t, label, p):
             apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.attention.qkv, (k, j)))
             for j in range(3)
         ]
-        query, key, value = (a.reshape(-1, heads, d // heads).swapaxes(0, 1) for a in qkv)
-        scores = query @ key.transpose(0, 2, 1) / np.sqrt(d // heads)
+        query, key, value = (a.reshape(-1, num_heads, d // num_heads).swapaxes(0, 1) for a in qkv)
+        scores = query @ key.transpose(0, 2, 1) / np.sqrt(d // num_heads)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ value
         y = y.transpose(1, 0, 2).reshape(-1, d)
@@ -193,17 +195,17 @@ def numpy_dit(dit, x_t, t, label, p):
 
 
 @pytest.mark.parametrize(
-    "shape, patch, learn_sigma",
+    "shape, patch_size, learn_sigma",
     [((3, 4, 8), 2, True), ((1, 12, 4), 4, False), ((5, 3, 2), 1, True)],
 )
-def test_dit_equals_the_published_network(shape, patch, learn_sigma):
+def test_dit_equals_the_published_network(shape, patch_size, learn_sigma):
     make = lambda: DiT(
-        shape, patch=patch, depth=2, width=16, heads=2, num_classes=5, learn_sigma=learn_sigma,
-        key=jax.random.key(0),
+        shape, patch_size=patch_size, depth=2, width=16, num_heads=2, num_classes=5,
+        learn_sigma=learn_sigma, key=jax.random.key(0),
     )  # fmt: skip
     dit = filled(make)
     x = jax.random.normal(jax.random.key(1), shape)
-    expected = numpy_dit(dit, x, T, 2, patch)
+    expected = numpy_dit(dit, x, T, 2, patch_size)
     assert expected.shape == ((1 + learn_sigma) * shape[0], *shape[1:])
     assert relative_error(run(dit, x, T, LABEL), expected) < 2e-5
 
@@ -226,7 +228,7 @@ def test_learned_sigma_puts_the_prediction_first_and_the_variance_after():
 
 @pytest.mark.parametrize("shape", [(1, 2, 6), (2, 6, 2)])
 def test_any_latent_size_gives_its_own_shape_and_tells_places_apart(shape):
-    size = dict(patch=2, depth=1, width=16, heads=2, num_classes=5)
+    size = dict(patch_size=2, depth=1, width=16, num_heads=2, num_classes=5)
     dit = filled(lambda: DiT(shape, **size, key=jax.random.key(0)))
     out = run(dit, jnp.ones(shape), T, LABEL)  # the same patch everywhere: only positions differ
     assert out.shape == shape
@@ -512,10 +514,10 @@ def test_a_remat_policy_keeps_what_it_says():
 
     dit = filled(small_dit)
     depth, width = dit.blocks.fc1.weight.shape[0], dit.patch_embedding.weight.shape[0]
-    heads = dit.blocks.attention.qkv.heads
-    tokens = LATENT.shape[1] * LATENT.shape[2] // dit.patch**2
+    num_heads = dit.blocks.attention.qkv.num_heads
+    tokens = LATENT.shape[1] * LATENT.shape[2] // dit.patch_size**2
     more = kept(save_narrow) - kept(NOTHING)
-    assert more == {(depth, tokens, width): 2, (depth, heads, tokens, 1): 2}
+    assert more == {(depth, tokens, width): 2, (depth, num_heads, tokens, 1): 2}
 
 
 def test_the_float32_vector_of_time_and_condition_is_rounded_once():
@@ -555,8 +557,8 @@ def published_start(d, hidden, token, out):
 def test_every_parameter_starts_as_published(seed):
     d, depth, token = 64, 3, 16
     dit = DiT(
-        (4, 8, 8), patch=2, depth=depth, width=d, heads=4, num_classes=30, learn_sigma=True,
-        key=jax.random.key(seed),
+        (4, 8, 8), patch_size=2, depth=depth, width=d, num_heads=4, num_classes=30,
+        learn_sigma=True, key=jax.random.key(seed),
     )  # fmt: skip
     start = published_start(d, 4 * d, token, 2 * token)
     used = set()
@@ -589,12 +591,12 @@ def test_every_parameter_starts_as_published(seed):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"patch": 3}, "a 4 x 8 input does not divide by the patch 3"),
-        ({"patch": 8}, "a 4 x 8 input does not divide by the patch 8"),
-        ({"heads": 3}, "width 16 does not divide into 3 heads"),
-        ({"heads": 3, "qk_norm": RMSNorm}, "width 16 does not divide into 3 heads"),
-        ({"heads": 0}, r"every size must be at least 1, got shape \(3, 4, 8\), .* heads 0"),
-        ({"patch": 0}, "every size must be at least 1, .* patch 0"),
+        ({"patch_size": 3}, "a 4 x 8 input does not divide by the patch 3"),
+        ({"patch_size": 8}, "a 4 x 8 input does not divide by the patch 8"),
+        ({"num_heads": 3}, "width 16 does not divide into 3 heads"),
+        ({"num_heads": 3, "qk_norm": RMSNorm}, "width 16 does not divide into 3 heads"),
+        ({"num_heads": 0}, r"every size must be at least 1, got shape \(3, 4, 8\), .* heads 0"),
+        ({"patch_size": 0}, "every size must be at least 1, .* patch 0"),
         ({"depth": 0}, "every size must be at least 1, .* depth 0"),
         ({"width": 18}, "width must be a multiple of 4 for 2-D positions, got 18"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),

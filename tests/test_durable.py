@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from eqxldm import durable, weights
+from eqxldm import durable, pretrained
 from eqxldm.data.record_files import writing_records
 from eqxldm.durable import replacing
 from experiments.common.figures import save_png
@@ -68,7 +68,7 @@ def libraries():
             write(b"footer")
 
     return {
-        "a.safetensors": lambda path: weights.save(small_autoencoder(), path),
+        "a.safetensors": lambda path: pretrained.save(small_autoencoder(), path),
         "a.arrayrecord": arrayrecord,
         "a.png": lambda path: save_png(path, np.zeros((2, 2, 3), np.uint8)),
         "a.json": lambda path: write_json(path, {}),

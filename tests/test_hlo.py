@@ -234,7 +234,7 @@ def test_a_compiled_scan_reads_as_it_was_written():
 
 
 def test_counted_flops_are_those_of_the_model():
-    dit = small_dit(mlp_ratio=4.0, width=64, heads=2, depth=2)
+    dit = small_dit(mlp_ratio=4.0, width=64, num_heads=2, depth=2)
     x, t, label = jnp.zeros((3, 4, 8)), jnp.array(0.5), jnp.array(1)
     params, static = eqx.partition(dit, eqx.is_array)
     program = jax.make_jaxpr(lambda p: eqx.combine(p, static)(x, t, label))(params)

@@ -14,7 +14,7 @@ import pytest
 from children import free_port, run_together
 from PIL import Image
 
-from eqxldm import weights
+from eqxldm import pretrained
 from eqxldm.checkpoints import Checkpoints
 from eqxldm.data import pipelines
 from eqxldm.data.latents import open_latents
@@ -48,8 +48,8 @@ SMALL = (
     SIZES
     + (
         "--diffusion.steps 12 --diffusion.batch-size 8 --diffusion.warmup 2 --dit.depth 2 "
-        "--dit.width 16 --dit.heads 2 --diffusion.posthoc 0.05 0.1 --diffusion.snapshot-every 5 "
-        "--samples 24 --sampling.steps 3 --sampling-batch 8"
+        "--dit.width 16 --dit.num-heads 2 --diffusion.posthoc 0.05 0.1 "
+        "--diffusion.snapshot-every 5 --samples 24 --sampling.steps 3 --sampling-batch 8"
     ).split()
 )
 FILES = {
@@ -301,17 +301,23 @@ BAD = {
     "mesh": (["--mesh", "data=3"], "--mesh: mesh data=3,fsdp=1,tensor=1: its sizes must multiply"),
     "mesh text": (["--mesh", "rows=2"], "--mesh: mesh 'rows=2': need each of data, fsdp, tensor"),
     "batch": (["--diffusion.batch-size", 9], "--diffusion.batch-size: a batch of 9 does not"),
-    "parts": (["--accumulate", 3], "--diffusion.batch-size: a batch of 8 does not divide by 6"),
+    "parts": (
+        ["--grad-accum-steps", 3],
+        "--diffusion.batch-size: a batch of 8 does not divide by 6",
+    ),
     "large": (["--diffusion.batch-size", 402], "402 is more than the 400 training images"),
     "model": (["--dit.model", "dit_xxl_2"], "dit_xxl_2"),
     "labels": (["--num-classes", 3], "--num-classes 3: {images} has 4 classes"),
     "size": (["--size", 18], "does not divide by the downsampling factor 4"),
-    "patch": (["--dit.patch", 3], "does not divide by the patch 3"),
-    "heads": (["--dit.heads", 3], "width 16 does not divide into 3 heads"),
+    "patch_size": (["--dit.patch-size", 3], "does not divide by the patch 3"),
+    "num_heads": (["--dit.num-heads", 3], "width 16 does not divide into 3 heads"),
     "crop": (["--autoencoder.crop-from", 12], "--autoencoder.crop-from 12 is less than --size 16"),
     "layers": (["--autoencoder.discriminator-layers", 5], "leave nothing of a 16 x 16 image"),
     "range": (["--diffusion.learned-range"], "it needs --diffusion.path ddpm"),
-    "average": (["--diffusion.averages", 1.5], "--diffusion.averages must lie in [0, 1), got 1.5"),
+    "average": (
+        ["--diffusion.ema-decays", 1.5],
+        "--diffusion.ema-decays must lie in [0, 1), got 1.5",
+    ),
     "width": (
         ["--diffusion.posthoc", 0.5],
         "--diffusion.posthoc: sigma_rel must lie between",
@@ -341,9 +347,9 @@ def places(images, tmp_path_factory) -> dict[str, Path]:
     config = cfg.from_dict(
         {name: {} for name in ("classifier", "autoencoder", "latents", "diffusion", "dit")}
     )
-    small = cfg.DiTConfig(depth=1, width=16, heads=2)
+    small = cfg.DiTConfig(depth=1, width=16, num_heads=2)
     dit = cfg.make_dit(cfg.replace(config, dit=small), (4, 4, 4), 2)
-    weights.save(dit, tmp / "dit.safetensors")
+    pretrained.save(dit, tmp / "dit.safetensors")
     return {"tmp": tmp, "images": images, "other": folder_of(tmp / "other", cat=2, dog=2)}
 
 
@@ -376,7 +382,7 @@ def test_another_configuration_or_other_images_are_refused(copied, images, place
     (copied / "metrics.json").unlink()
     vae = copied / "other.safetensors"
     model = ae.load_vae(copied)
-    weights.save(model.with_latent_stats(0.0, 0.5), vae)
+    pretrained.save(model.with_latent_stats(0.0, 0.5), vae)
     assert train(copied, "--vae", vae) == 2
     said = capsys.readouterr().err
     assert "this latent cache was made otherwise" in said and "scale: it has" in said
@@ -471,13 +477,18 @@ def test_the_default_is_the_published_recipe():
     preset = cfg.imagenet256()
     d = preset.config.diffusion
     assert (d.batch_size, d.learning_rate, d.weight_decay, d.warmup) == (256, 1e-4, 0.0, 0)
-    assert (d.averages, d.average_warmup, d.label_dropout, d.steps) == (
+    assert (d.ema_decays, d.ema_warmup, d.label_dropout, d.steps) == (
         (0.9999,),
         False,
         0.1,
         400_000,
     )
-    assert cfg.dit_sizes(preset.config.dit) == {"depth": 28, "width": 1152, "heads": 16, "patch": 2}
+    assert cfg.dit_sizes(preset.config.dit) == {
+        "depth": 28,
+        "width": 1152,
+        "num_heads": 16,
+        "patch_size": 2,
+    }
     diffusion = cfg.make_diffusion(preset.config)
     assert diffusion.example_loss is not None and diffusion.timesteps == 1000
     assert (preset.sampling.solver, preset.sampling.steps) == ("ddpm", 250)

@@ -12,22 +12,22 @@ import eqxldm
 ROOT = Path(eqxldm.__file__).parent
 # What a module may import of the library, besides what those may.
 DIFFUSION = {
-    "schedules": set(),
-    "paths": {"schedules"},
+    "betas": set(),
+    "paths": {"betas"},
     "predictions": {"paths"},
-    "grids": {"schedules", "paths"},
+    "times": {"betas", "paths"},
     "losses": {"paths", "predictions"},
     "guidance": {"paths", "predictions"},
     "checks": {"predictions"},
-    "exact": {"paths", "predictions"},
+    "gaussian_mixture": {"paths", "predictions"},
     "solvers": {"paths"},
-    "sampling": {"grids", "paths", "predictions", "solvers"},
-    "likelihood": {"grids", "paths", "predictions", "solvers", "sampling"},
+    "sampling": {"times", "paths", "predictions", "solvers"},
+    "likelihood": {"times", "paths", "predictions", "solvers", "sampling"},
 }
 LAYERS = {
     "nn": {"nn"},
     "models": {"nn", "models"},
-    "weights": {"nn", "models", "weights", "durable"},
+    "pretrained": {"nn", "models", "pretrained", "durable"},
 }
 APART = {"metrics": {"metrics"}}
 OPTIONAL = {

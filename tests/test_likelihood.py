@@ -335,8 +335,8 @@ def expected_terms(path, times, variance):
         share = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": (RANGE + 1) / 2}[variance]
         logvar = (1 - share) * low + share * high
         if s > 0:
-            apart = small * to.alpha / to.sigma**2 * (x0 - x0_hat)
-            term = (logvar - np.log(small) + (small + apart**2) / np.exp(logvar) - 1) / 2
+            fusion_barrier = small * to.alpha / to.sigma**2 * (x0 - x0_hat)
+            term = (logvar - np.log(small) + (small + fusion_barrier**2) / np.exp(logvar) - 1) / 2
         else:
             std = np.exp(logvar / 2)
             upper, lower = (x0 + 1 / 255 - x0_hat) / std, (x0 - 1 / 255 - x0_hat) / std

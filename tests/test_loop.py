@@ -27,7 +27,7 @@ class Counted:
 
     def __init__(self, static, optimizer, broken=lambda key: False):
         self.traces, self.broken = 0, broken
-        self._step = make_train_step(self._loss, static, optimizer, averages=(exponential(0.9),))
+        self._step = make_train_step(self._loss, static, optimizer, ema_decays=(exponential(0.9),))
 
     def _loss(self, model, batch, key):
         noise = jax.random.normal(key, ())
@@ -50,7 +50,7 @@ def train(
     log_every=3, patience=3, **keep,
 ):  # fmt: skip
     optimizer = optax.adam(0.1)
-    state, static = init_state({"w": jnp.ones(2)}, optimizer, averages=1)
+    state, static = init_state({"w": jnp.ones(2)}, optimizer, num_emas=1)
     steps = [Counted(static, optimizer, broken) for _ in phases]
     run = RunFolder(tmp_path)
     run.path.mkdir(exist_ok=True)
@@ -212,14 +212,14 @@ def test_a_checkpoint_says_how_it_was_made(tmp_path, signals):
     RunFolder(tmp_path).open({"seed": 7}, overwrite=False)
     train(tmp_path, signals)
     with Checkpoints(tmp_path / "checkpoints" / "stage") as checkpoints:
-        state, _ = init_state({"w": jnp.ones(2)}, optax.adam(0.1), averages=1)
+        state, _ = init_state({"w": jnp.ones(2)}, optax.adam(0.1), num_emas=1)
         info = checkpoints.restore(12, state)[1]
     assert info["config"] == {"seed": 7} and "jax" in info["versions"]
 
 
 def test_another_model_is_refused_and_its_checkpoints_stay(tmp_path, signals, monkeypatch):
     train(tmp_path, signals)
-    other = init_state({"w": jnp.ones(3)}, optax.adam(0.1), averages=1)
+    other = init_state({"w": jnp.ones(3)}, optax.adam(0.1), num_emas=1)
     monkeypatch.setattr("test_loop.init_state", lambda *_, **__: other)
     with pytest.raises(UserError, match=r"of another configuration.*\n.*--overwrite"):
         train(tmp_path, signals)

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, strategies as st
 from jaxtyping import TypeCheckError
 
-from eqxldm import training, weights
+from eqxldm import pretrained, training
 from eqxldm.models import LPIPS
 from eqxldm.models.lpips import _unit
-from eqxldm.weights import WeightsError, lpips as files
-from eqxldm.weights.files import from_arrays, write_safetensors
-from eqxldm.weights.layout import own_layout, tensor_shapes
+from eqxldm.pretrained import WeightsError, lpips as files
+from eqxldm.pretrained.files import from_arrays, write_safetensors
+from eqxldm.pretrained.layout import own_layout, tensor_shapes
 
 from helpers import (
     named_leaves,
@@ -40,7 +40,7 @@ def narrow():
     return eqx.filter_eval_shape(LPIPS, channels=CHANNELS, key=jax.random.key(0))
 
 
-PUBLISHED = weights.load_state(narrow(), STATE)
+PUBLISHED = pretrained.load_state(narrow(), STATE)
 
 
 @eqx.filter_jit
@@ -211,34 +211,34 @@ def test_every_name_and_shape_of_the_published_files():
 
 
 def test_round_trips(tmp_path):
-    state = weights.to_state(PUBLISHED, files.published_layout)
+    state = pretrained.to_state(PUBLISHED, files.published_layout)
     assert state.keys() == STATE.keys()
     assert all(np.array_equal(state[n], STATE[n].astype(np.float32)) for n in STATE)
-    weights.save(PUBLISHED, tmp_path / files.OURS)
-    assert equal(weights.load(tmp_path / files.OURS), PUBLISHED)
+    pretrained.save(PUBLISHED, tmp_path / files.OURS)
+    assert equal(pretrained.load(tmp_path / files.OURS), PUBLISHED)
     write_safetensors(tmp_path / "theirs.safetensors", STATE, {})
-    assert equal(weights.load_into(narrow(), tmp_path / "theirs.safetensors"), PUBLISHED)
+    assert equal(pretrained.load_into(narrow(), tmp_path / "theirs.safetensors"), PUBLISHED)
     with pytest.raises(WeightsError, match="diffusers has no LPIPS"):
-        weights.export(PUBLISHED, tmp_path / "out")
+        pretrained.export(PUBLISHED, tmp_path / "out")
 
 
 def test_without_files_the_error_says_what_to_put_where(tmp_path):
     folder = tmp_path / "lpips"
     with pytest.raises(FileNotFoundError) as error:
-        weights.load_lpips(folder)
+        pretrained.load_lpips(folder)
     assert str(error.value).splitlines() == [
         f"LPIPS: its weights are not in {folder}. Fetch",
         "  https://download.pytorch.org/models/vgg16-397923af.pth",
         f"    as {folder}/vgg16-397923af.pth",
         "  https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
         f"    as {folder}/vgg.pth",
-        "or put there lpips_vgg.safetensors, written by weights.save from an LPIPS that was loaded "
-        "elsewhere.",
+        "or put there lpips_vgg.safetensors, written by pretrained.save from an LPIPS that was "
+        "loaded elsewhere.",
     ]
     folder.mkdir()
     (folder / "vgg.pth").write_bytes(b"")  # only what is missing is asked for
     with pytest.raises(FileNotFoundError) as error:
-        weights.load_lpips(folder)
+        pretrained.load_lpips(folder)
     assert "vgg16-397923af" in str(error.value) and "richzhang" not in str(error.value)
 
 
@@ -246,13 +246,13 @@ def test_our_file_of_the_full_network(tmp_path):
     shapes = tensor_shapes(full(), own_layout(full()))
     tensors = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
     write_safetensors(tmp_path / files.OURS, tensors, {})
-    lpips = weights.load_lpips(tmp_path)
+    lpips = pretrained.load_lpips(tmp_path)
     assert type(lpips) is LPIPS and jax.tree.structure(lpips) == jax.tree.structure(full())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(lpips))
     tensors.pop("heads[4]")
     write_safetensors(tmp_path / files.OURS, tensors, {})
     with pytest.raises(WeightsError, match=r"missing: heads\[4\] \(512,\)"):
-        weights.load_lpips(tmp_path)
+        pretrained.load_lpips(tmp_path)
 
 
 CLASSIFIER = {f"classifier.{i}.{k}": np.ones(2) for i in (0, 3, 6) for k in ("weight", "bias")}
@@ -322,7 +322,7 @@ def test_the_published_files_need_torch_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WeightsError, match="torch is not installed"):
         load_published(tmp_path, lambda path, content: path.write_bytes(b""))
-    weights.save(PUBLISHED, tmp_path / files.OURS)
+    pretrained.save(PUBLISHED, tmp_path / files.OURS)
     assert equal(files._load(tmp_path, narrow(), files.VGG16, files.HEADS), PUBLISHED)
 
 

@@ -24,7 +24,7 @@ SMALL = (
     "--autoencoder.batch-size 8 --autoencoder.gan-start 20 --autoencoder.channels 8 8 "
     "--autoencoder.groups 4 --autoencoder.discriminator-channels 8 --diffusion.steps 40 "
     "--diffusion.batch-size 16 --diffusion.warmup 5 --dit.depth 2 --dit.width 32 "
-    "--dit.heads 2 --checkpoint-every 10 --sampling.steps 3 --samples 40 --devices 1"
+    "--dit.num-heads 2 --checkpoint-every 10 --sampling.steps 3 --samples 40 --devices 1"
 ).split()
 FILES = {
     "samples.png", "reconstructions.png", "forward.png", "reverse.png", "curves.png",
@@ -273,16 +273,16 @@ BAD = {
         "--diffusion.path cosine, --diffusion.prediction eps and --sampling.solver ddim do not go "
         "together: predict_eps on CosineVP says nothing about x0 at t = 1",
     ),
-    "heads": (["--dit.heads", "3"], "width 32 does not divide into 3 heads"),
+    "num_heads": (["--dit.num-heads", "3"], "width 32 does not divide into 3 heads"),
     "size": (["--autoencoder.pad", "1"], "does not divide by the downsampling factor 4"),
-    "patch": (["--dit.patch", "3"], "does not divide by the patch 3"),
+    "patch_size": (["--dit.patch-size", "3"], "does not divide by the patch 3"),
     "groups": (["--autoencoder.groups", "3"], "8 channels do not divide into 3 groups"),
     "unet": (["--denoiser", "unet", "--unet.heads", "7"], "does not divide into 7 heads"),
     "unet levels": (
         ["--denoiser", "unet", "--unet.channels", *["16"] * 5],
         "a 8 x 8 input does not divide by 16, as 5 levels need",
     ),
-    "pixels": (["--space", "pixel", "--dit.patch", "5"], "does not divide by the patch 5"),
+    "pixels": (["--space", "pixel", "--dit.patch-size", "5"], "does not divide by the patch 5"),
     "layers": (["--autoencoder.discriminator-layers", "6"], "leave nothing of a 32 x 32 image"),
     "warmup": (["--diffusion.warmup", "40"], "must be below --diffusion.steps"),
     "devices": (["--devices", "99"], "asked for 99 devices"),

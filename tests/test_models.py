@@ -94,16 +94,16 @@ def dit_block_by_block(dit, x_t, t, label):
 
     _, height, width = dit.shape
     c = dit.time_embedding(t) + dit.label_embedding(label)
-    x = dit.patch_embedding(nn.patchify(x_t, dit.patch))
-    x = x + nn.sincos_positions(height // dit.patch, width // dit.patch, x.shape[-1]).astype(
-        x.dtype
-    )
+    x = dit.patch_embedding(nn.patchify(x_t, dit.patch_size))
+    x = x + nn.sincos_positions(
+        height // dit.patch_size, width // dit.patch_size, x.shape[-1]
+    ).astype(x.dtype)
     params, static = eqx.partition(dit.blocks, eqx.is_array)
     for i in range(len(dit.blocks.fc1.weight)):
         x = eqx.combine(jax.tree.map(operator.itemgetter(i), params), static)(x, c)
     shift, scale = dit.final_modulation(c)
     x = dit.final_linear(nn.modulate(nn.layer_norm(x), shift, scale))
-    return nn.unpatchify(x, height, width, dit.patch)
+    return nn.unpatchify(x, height, width, dit.patch_size)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_scanned_blocks_equal_a_loop_and_remat_changes_nothing(changes):
 MODELS = {
     "dit": (lambda: small_dit(), lambda m: m(LATENT, T, LABEL)),
     "autoencoder": (
-        lambda: small_autoencoder(attention=True, patch=2, channels=(8, 16)),
+        lambda: small_autoencoder(attention=True, patch_size=2, channels=(8, 16)),
         lambda m: judge_and_rebuild(m, IMAGE),
     ),
     "discriminator": (
@@ -203,11 +203,11 @@ def test_dit_null_is_the_row_after_the_classes():
     [
         ((3, 5, 8), {}, "a 5 x 8 input does not divide by the patch 2"),
         ((3, 4, 8), {"width": 18}, "width must be a multiple of 4 for 2-D positions, got 18"),
-        ((3, 4, 8), {"heads": 3}, "width 16 does not divide into 3 heads"),
+        ((3, 4, 8), {"num_heads": 3}, "width 16 does not divide into 3 heads"),
     ],
 )
 def test_dit_of_wrong_sizes_says_what_is_wrong(shape, changes, message, key):
-    sizes = dict(patch=2, depth=1, width=16, heads=2, num_classes=5)
+    sizes = dict(patch_size=2, depth=1, width=16, num_heads=2, num_classes=5)
     with pytest.raises(ValueError, match=message):
         DiT(shape, **{**sizes, **changes}, key=key)
 
@@ -225,12 +225,14 @@ def test_dit_refuses_wrong_inputs_by_name():
 
 
 @pytest.mark.parametrize("latent_channels", [1, 2, 5])
-@pytest.mark.parametrize("in_channels, patch", [(1, 1), (3, 2)])
-def test_autoencoder_shapes(latent_channels, in_channels, patch):
-    ae = small_autoencoder(in_channels=in_channels, latent_channels=latent_channels, patch=patch)
+@pytest.mark.parametrize("in_channels, patch_size", [(1, 1), (3, 2)])
+def test_autoencoder_shapes(latent_channels, in_channels, patch_size):
+    ae = small_autoencoder(
+        in_channels=in_channels, latent_channels=latent_channels, patch_size=patch_size
+    )
     x = jnp.zeros((in_channels, 8, 12))
-    shape = (latent_channels, 4 // patch, 6 // patch)
-    assert ae.factor == 2 * patch and ae.latent_shape(8, 12) == shape
+    shape = (latent_channels, 4 // patch_size, 6 // patch_size)
+    assert ae.factor == 2 * patch_size and ae.latent_shape(8, 12) == shape
     z = eqx.filter_eval_shape(lambda ae: ae.encode(x), ae)
     assert z.shape == shape and z.dtype == jnp.float32
     assert eqx.filter_eval_shape(lambda ae: ae.decode(jnp.zeros(shape)), ae).shape == x.shape
@@ -300,7 +302,7 @@ def test_autoencoder_jit_equals_eager_and_vmap_equals_a_loop():
 
 
 def test_decoder_ends_in_its_head():
-    decoder = perturbed(small_autoencoder(patch=2)).decoder
+    decoder = perturbed(small_autoencoder(patch_size=2)).decoder
     z = jax.random.normal(jax.random.key(0), (2, 3, 2))
     head = decoder.head(decoder.features(z))
     assert head.shape == (4, 6, 4)  # the patch's pixels are channels

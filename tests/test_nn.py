@@ -108,8 +108,10 @@ def test_conv_equals_its_formula(size, stride, padding, key):
     expected = np.empty((height, width, 3))
     for i in range(height):
         for j in range(width):
-            patch = padded[stride * i : stride * i + size, stride * j : stride * j + size]
-            expected[i, j] = np.einsum("pqc,pqco->o", patch, conv.weight) + np.asarray(conv.bias)
+            patch_size = padded[stride * i : stride * i + size, stride * j : stride * j + size]
+            expected[i, j] = np.einsum("pqc,pqco->o", patch_size, conv.weight) + np.asarray(
+                conv.bias
+            )
     if padding is None:
         assert (height, width) == (6 // stride, 8 // stride)
     np.testing.assert_allclose(conv(x), expected, atol=1e-5)
@@ -150,8 +152,8 @@ def test_patchify_takes_channels_first_and_unpatchify_channels_last():
     np.testing.assert_array_equal(tokens[5], x[:, 2:4, 2:4].reshape(-1))  # row 1, column 1
     tokens = normal(8, 12, seed=1)
     image = nn.unpatchify(tokens, 4, 8, 2)
-    patch = np.moveaxis(tokens[5].reshape(2, 2, 3), -1, 0)
-    np.testing.assert_array_equal(image[:, 2:4, 2:4], patch)
+    patch_size = np.moveaxis(tokens[5].reshape(2, 2, 3), -1, 0)
+    np.testing.assert_array_equal(image[:, 2:4, 2:4], patch_size)
 
 
 def test_sinusoidal_equals_its_formula():
@@ -219,8 +221,8 @@ def test_self_attention_is_equivariant_to_the_order_of_tokens_and_splits_heads(k
     order = jnp.array([3, 1, 4, 0, 2])
     np.testing.assert_allclose(layer(x[order]), layer(x)[order], atol=1e-5)
     q, k, v = (np.asarray(x @ weight.T) for weight in layer.qkv.weight)
-    heads = naive_attention(*(a.reshape(5, 2, 4) for a in (q, k, v))).reshape(5, 8)
-    np.testing.assert_allclose(layer(x), heads @ layer.proj.weight.T, atol=1e-5)
+    num_heads = naive_attention(*(a.reshape(5, 2, 4) for a in (q, k, v))).reshape(5, 8)
+    np.testing.assert_allclose(layer(x), num_heads @ layer.proj.weight.T, atol=1e-5)
 
 
 def test_attention_is_the_same_function_on_every_platform():

@@ -173,7 +173,7 @@ def test_the_network_is_called_as_often_as_reported(name):
     )
     jax.block_until_ready(x)
     jax.effects_barrier()
-    assert len(calls) == CALLS[name] == eqxldm.evaluations(path, SOLVERS[name], times)
+    assert len(calls) == CALLS[name] == eqxldm.nfe(path, SOLVERS[name], times)
     np.testing.assert_allclose(sorted(set(calls), reverse=True), times[:-1], rtol=1e-6)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eqxldm import models, sharding, training
-from eqxldm.nn.boundary import TENSOR_RULES
+from eqxldm.nn.constraints import TENSOR_RULES
 
 ROOT = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
@@ -62,11 +62,13 @@ def test_a_mesh_takes_all_devices_or_is_refused():
             sharding.make_mesh(sharding.parse_mesh(text))
 
 
-@pytest.mark.parametrize("batch, accumulate", [(0, 1), (3, 1), (2, 2), (6, 2)])
-def test_a_batch_that_does_not_divide_is_refused(batch, accumulate):
-    with pytest.raises(ValueError, match=f"batch of {batch} does not divide by {2 * accumulate}"):
-        sharding.check_batch(batch, sharding.make_mesh(), accumulate)
-    sharding.check_batch(8, sharding.make_mesh(), accumulate)
+@pytest.mark.parametrize("batch, grad_accum_steps", [(0, 1), (3, 1), (2, 2), (6, 2)])
+def test_a_batch_that_does_not_divide_is_refused(batch, grad_accum_steps):
+    with pytest.raises(
+        ValueError, match=f"batch of {batch} does not divide by {2 * grad_accum_steps}"
+    ):
+        sharding.check_batch(batch, sharding.make_mesh(), grad_accum_steps)
+    sharding.check_batch(8, sharding.make_mesh(), grad_accum_steps)
 
 
 XL = eqx.filter_eval_shape(models.dit_xl_2, (4, 32, 32), key=jax.random.key(0))
@@ -100,7 +102,7 @@ def test_the_rules_divide_the_layers_of_dit_xl_as_written(path, spec):
 def test_averages_and_the_optimizer_are_divided_like_the_parameters():
     optimizer = training.adamw(1e-4, clip_norm=1.0)
     state = eqx.filter_eval_shape(
-        lambda k: training.init_state(models.dit_xl_2((4, 32, 32), key=k), optimizer, averages=2)[
+        lambda k: training.init_state(models.dit_xl_2((4, 32, 32), key=k), optimizer, num_emas=2)[
             0
         ],
         jax.random.key(0),

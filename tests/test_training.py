@@ -35,8 +35,8 @@ def line(seed=0):
 
 
 def make_line_step(optimizer, **options):
-    averages = len(options.get("averages", ()))
-    state, static = training.init_state(line(), optimizer, averages=averages)
+    ema_decays = len(options.get("ema_decays", ()))
+    state, static = training.init_state(line(), optimizer, ema_decays=ema_decays)
     return state, training.make_train_step(quadratic, static, optimizer, **options)
 
 
@@ -49,7 +49,7 @@ def assert_trees_equal(a, b):
 
 def test_init_state_starts_at_zero_with_a_copy_of_the_parameters():
     optimizer = training.adamw(1e-3)
-    state, static = training.init_state(line(), optimizer, averages=2)
+    state, static = training.init_state(line(), optimizer, ema_decays=2)
     counters = (state.step, state.skipped, state.skipped_in_row)
     assert all(int(c) == 0 and not c.weak_type for c in counters)
     for ema in state.ema:
@@ -62,7 +62,7 @@ def test_init_state_starts_at_zero_with_a_copy_of_the_parameters():
 
 def test_average_of_bfloat16_parameters_is_float32():
     model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), line())
-    state, _ = training.init_state(model, optax.sgd(0.1), averages=1)
+    state, _ = training.init_state(model, optax.sgd(0.1), ema_decays=1)
     assert {a.dtype for a in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
     ema = training.update_ema(state.ema[0], state.params, 0.9999)
     assert {a.dtype for a in jax.tree.leaves(ema)} == {jnp.dtype("float32")}
@@ -90,7 +90,7 @@ def test_step_is_the_optimizers_update_of_the_folded_key():
 
 def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit():
     state, step = make_line_step(
-        training.adamw(1e-2, weight_decay=0.1), averages=(exponential(0.99),)
+        training.adamw(1e-2, weight_decay=0.1), ema_decays=(exponential(0.99),)
     )
     step = jax.jit(step)
     saved = None
@@ -114,8 +114,8 @@ def test_the_key_of_a_step_depends_on_the_step_and_on_the_key():
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("averages", [(), (exponential(0.99), constant(0.9))])
-def test_many_donated_steps_compile_once(averages):
+@pytest.mark.parametrize("ema_decays", [(), (exponential(0.99), constant(0.9))])
+def test_many_donated_steps_compile_once(ema_decays):
     traces = []
 
     def loss_fn(model, batch, key):
@@ -123,8 +123,8 @@ def test_many_donated_steps_compile_once(averages):
         return quadratic(model, batch, key)
 
     optimizer = training.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
-    state, static = training.init_state(line(), optimizer, averages=len(averages))
-    step = training.make_train_step(loss_fn, static, optimizer, averages=averages)
+    state, static = training.init_state(line(), optimizer, ema_decays=len(ema_decays))
+    step = training.make_train_step(loss_fn, static, optimizer, ema_decays=ema_decays)
     step = jax.jit(step, donate_argnums=0)
     losses = []
     for _ in range(5):
@@ -136,7 +136,7 @@ def test_many_donated_steps_compile_once(averages):
 
 def test_each_average_follows_the_updated_parameters_at_its_own_decay():
     decays = (exponential(0.9), constant(0.5))
-    state, step = make_line_step(optax.sgd(0.1), averages=decays)
+    state, step = make_line_step(optax.sgd(0.1), ema_decays=decays)
     new, _ = jax.jit(step)(state, BATCH, KEY)
     for before, after, decay in zip(state.ema, new.ema, decays, strict=True):
         expected = training.update_ema(before, new.params, decay(jnp.array(0)))
@@ -145,7 +145,7 @@ def test_each_average_follows_the_updated_parameters_at_its_own_decay():
 
 
 def test_a_state_with_another_number_of_averages_is_refused():
-    state, _ = make_line_step(optax.sgd(0.1), averages=(constant(0.5),))
+    state, _ = make_line_step(optax.sgd(0.1), ema_decays=(constant(0.5),))
     _, step = make_line_step(optax.sgd(0.1))
     with pytest.raises(ValueError, match="keeps 1 averages, but 0 decays"):
         step(state, BATCH, KEY)
@@ -161,9 +161,9 @@ def poisoned(model, batch, key):
 
 @pytest.mark.parametrize("last", [[np.nan, 0, 0], [np.inf, 0, 0], [0, 0, 1]])
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(last):
-    optimizer, averages = training.adamw(1e-2, clip_norm=1.0), (constant(0.9),)
-    state, static = training.init_state(line(), optimizer, averages=1)
-    step = jax.jit(training.make_train_step(poisoned, static, optimizer, averages=averages))
+    optimizer, ema_decays = training.adamw(1e-2, clip_norm=1.0), (constant(0.9),)
+    state, static = training.init_state(line(), optimizer, ema_decays=1)
+    step = jax.jit(training.make_train_step(poisoned, static, optimizer, ema_decays=ema_decays))
     good = jnp.concatenate([BATCH, jnp.array([[0.0, 1.0, 0.0]])])
     bad = good.at[-1].set(jnp.array(last))
     state, metrics = step(state, good, KEY)
@@ -190,7 +190,7 @@ def plain(model, batch, key):
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     optimizer, batch = optax.sgd(0.1), jax.random.normal(KEY, (12, 3))
     state, static = training.init_state(line(), optimizer)
-    steps = [training.make_train_step(plain, static, optimizer, accumulate=k) for k in (1, 3)]
+    steps = [training.make_train_step(plain, static, optimizer, grad_accum_steps=k) for k in (1, 3)]
     (whole, m1), (parts, m3) = (jax.jit(step)(state, batch, KEY) for step in steps)
     # Sums in another order: a few roundings of float32.
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -209,16 +209,16 @@ def test_accumulated_parts_draw_different_noise():
         return quadratic(model, batch, key)
 
     state, static = training.init_state(line(), optax.sgd(0.1))
-    step = training.make_train_step(recorded, static, optax.sgd(0.1), accumulate=2)
+    step = training.make_train_step(recorded, static, optax.sgd(0.1), grad_accum_steps=2)
     jax.block_until_ready(jax.jit(step)(state, batch, KEY))
     jax.effects_barrier()
     assert len(set(losses)) == 2
 
 
-@pytest.mark.parametrize("accumulate", [0, 3])
-def test_a_batch_that_does_not_divide_into_the_parts_is_refused(accumulate):
-    with pytest.raises(ValueError, match=r"accumulate must be|does not divide into 3 parts"):
-        state, step = make_line_step(optax.sgd(0.1), accumulate=accumulate)
+@pytest.mark.parametrize("grad_accum_steps", [0, 3])
+def test_a_batch_that_does_not_divide_into_the_parts_is_refused(grad_accum_steps):
+    with pytest.raises(ValueError, match=r"grad_accum_steps must be|does not divide into 3 parts"):
+        state, step = make_line_step(optax.sgd(0.1), grad_accum_steps=grad_accum_steps)
         step(state, BATCH, KEY)
 
 
@@ -394,8 +394,8 @@ def test_a_dit_learns_one_batch():
         return base(model, batch, key)
 
     optimizer = training.adamw(1e-2, clip_norm=1.0)
-    state, static = training.init_state(small_dit(depth=2), optimizer, averages=1)
-    step = training.make_train_step(loss_fn, static, optimizer, averages=(exponential(0.99),))
+    state, static = training.init_state(small_dit(depth=2), optimizer, ema_decays=1)
+    step = training.make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(0.99),))
     step = jax.jit(step, donate_argnums=0)
     x0 = jnp.broadcast_to(jax.random.normal(KEY, (3, 4, 8)), (8, 3, 4, 8))
     losses = []
@@ -411,7 +411,14 @@ def test_a_dit_learns_one_batch():
 def test_bfloat16_training_stays_finite_where_float16_everywhere_does_not():
     """Deep and narrow, at a high rate: float32 masters, norms, softmax and time carry it."""
     dit = models.DiT(
-        (3, 4, 8), patch=2, depth=16, width=16, heads=2, num_classes=5, qk_norm=nn.RMSNorm, key=KEY
+        (3, 4, 8),
+        patch_size=2,
+        depth=16,
+        width=16,
+        num_heads=2,
+        num_classes=5,
+        qk_norm=nn.RMSNorm,
+        key=KEY,
     )
     half = jax.tree.map(lambda a: a.astype(jnp.float16) if eqx.is_inexact_array(a) else a, dit)
     optimizer = training.adamw(1e-2)
@@ -455,19 +462,19 @@ def test_a_network_in_bfloat16_gives_the_loss_to_its_precision():
 KL_WEIGHT, GAN_WEIGHT = 1e-2, 0.5
 
 
-def gan_players(patch=1):
+def gan_players(patch_size=1):
     # Perturbed enough that the two losses pull in different directions at every layer.
-    ae = perturbed(small_autoencoder(patch=patch), size=0.05)
+    ae = perturbed(small_autoencoder(patch_size=patch_size), size=0.05)
     return ae, perturbed(small_discriminator(), size=0.05)
 
 
-def gan_step(ae, disc, *, adversarial, perceptual=None, optimizer=None, averages=()):
+def gan_step(ae, disc, *, adversarial, perceptual=None, optimizer=None, ema_decays=()):
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    ae_state, ae_static = training.init_state(ae, optimizer, averages=len(averages))
+    ae_state, ae_static = training.init_state(ae, optimizer, num_emas=len(ema_decays))
     disc_state, disc_static = training.init_state(disc, optimizer)
     step = training.make_autoencoder_step(
         ae_static, disc_static, optimizer, optimizer, perceptual=perceptual, kl_weight=KL_WEIGHT,
-        gan_weight=GAN_WEIGHT, adversarial=adversarial, averages=averages,
+        gan_weight=GAN_WEIGHT, adversarial=adversarial, ema_decays=ema_decays,
     )  # fmt: skip
     return training.AutoencoderState(ae_state, disc_state), step
 
@@ -533,10 +540,11 @@ def change(before, after):
 
 
 @pytest.mark.parametrize(
-    "gan, patch, perceptual", [(True, 1, None), (True, 2, training.l2_distance), (False, 1, None)]
+    "gan, patch_size, perceptual",
+    [(True, 1, None), (True, 2, training.l2_distance), (False, 1, None)],
 )
-def test_autoencoder_gradient_equals_that_of_the_total_loss(gan, patch, perceptual):
-    ae, disc = gan_players(patch)
+def test_autoencoder_gradient_equals_that_of_the_total_loss(gan, patch_size, perceptual):
+    ae, disc = gan_players(patch_size)
     state, step = gan_step(ae, disc, adversarial=gan, perceptual=perceptual)
     new, metrics = jax.jit(step)(state, IMAGES, KEY)
     expected = eqx.filter_jit(brute_force)(ae, disc, gan=gan, perceptual=perceptual)
@@ -561,15 +569,17 @@ def test_warm_up_leaves_the_discriminator_alone_and_each_step_compiles_once():
         traces.append(1)
         return jnp.zeros(())
 
-    options = dict(perceptual=perceptual, optimizer=training.adamw(1e-3), averages=(constant(0.9),))
+    options = dict(
+        perceptual=perceptual, optimizer=training.adamw(1e-3), ema_decays=(constant(0.9),)
+    )
     state, warm_up = gan_step(ae, disc, adversarial=False, **options)
     _, play = gan_step(ae, disc, adversarial=True, **options)
     warm_up, play = (jax.jit(step, donate_argnums=0) for step in (warm_up, play))
-    discriminators, averages = [jax.tree.map(np.array, state.discriminator)], []
+    discriminators, ema_decays = [jax.tree.map(np.array, state.discriminator)], []
     for step in (warm_up, warm_up, play, play):
         state, metrics = step(state, IMAGES, KEY)
         discriminators.append(jax.tree.map(np.array, state.discriminator))
-        averages.append(np.array(state.autoencoder.ema[0].decoder.head.weight))
+        ema_decays.append(np.array(state.autoencoder.ema[0].decoder.head.weight))
         assert ("adaptive_weight" in metrics) == (step is play)
         assert all(bool(jnp.isfinite(m).all()) for m in jax.tree.leaves(metrics))
     assert len(traces) == 2
@@ -577,7 +587,7 @@ def test_warm_up_leaves_the_discriminator_alone_and_each_step_compiles_once():
     assert int(state.discriminator.step) == 2 and int(state.autoencoder.step) == 4
     moved = change(discriminators[2].params, discriminators[3].params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(moved))
-    assert not np.array_equal(averages[0], averages[1]) and state.discriminator.ema == ()
+    assert not np.array_equal(ema_decays[0], ema_decays[1]) and state.discriminator.ema == ()
 
 
 def test_autoencoder_step_folds_the_step_into_the_key():

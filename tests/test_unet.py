@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import eqxldm
-from eqxldm import nn, weights
+from eqxldm import nn, pretrained
 from eqxldm.models import UNet, parameter_count, unet_ddpm, unet_sd1
-from eqxldm.weights.files import WEIGHTS, write_safetensors
+from eqxldm.pretrained.files import WEIGHTS, write_safetensors
 
 from helpers import filled, reference, relative_error
 
@@ -45,7 +45,7 @@ def fixture(name, folder):
 @pytest.mark.parametrize("name", ["condition", "plain"])
 def test_forward_gradients_and_weights_equal_those_of_diffusers(name, tmp_path):
     folder, tensors, values = fixture(name, tmp_path / "unet")
-    unet = weights.load(folder)
+    unet = pretrained.load(folder)
     params, static = eqx.partition(unet, eqx.is_inexact_array)
     inputs = {k: jnp.asarray(values[k]) for k in ("x", "context") if k in values}
     t = jnp.array((37 + 1) / 1000)
@@ -60,12 +60,12 @@ def test_forward_gradients_and_weights_equal_those_of_diffusers(name, tmp_path):
     assert relative_error(out, values["out"]) < 2e-5
     for key, value in by_inputs.items():
         assert relative_error(value, values[f"grad.{key}"]) < 2e-5, key
-    found = weights.to_state(eqx.combine(by_params, static), weights.unet.diffusers_layout)
+    found = pretrained.to_state(eqx.combine(by_params, static), pretrained.unet.diffusers_layout)
     flat = np.concatenate([found[key].ravel() for key in tensors])[::7]
     assert relative_error(flat, values["grad"]) < 2e-5
 
-    weights.export(unet, tmp_path / "again")
-    again = weights.load(tmp_path / "again")
+    pretrained.export(unet, tmp_path / "again")
+    again = pretrained.load(tmp_path / "again")
     assert eqx.tree_equal(again, unet)
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     made = json.loads(str(values["config"]))
@@ -78,7 +78,7 @@ def test_the_published_sizes():
     sd, ddpm = (eqx.filter_eval_shape(make, key=KEY) for make in (unet_sd1, unet_ddpm))
     assert parameter_count(sd) == 859_520_964  # Stable Diffusion 1.x
     assert parameter_count(ddpm) == 35_746_307  # DDPM, CIFAR-10: 35.7 M in the paper
-    assert sd.downs[1].attentions[0].blocks[0].self_attention.qkv.heads == 8
+    assert sd.downs[1].attentions[0].blocks[0].self_attention.qkv.num_heads == 8
     context = jax.ShapeDtypeStruct((77, 768), jnp.float32)
     apply = lambda make, x, cond: eqx.filter_eval_shape(
         lambda x, cond: make(key=KEY)(x, T, cond), jax.ShapeDtypeStruct(x, jnp.float32), cond
@@ -89,9 +89,9 @@ def test_the_published_sizes():
 
 OPTIONS = {
     "unconditional": dict(),
-    "labels": dict(num_classes=3, heads=(1, 4), time_width=12),
+    "labels": dict(num_classes=3, num_heads=(1, 4), time_width=12),
     "no null": dict(num_classes=3, has_null=False, middle_attention=False),
-    "context": dict(context_size=6, heads=2, transformer_depth=2, linear_projection=True),
+    "context": dict(context_size=6, num_heads=2, transformer_depth=2, linear_projection=True),
     "both": dict(context_size=6, num_classes=3, out_channels=4, attention_levels=(True, False)),
     "ddpm": dict(freq_shift=1, sin_first=True, downsample_padding=(0, 1), norm_eps=1e-6),
     "no attention": dict(attention_levels=(False, False), middle_attention=False),
@@ -112,28 +112,28 @@ def cond_of(changes):
 @each_option
 def test_our_files_give_back_the_identical_module(changes, tmp_path):
     unet = small(**changes)
-    weights.save(unet, tmp_path / "a.safetensors")
-    again = weights.load(tmp_path / "a.safetensors")
+    pretrained.save(unet, tmp_path / "a.safetensors")
+    again = pretrained.load(tmp_path / "a.safetensors")
     assert eqx.tree_equal(again, unet)
-    assert weights.unet.config(again) == weights.unet.config(unet)
+    assert pretrained.unet.config(again) == pretrained.unet.config(unet)
 
 
 @each_option
 def test_diffusers_folders_give_back_the_same_network(changes, tmp_path):
-    if "heads" in changes and "context_size" not in changes:
-        changes = changes | dict(heads=(2, 4))  # of one size, 4
+    if "num_heads" in changes and "context_size" not in changes:
+        changes = changes | dict(num_heads=(2, 4))  # of one size, 4
     unet = small(**changes)
-    weights.export(unet, tmp_path)
-    again = weights.load(tmp_path)
+    pretrained.export(unet, tmp_path)
+    again = pretrained.load(tmp_path)
     arrays = lambda model: jax.tree.leaves(eqx.filter(model, eqx.is_array))
     assert all((a == b).all() for a, b in zip(arrays(again), arrays(unet), strict=True))
-    found, expected = weights.unet.config(again), weights.unet.config(unet)
+    found, expected = pretrained.unet.config(again), pretrained.unet.config(unet)
     if changes.get("num_classes") and changes.get("has_null", True):
         expected |= dict(num_classes=4, has_null=False)  # nothing says which row is the null one
     used = np.array([*expected.pop("attention_levels"), expected.pop("middle_attention")])
-    heads = [np.array([*c["heads"], c["heads"][-1]])[used] for c in (found, expected)]
-    assert heads[0].tolist() == heads[1].tolist()
-    ignored = {"heads", "remat", "attention_levels", "middle_attention"}
+    num_heads = [np.array([*c["num_heads"], c["num_heads"][-1]])[used] for c in (found, expected)]
+    assert num_heads[0].tolist() == num_heads[1].tolist()
+    ignored = {"num_heads", "remat", "attention_levels", "middle_attention"}
     assert {k: v for k, v in found.items() if k not in ignored} == {
         k: v for k, v in expected.items() if k not in ignored
     }
@@ -142,13 +142,13 @@ def test_diffusers_folders_give_back_the_same_network(changes, tmp_path):
 def test_networks_that_diffusers_cannot_hold_are_refused(tmp_path):
     both = (True, True)
     refused = {
-        r"heads have different sizes: \[4, 8\]": dict(heads=(1, 4), attention_levels=both),
+        r"heads have different sizes: \[4, 8\]": dict(num_heads=(1, 4), attention_levels=both),
         r"downsample_padding is \(1, 0\)": dict(downsample_padding=(1, 0)),
         "a context but no attention in the middle": dict(context_size=6, middle_attention=False),
     }
     for message, changes in refused.items():
-        with pytest.raises(weights.WeightsError, match=message):
-            weights.export(small(**changes), tmp_path)
+        with pytest.raises(pretrained.WeightsError, match=message):
+            pretrained.export(small(**changes), tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -231,8 +231,8 @@ REFUSED = {
     "levels": (dict(channels=()), "need at least one level"),
     "blocks": (dict(blocks=0), r"sizes of at least 1, got .*blocks \(0,\)"),
     "attention": (dict(attention_levels=(True,)), "one entry for each of the 2 levels"),
-    "heads": (dict(heads=(1, 1, 1)), "heads needs one entry for each of the 2 levels"),
-    "odd heads": (dict(heads=3), "width 16 does not divide into 3 heads"),
+    "num_heads": (dict(num_heads=(1, 1, 1)), "heads needs one entry for each of the 2 levels"),
+    "odd heads": (dict(num_heads=3), "width 16 does not divide into 3 heads"),
     "groups": (dict(groups=3), "8 channels do not divide into 3 groups"),
     "two conditions": (
         dict(num_classes=3, embed_cond=nn.Linear(5, 32, key=KEY)),
@@ -294,13 +294,13 @@ def test_a_config_with_what_we_have_not_is_refused(option, tmp_path):
     folder, _, values = fixture("plain", tmp_path / "unet")
     config = json.loads(str(values["config"])) | {option: UNKNOWN[option]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(weights.WeightsError, match=f"has not .in brackets.: .*{option} = "):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match=f"has not .in brackets.: .*{option} = "):
+        pretrained.load(folder)
 
 
 def test_files_of_2022_have_other_names_for_attention(tmp_path):
     folder, tensors, _ = fixture("plain", tmp_path / "unet")
-    expected = weights.load(folder)
+    expected = pretrained.load(folder)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, tensor in tensors.items():
@@ -309,11 +309,13 @@ def test_files_of_2022_have_other_names_for_attention(tmp_path):
         renamed[name] = tensor
     assert renamed.keys() != tensors.keys()
     write_safetensors(folder / f"{WEIGHTS}.safetensors", renamed, {"format": "pt"})
-    assert eqx.tree_equal(weights.load(folder), expected)
+    assert eqx.tree_equal(pretrained.load(folder), expected)
 
 
 def test_a_condition_that_is_no_label_cannot_be_written_down(tmp_path):
     unet = small(embed_cond=nn.Linear(5, 32, key=KEY))
     assert run(unet, jnp.ones((2, 4, 4)), T, jnp.ones(5)).shape == (2, 4, 4)
-    with pytest.raises(weights.WeightsError, match=r"UNet: embed_cond = .* cannot be written down"):
-        weights.save(unet, tmp_path / "a.safetensors")
+    with pytest.raises(
+        pretrained.WeightsError, match=r"UNet: embed_cond = .* cannot be written down"
+    ):
+        pretrained.save(unet, tmp_path / "a.safetensors")

@@ -68,7 +68,7 @@ def diffusion_step(
     size: str,
     *,
     batch: int,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     remat: Any = "narrow",
     attention: Any = "xla",
     depth: int | None = None,
@@ -79,7 +79,7 @@ def diffusion_step(
         lambda: stages.diffusion_state(config, LATENT, CLASSES, remat=remat, attention=attention)
     )
     prepare = latent_sampler([0.0] * LATENT[0], [0.18215] * LATENT[0])
-    step = stages.diffusion_step(config, static, optimizer, prepare, accumulate)
+    step = stages.diffusion_step(config, static, optimizer, prepare, grad_accum_steps)
     moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
     data = dict(mean=moments, logvar=moments, label=_ints(batch), index=_ints(batch))
     flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))

@@ -45,7 +45,7 @@ class Encoder(eqx.Module):
     middle: list[ResnetBlock | AttentionBlock]
     norm: GroupNorm
     head: Conv | ConvPair
-    patch: int = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Encoder(eqx.Module):
         out_channels,
         channels,
         blocks,
-        patch,
+        patch_size,
         groups,
         attention,
         attention_levels,
@@ -62,8 +62,8 @@ class Encoder(eqx.Module):
         key,
     ):
         keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
-        self.patch = patch
-        self.stem = Conv(in_channels * patch * patch, channels[0], 3, key=next(keys))
+        self.patch_size = patch_size
+        self.stem = Conv(in_channels * patch_size * patch_size, channels[0], 3, key=next(keys))
         self.levels, self.downs, width = [], [], channels[0]
         for i, out in enumerate(channels):
             widths = [width] + [out] * blocks
@@ -80,7 +80,7 @@ class Encoder(eqx.Module):
             self.head = ConvPair(self.head, Conv(out_channels, out_channels, 1, key=next(keys)))
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "zh zw zc"]:
-        x = self.stem(space_to_depth(x, self.patch))
+        x = self.stem(space_to_depth(x, self.patch_size))
         for i, level in enumerate(self.levels):
             for block in level:
                 x = block(x)
@@ -105,7 +105,7 @@ class Decoder(eqx.Module):
     ups: list[Conv]
     norm: GroupNorm
     head: Conv
-    patch: int = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Decoder(eqx.Module):
         out_channels,
         channels,
         blocks,
-        patch,
+        patch_size,
         groups,
         attention,
         attention_levels,
@@ -122,7 +122,7 @@ class Decoder(eqx.Module):
         key,
     ):
         keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
-        self.patch = patch
+        self.patch_size = patch_size
         width = channels[-1]
         self.stem = Conv(in_channels, width, 3, key=next(keys))
         if quant_conv:
@@ -136,7 +136,7 @@ class Decoder(eqx.Module):
             if i < len(channels) - 1:
                 self.ups.append(Conv(out, out, 3, key=next(keys)))
         self.norm = GroupNorm(width, groups)
-        self.head = Conv(width, out_channels * patch * patch, 3, key=next(keys))
+        self.head = Conv(width, out_channels * patch_size * patch_size, 3, key=next(keys))
 
     def features(self, z: Float[Array, "zh zw zc"]) -> Float[Array, "h w d"]:
         """The input of the last layer."""
@@ -151,7 +151,7 @@ class Decoder(eqx.Module):
         return jax.nn.silu(self.norm(x))
 
     def __call__(self, z: Float[Array, "zh zw zc"]) -> Float[Array, "h w c"]:
-        return depth_to_space(self.head(self.features(z)), self.patch)
+        return depth_to_space(self.head(self.features(z)), self.patch_size)
 
 
 class AutoencoderKL(eqx.Module):
@@ -168,7 +168,7 @@ class AutoencoderKL(eqx.Module):
     - `channels`: the width of each level; every further level halves the resolution.
     - `blocks`: residual blocks a level of the encoder.
     - `decoder_blocks`: those of the decoder; `None` means as many, Stable Diffusion has one more.
-    - `patch`: a space-to-depth before the first and after the last layer.
+    - `patch_size`: a space-to-depth before the first and after the last layer.
     - `groups`: of every GroupNorm; divides every width.
     - `attention`: single-head self-attention in the middle. `attention_levels`: one also after
       each residual block of these levels, a boolean for each; `()` means none.
@@ -198,7 +198,7 @@ class AutoencoderKL(eqx.Module):
         channels: tuple[int, ...],
         blocks: int,
         decoder_blocks: int | None = None,
-        patch: int = 1,
+        patch_size: int = 1,
         groups: int = 32,
         attention: bool = False,
         attention_levels: tuple[bool, ...] = (),
@@ -206,13 +206,21 @@ class AutoencoderKL(eqx.Module):
         key,
     ):
         decoder_blocks = blocks if decoder_blocks is None else decoder_blocks
-        numbers = (in_channels, latent_channels, *channels, blocks, decoder_blocks, patch, groups)
+        numbers = (
+            in_channels,
+            latent_channels,
+            *channels,
+            blocks,
+            decoder_blocks,
+            patch_size,
+            groups,
+        )
         if not channels or min(numbers) < 1:
             raise ValueError(
                 "AutoencoderKL: need at least one level and sizes of at least 1, got "
                 f"in_channels={in_channels}, latent_channels={latent_channels}, "
                 f"channels={channels}, blocks={blocks}, decoder_blocks={decoder_blocks}, "
-                f"patch={patch}, groups={groups}."
+                f"patch={patch_size}, groups={groups}."
             )
         attention_levels = attention_levels or (False,) * len(channels)
         if len(attention_levels) != len(channels):
@@ -221,13 +229,13 @@ class AutoencoderKL(eqx.Module):
                 f"levels of channels, got {attention_levels}."
             )
         k1, k2 = jax.random.split(key)
-        options = (patch, groups, attention, attention_levels, quant_convs)
+        options = (patch_size, groups, attention, attention_levels, quant_convs)
         self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, *options, key=k1)
         self.decoder = Decoder(
             latent_channels, in_channels, channels, decoder_blocks, *options, key=k2
         )
         self.in_channels, self.latent_channels = in_channels, latent_channels
-        self.factor = patch * 2 ** (len(channels) - 1)
+        self.factor = patch_size * 2 ** (len(channels) - 1)
         self.shift, self.scale = (0.0,) * latent_channels, (1.0,) * latent_channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

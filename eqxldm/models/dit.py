@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
-from ..nn.boundary import apart, gathered, undivided
+from ..nn.constraints import fusion_barrier, gather_params, replicate_activation
 from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
@@ -45,7 +45,7 @@ class DiTBlock(eqx.Module):
     def __init__(
         self,
         width: int,
-        heads: int,
+        num_heads: int,
         mlp_ratio: float,
         *,
         qk_norm: Callable[[int], Any] | None = None,
@@ -55,10 +55,10 @@ class DiTBlock(eqx.Module):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         hidden = int(width * mlp_ratio)
         if qk_norm is None:
-            self.attention = SelfAttention(width, heads, attention=attention, key=k1)
+            self.attention = SelfAttention(width, num_heads, attention=attention, key=k1)
         else:
             self.attention = NormedSelfAttention(
-                width, heads, qk_norm=qk_norm, attention=attention, key=k1
+                width, num_heads, qk_norm=qk_norm, attention=attention, key=k1
             )
         self.fc1 = Linear(width, hidden, key=k2)
         self.fc2 = Linear(hidden, width, key=k3)
@@ -68,7 +68,7 @@ class DiTBlock(eqx.Module):
         b1, a1, g1, b2, a2, g2 = self.modulation(c)
         x = x + g1 * self.attention(modulate(layer_norm(x), b1, a1))
         y = jax.nn.gelu(self.fc1(modulate(layer_norm(x), b2, a2)), approximate=True)
-        return x + g2 * checkpoint_name(self.fc2(apart(y)), "mlp")
+        return x + g2 * checkpoint_name(self.fc2(fusion_barrier(y)), "mlp")
 
 
 class DiT(eqx.Module):
@@ -76,8 +76,8 @@ class DiT(eqx.Module):
 
     **Arguments**:
 
-    - `shape`: `(channels, height, width)` of the latent; both sides divisible by `patch`.
-    - `depth`, `width`, `heads`, `mlp_ratio`: the transformer's size.
+    - `shape`: `(channels, height, width)` of the latent; both sides divisible by `patch_size`.
+    - `depth`, `width`, `num_heads`, `mlp_ratio`: the transformer's size.
     - `num_classes`: `cond` is a label `0 .. num_classes - 1`, or `num_classes` (`DiT.null`) for
       none. None: the network is unconditional and `cond` is None.
     - `embed_cond`: for any other condition, a function or module from `cond` to a vector of
@@ -103,7 +103,7 @@ class DiT(eqx.Module):
     another shape or a `cond` that the network was not made for. A label outside the table gives
     NaN; `nn.check_label` raises.
 
-    >>> dit = DiT((4, 8, 8), patch=2, depth=2, width=16, heads=2, num_classes=10,
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, num_classes=10,
     ...           key=jax.random.key(0))
     >>> dit(jnp.ones((4, 8, 8)), jnp.array(0.5), jnp.array(3)).shape
     (4, 8, 8)
@@ -116,7 +116,7 @@ class DiT(eqx.Module):
     final_modulation: Modulation
     final_linear: Linear
     shape: tuple[int, int, int] = eqx.field(static=True)
-    patch: int = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
     remat: Callable[..., Any] | None = eqx.field(static=True)
     unroll: int = eqx.field(static=True)
 
@@ -124,10 +124,10 @@ class DiT(eqx.Module):
         self,
         shape: tuple[int, int, int],
         *,
-        patch: int,
+        patch_size: int,
         depth: int,
         width: int,
-        heads: int,
+        num_heads: int,
         num_classes: int | None = None,
         embed_cond: Callable[..., Any] | None = None,
         learn_sigma: bool = False,
@@ -140,33 +140,33 @@ class DiT(eqx.Module):
         key,
     ):
         channels, height, wide = shape
-        if min(*shape, patch, depth, width, heads) < 1:
+        if min(*shape, patch_size, depth, width, num_heads) < 1:
             raise ValueError(
-                f"DiT: every size must be at least 1, got shape {shape}, patch {patch}, "
-                f"depth {depth}, width {width}, heads {heads}."
+                f"DiT: every size must be at least 1, got shape {shape}, patch {patch_size}, "
+                f"depth {depth}, width {width}, heads {num_heads}."
             )
-        if height % patch or wide % patch:
+        if height % patch_size or wide % patch_size:
             raise ValueError(
-                f"DiT: a {height} x {wide} input does not divide by the patch {patch}."
+                f"DiT: a {height} x {wide} input does not divide by the patch {patch_size}."
             )
         if width % 4:
             raise ValueError(f"DiT: width must be a multiple of 4 for 2-D positions, got {width}.")
         if num_classes is not None and embed_cond is not None:
             raise ValueError("DiT: give num_classes or embed_cond, not both.")
         k1, k2, k3, k4, k5, k6 = jax.random.split(key, 6)
-        token = channels * patch * patch
+        token = channels * patch_size * patch_size
         self.patch_embedding = Linear(token, width, key=k1)
         self.time_embedding = TimeEmbedding(width, freq_shift=freq_shift, key=k2)
         self.label_embedding = (
             embed_cond if num_classes is None else LabelEmbedding(num_classes, width, key=k3)
         )
         make_block = lambda k: DiTBlock(
-            width, heads, mlp_ratio, qk_norm=qk_norm, attention=attention, key=k
+            width, num_heads, mlp_ratio, qk_norm=qk_norm, attention=attention, key=k
         )
         self.blocks = eqx.filter_vmap(make_block)(jax.random.split(k4, depth))
         self.final_modulation = Modulation(width, 2, key=k5)
         self.final_linear = Linear(width, (1 + learn_sigma) * token, init=zeros, key=k6)
-        self.shape, self.patch, self.remat, self.unroll = shape, patch, remat, unroll
+        self.shape, self.patch_size, self.remat, self.unroll = shape, patch_size, remat, unroll
 
     @property
     def null(self) -> Int[Array, ""]:
@@ -188,23 +188,23 @@ class DiT(eqx.Module):
         _, height, width = self.shape
         c = condition_vector("DiT", self.time_embedding(t), self.label_embedding, cond)
         c = c.astype(x_t.dtype)
-        x = self.patch_embedding(patchify(x_t, self.patch))
-        grid = sincos_positions(height // self.patch, width // self.patch, x.shape[-1])
+        x = self.patch_embedding(patchify(x_t, self.patch_size))
+        grid = sincos_positions(height // self.patch_size, width // self.patch_size, x.shape[-1])
         x = self._run_blocks(x + jnp.asarray(grid, x.dtype), c)
         shift, scale = self.final_modulation(c)
         x = self.final_linear(modulate(layer_norm(x), shift, scale))
-        return unpatchify(x, height, width, self.patch)
+        return unpatchify(x, height, width, self.patch_size)
 
     def _run_blocks(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
         params, static = eqx.partition(self.blocks, eqx.is_array)
 
         def apply(x, block_params):
-            block = eqx.combine(gathered(block_params, x.dtype), static)
-            return undivided(block(x, undivided(c))), None
+            block = eqx.combine(gather_params(block_params, x.dtype), static)
+            return replicate_activation(block(x, replicate_activation(c))), None
 
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, undivided(x), params, unroll=self.unroll)[0]
+        return jax.lax.scan(apply, replicate_activation(x), params, unroll=self.unroll)[0]
 
 
 def parameter_count(model: PyTree) -> int:
@@ -250,7 +250,7 @@ def multiply_adds(dit: DiT) -> int:
     118.64 G
     """
     _, height, wide = dit.shape
-    n, block = height * wide // dit.patch**2, dit.blocks
+    n, block = height * wide // dit.patch_size**2, dit.blocks
     depth, _, d = block.fc1.weight.shape
     size = lambda *layers: sum(math.prod(layer.weight.shape[-2:]) for layer in layers)
     per_block = (
@@ -265,7 +265,7 @@ def multiply_adds(dit: DiT) -> int:
     return depth * per_block + ends + vectors
 
 
-def _published(name: str, patch: int, *, depth: int, width: int, heads: int):
+def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads: int):
     """The constructor of one size of the paper (Peebles & Xie 2023, tables 1 and 4)."""
 
     def make(
@@ -276,32 +276,34 @@ def _published(name: str, patch: int, *, depth: int, width: int, heads: int):
         key,
         **options: Any,
     ) -> DiT:
-        size: dict[str, Any] = dict(patch=patch, depth=depth, width=width, heads=heads)
+        size: dict[str, Any] = dict(
+            patch_size=patch_size, depth=depth, width=width, num_heads=num_heads
+        )
         size |= dict(num_classes=num_classes, learn_sigma=learn_sigma)
         return DiT(shape, **size, **options, key=key)
 
-    make.__name__ = make.__qualname__ = f"dit_{name.lower()}_{patch}"
-    make.__doc__ = f"""DiT-{name}/{patch}: {depth} blocks, {width} wide, {heads} heads.
+    make.__name__ = make.__qualname__ = f"dit_{name.lower()}_{patch_size}"
+    make.__doc__ = f"""DiT-{name}/{patch_size}: {depth} blocks, {width} wide, {num_heads} heads.
 
     `shape` is the latent's, (4, 32, 32) in the paper (Peebles & Xie 2023). All other arguments are
     those of `DiT`; for another condition than a class, `num_classes=None, embed_cond=...`.
 
     >>> dit = eqx.filter_eval_shape({make.__name__}, (4, 32, 32), key=jax.random.key(0))
     >>> dit.patch, dit.blocks.fc1.weight.shape
-    ({patch}, ({depth}, {4 * width}, {width}))
+    ({patch_size}, ({depth}, {4 * width}, {width}))
     """
     return make
 
 
-dit_s_2 = _published("S", 2, depth=12, width=384, heads=6)
-dit_s_4 = _published("S", 4, depth=12, width=384, heads=6)
-dit_s_8 = _published("S", 8, depth=12, width=384, heads=6)
-dit_b_2 = _published("B", 2, depth=12, width=768, heads=12)
-dit_b_4 = _published("B", 4, depth=12, width=768, heads=12)
-dit_b_8 = _published("B", 8, depth=12, width=768, heads=12)
-dit_l_2 = _published("L", 2, depth=24, width=1024, heads=16)
-dit_l_4 = _published("L", 4, depth=24, width=1024, heads=16)
-dit_l_8 = _published("L", 8, depth=24, width=1024, heads=16)
-dit_xl_2 = _published("XL", 2, depth=28, width=1152, heads=16)
-dit_xl_4 = _published("XL", 4, depth=28, width=1152, heads=16)
-dit_xl_8 = _published("XL", 8, depth=28, width=1152, heads=16)
+dit_s_2 = _published("S", 2, depth=12, width=384, num_heads=6)
+dit_s_4 = _published("S", 4, depth=12, width=384, num_heads=6)
+dit_s_8 = _published("S", 8, depth=12, width=384, num_heads=6)
+dit_b_2 = _published("B", 2, depth=12, width=768, num_heads=12)
+dit_b_4 = _published("B", 4, depth=12, width=768, num_heads=12)
+dit_b_8 = _published("B", 8, depth=12, width=768, num_heads=12)
+dit_l_2 = _published("L", 2, depth=24, width=1024, num_heads=16)
+dit_l_4 = _published("L", 4, depth=24, width=1024, num_heads=16)
+dit_l_8 = _published("L", 8, depth=24, width=1024, num_heads=16)
+dit_xl_2 = _published("XL", 2, depth=28, width=1152, num_heads=16)
+dit_xl_4 = _published("XL", 4, depth=28, width=1152, num_heads=16)
+dit_xl_8 = _published("XL", 8, depth=28, width=1152, num_heads=16)

@@ -29,7 +29,7 @@ class LPIPS(eqx.Module):
 
     **Arguments**: `channels` are the widths of the five blocks; VGG16's have 14,716,160 parameters
     with the heads. A new one has random weights, and its distance means little:
-    `eqxldm.weights.load_lpips` reads the published ones.
+    `eqxldm.pretrained.load_lpips` reads the published ones.
 
     **Raises** `ValueError` for images that have not three channels, or not 16 pixels a side.
 

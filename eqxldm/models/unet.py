@@ -15,7 +15,7 @@ from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector
 from ..nn.linear import xavier_uniform
 from ..nn.norms import GroupNorm
 from ..nn.resnet import AttentionBlock, ConditionedResnetBlock
-from ..nn.transformer import SpatialTransformer
+from ..nn.spatial_transformer import SpatialTransformer
 
 Block = AttentionBlock | SpatialTransformer
 
@@ -44,7 +44,7 @@ class UNet(eqx.Module):
     - `context_size`: None: attentions are self-attention (`nn.AttentionBlock`). A number: they are
       transformers (`nn.SpatialTransformer`) with cross-attention to a context, an array
       `(tokens, context_size)`. `transformer_depth`: blocks in each; `linear_projection`: see there.
-    - `heads`: of every attention, or one number a level.
+    - `num_heads`: of every attention, or one number a level.
     - `num_classes` or `embed_cond`: a label or any other condition, added to the embedding of the
       time as in `DiT`. `has_null=False` leaves out the row for "no label".
     - `groups`, `norm_eps`: of every GroupNorm; `groups` divides every width.
@@ -94,7 +94,7 @@ class UNet(eqx.Module):
         attention_levels: tuple[bool, ...],
         middle_attention: bool = True,
         context_size: int | None = None,
-        heads: int | tuple[int, ...] = 1,
+        num_heads: int | tuple[int, ...] = 1,
         transformer_depth: int = 1,
         linear_projection: bool = False,
         num_classes: int | None = None,
@@ -111,9 +111,11 @@ class UNet(eqx.Module):
         key,
     ):
         levels = len(channels)
-        heads = (heads,) * levels if isinstance(heads, int) else heads
+        num_heads = (num_heads,) * levels if isinstance(num_heads, int) else num_heads
         out_channels = in_channels if out_channels is None else out_channels
-        _check(in_channels, out_channels, channels, blocks, attention_levels, heads, context_size)
+        _check(
+            in_channels, out_channels, channels, blocks, attention_levels, num_heads, context_size
+        )
         if num_classes is not None and embed_cond is not None:
             raise ValueError("UNet: give num_classes or embed_cond, not both.")
         d = 4 * channels[0] if time_width is None else time_width
@@ -125,14 +127,14 @@ class UNet(eqx.Module):
             )
 
         def attend_at(width: int, n: int) -> Block:
-            common: dict[str, Any] = dict(heads=n, groups=groups, attention=attention)
+            common: dict[str, Any] = dict(num_heads=n, groups=groups, attention=attention)
             if context_size is None:
                 return AttentionBlock(width, norm_eps=norm_eps, **common, key=next(keys))
             common |= dict(depth=transformer_depth, linear=linear_projection)
             return SpatialTransformer(width, context_size, **common, key=next(keys))
 
         def make_level(widths: list[tuple[int, int]], i: int, resample: Conv | None) -> UNetLevel:
-            attentions = [attend_at(b, heads[i]) for _, b in widths if attention_levels[i]]
+            attentions = [attend_at(b, num_heads[i]) for _, b in widths if attention_levels[i]]
             return UNetLevel([resnet(a, b) for a, b in widths], attentions, resample)
 
         self.stem = Conv(in_channels, channels[0], 3, key=next(keys))
@@ -160,7 +162,7 @@ class UNet(eqx.Module):
             width = out
         self.middle = UNetLevel(
             [resnet(width, width), resnet(width, width)],
-            [attend_at(width, heads[-1])] if middle_attention else [],
+            [attend_at(width, num_heads[-1])] if middle_attention else [],
             None,
         )
         self.ups = []
@@ -266,20 +268,20 @@ def _pairs(level: UNetLevel) -> list[tuple[ConditionedResnetBlock, list[Block]]]
 
 
 def _check(
-    in_channels, out_channels, channels, blocks, attention_levels, heads, context_size
+    in_channels, out_channels, channels, blocks, attention_levels, num_heads, context_size
 ) -> None:
     sizes = dict(
         in_channels=(in_channels,),
         out_channels=(out_channels,),
         channels=channels,
         blocks=(blocks,),
-        heads=heads,
+        num_heads=num_heads,
         context_size=() if context_size is None else (context_size,),
     )
     if not channels or min(size for group in sizes.values() for size in group) < 1:
         listed = ", ".join(f"{name} {group}" for name, group in sizes.items())
         raise ValueError(f"UNet: need at least one level and sizes of at least 1, got {listed}.")
-    for name, values in (("attention_levels", attention_levels), ("heads", heads)):
+    for name, values in (("attention_levels", attention_levels), ("num_heads", num_heads)):
         if len(values) != len(channels):
             raise ValueError(
                 f"UNet: {name} needs one entry for each of the {len(channels)} levels of channels, "
@@ -297,7 +299,7 @@ def unet_sd1(in_channels: int = 4, context_size: int = 768, *, key, **options: A
     >>> unet.downs[0].resnets[0].block.conv1.weight.shape
     (3, 3, 320, 320)
     """
-    sizes: dict[str, Any] = dict(channels=(320, 640, 1280, 1280), blocks=2, heads=8)
+    sizes: dict[str, Any] = dict(channels=(320, 640, 1280, 1280), blocks=2, num_heads=8)
     sizes |= dict(attention_levels=(True, True, True, False), context_size=context_size)
     return UNet(in_channels, **{**sizes, **options}, key=key)
 

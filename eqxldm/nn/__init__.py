@@ -10,7 +10,10 @@ from .attention import (
     attend as attend,
     cudnn_attend as cudnn_attend,
 )
-from .boundary import apart as apart, undivided as undivided
+from .constraints import (
+    fusion_barrier as fusion_barrier,
+    replicate_activation as replicate_activation,
+)
 from .conv import (
     Conv as Conv,
     ConvPair as ConvPair,
@@ -41,8 +44,8 @@ from .resnet import (
     ConditionedResnetBlock as ConditionedResnetBlock,
     ResnetBlock as ResnetBlock,
 )
-from .spectral import SpectralConv as SpectralConv, spectral_norm as spectral_norm
-from .transformer import (
+from .spatial_transformer import (
     SpatialTransformer as SpatialTransformer,
     TransformerBlock as TransformerBlock,
 )
+from .spectral import SpectralConv as SpectralConv, spectral_norm as spectral_norm

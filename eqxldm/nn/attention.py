@@ -89,28 +89,28 @@ class QKV(eqx.Module):
     along its second axis, each has the queries, keys and values of its own heads. It starts as
     one Xavier matrix, as in DiT.
 
-    >>> q, k, v = QKV(8, heads=2, key=jax.random.key(0))(jnp.ones((5, 8)))
+    >>> q, k, v = QKV(8, num_heads=2, key=jax.random.key(0))(jnp.ones((5, 8)))
     >>> q.shape
     (5, 2, 4)
     """
 
     weight: Float[Array, "3 out in"]
     bias: Float[Array, "3 out"] | None
-    heads: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
 
-    def __init__(self, width: int, *, heads: int, use_bias: bool = True, key):
-        check_heads(width, heads)
+    def __init__(self, width: int, *, num_heads: int, use_bias: bool = True, key):
+        check_heads(width, num_heads)
         self.weight = xavier_uniform(key, (3 * width, width)).reshape(3, width, width)
         self.bias = jnp.zeros((3, width)) if use_bias else None
-        self.heads = heads
+        self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n in"]) -> list[Float[Array, "n heads size"]]:
         # Three products, each with the heads first as attention wants them: of a single one TPUs
         # copy the parts out, and transpose them.
-        weight = self.weight.astype(x.dtype).reshape(3, self.heads, -1, x.shape[-1])
+        weight = self.weight.astype(x.dtype).reshape(3, self.num_heads, -1, x.shape[-1])
         parts = [jnp.einsum("ni,hdi->hnd", x, w) for w in weight]
         if self.bias is not None:
-            bias = self.bias.astype(x.dtype).reshape(3, self.heads, 1, -1)
+            bias = self.bias.astype(x.dtype).reshape(3, self.num_heads, 1, -1)
             parts = [y + b for y, b in zip(parts, bias, strict=True)]
         return [jnp.swapaxes(y, 0, 1) for y in parts]
 
@@ -141,8 +141,9 @@ class RMSNorm(eqx.Module):
 class SelfAttention(eqx.Module):
     """Multi-head self-attention over tokens `(n, d)`, with biases (Vaswani et al. 2017).
 
-    **Arguments**: `width` must be a multiple of `heads`. `attention` is `attend`, `cudnn_attend`,
-    or any function of such arguments. `qkv_bias`: whether queries, keys and values have one.
+    **Arguments**: `width` must be a multiple of `num_heads`. `attention` is `attend`,
+    `cudnn_attend`, or any function of such arguments. `qkv_bias`: whether queries, keys
+    and values have one.
 
     >>> SelfAttention(8, 2, key=jax.random.key(0))(jnp.ones((5, 8))).shape
     (5, 8)
@@ -155,14 +156,14 @@ class SelfAttention(eqx.Module):
     def __init__(
         self,
         width: int,
-        heads: int,
+        num_heads: int,
         *,
         attention: Attention = attend,
         qkv_bias: bool = True,
         key,
     ):
         k1, k2 = jax.random.split(key)
-        self.qkv = QKV(width, heads=heads, use_bias=qkv_bias, key=k1)
+        self.qkv = QKV(width, num_heads=num_heads, use_bias=qkv_bias, key=k1)
         self.proj = Linear(width, width, key=k2)
         self.attention = attention
 
@@ -195,15 +196,15 @@ class NormedSelfAttention(eqx.Module):
     def __init__(
         self,
         width: int,
-        heads: int,
+        num_heads: int,
         *,
         qk_norm: Callable[[int], Any],
         attention: Attention = attend,
         key,
     ):
         k1, k2 = jax.random.split(key)
-        self.qkv, self.proj = QKV(width, heads=heads, key=k1), Linear(width, width, key=k2)
-        self.query_norm, self.key_norm = qk_norm(width // heads), qk_norm(width // heads)
+        self.qkv, self.proj = QKV(width, num_heads=num_heads, key=k1), Linear(width, width, key=k2)
+        self.query_norm, self.key_norm = qk_norm(width // num_heads), qk_norm(width // num_heads)
         self.attention = attention
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -218,7 +219,7 @@ class CrossAttention(eqx.Module):
     Queries come from `x`, keys and values from the context, all without biases, as in latent
     diffusion (Rombach et al. 2022, section 3.3). Arguments as in `SelfAttention`.
 
-    >>> layer = CrossAttention(8, 6, heads=2, key=jax.random.key(0))
+    >>> layer = CrossAttention(8, 6, num_heads=2, key=jax.random.key(0))
     >>> layer(jnp.ones((5, 8)), jnp.ones((3, 6))).shape
     (5, 8)
     """
@@ -227,34 +228,34 @@ class CrossAttention(eqx.Module):
     key: Linear
     value: Linear
     proj: Linear
-    heads: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
-        self, width: int, context_size: int, *, heads: int, attention: Attention = attend, key
+        self, width: int, context_size: int, *, num_heads: int, attention: Attention = attend, key
     ):
-        check_heads(width, heads)
+        check_heads(width, num_heads)
         kq, kk, kv, ko = jax.random.split(key, 4)
         self.query = Linear(width, width, use_bias=False, key=kq)
         self.key = Linear(context_size, width, use_bias=False, key=kk)
         self.value = Linear(context_size, width, use_bias=False, key=kv)
         self.proj = Linear(width, width, key=ko)
-        self.heads, self.attention = heads, attention
+        self.num_heads, self.attention = num_heads, attention
 
     def __call__(
         self, x: Float[Array, "n d"], context: Float[Array, "m context_size"]
     ) -> Float[Array, "n d"]:
-        split = lambda y: y.reshape(len(y), self.heads, -1)
+        split = lambda y: y.reshape(len(y), self.num_heads, -1)
         q, k, v = split(self.query(x)), split(self.key(context)), split(self.value(context))
         return self.proj(self.attention(q, k, v).reshape(x.shape))
 
 
-def check_heads(width: int, heads: int) -> None:
+def check_heads(width: int, num_heads: int) -> None:
     """`ValueError` unless the width divides into the heads.
 
     >>> check_heads(8, 3)
     Traceback (most recent call last):
     ValueError: attention: width 8 does not divide into 3 heads.
     """
-    if heads < 1 or width % heads:
-        raise ValueError(f"attention: width {width} does not divide into {heads} heads.")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"attention: width {width} does not divide into {num_heads} heads.")

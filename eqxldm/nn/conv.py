@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .boundary import gathered
+from .constraints import gather_params
 
 NO_PADDING = ((0, 0), (0, 0))
 
@@ -41,7 +41,7 @@ class Conv(eqx.Module):
         self.padding = (side, side) if padding is None else padding
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
-        weight = gathered(self, x.dtype).weight
+        weight = gather_params(self, x.dtype).weight
         # A product, which XLA:CPU does two to three times as fast, gradients included.
         if weight.shape[:2] == (1, 1) and self.stride == 1 and self.padding == NO_PADDING:
             return x @ weight[0, 0] + self.bias.astype(x.dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .boundary import apart
+from .constraints import fusion_barrier
 
 
 def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[Array, "*leading d"]:
@@ -73,7 +73,7 @@ class GroupNorm(eqx.Module):
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         # Apart from what makes x: a TPU's compiler otherwise makes one operation of a convolution
         # and this, which takes it long and comes out slower (docs/scaling.md).
-        centred, variance = _centre(apart(x), self._mean)
+        centred, variance = _centre(fusion_barrier(x), self._mean)
         scale = jax.lax.rsqrt(variance + self.norm_eps) * self.scale
         return (centred * scale + self.bias).astype(x.dtype)
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 
-def patchify(x: Float[Array, "c H W"], patch: int) -> Float[Array, "n d"]:
+def patchify(x: Float[Array, "c H W"], patch_size: int) -> Float[Array, "n d"]:
     """Cuts an image into `patch x patch` tokens, row by row: `c (h p) (w q) -> (h w) (c p q)`.
 
     >>> import jax.numpy as jnp
@@ -11,14 +11,16 @@ def patchify(x: Float[Array, "c H W"], patch: int) -> Float[Array, "n d"]:
     (16, 16)
     """
     c, height, width = x.shape
-    if height % patch or width % patch:
-        raise ValueError(f"patchify: {height} x {width} does not divide by the patch size {patch}.")
-    x = x.reshape(c, height // patch, patch, width // patch, patch)
-    return x.transpose(1, 3, 0, 2, 4).reshape(-1, c * patch * patch)
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patchify: {height} x {width} does not divide by the patch size {patch_size}."
+        )
+    x = x.reshape(c, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.transpose(1, 3, 0, 2, 4).reshape(-1, c * patch_size * patch_size)
 
 
 def unpatchify(
-    tokens: Float[Array, "n d"], height: int, width: int, patch: int
+    tokens: Float[Array, "n d"], height: int, width: int, patch_size: int
 ) -> Float[Array, "c height width"]:
     """Tokens to an image: `(h w) (p q c) -> c (h p) (w q)`, channels last in a token as in DiT.
 
@@ -29,6 +31,6 @@ def unpatchify(
     >>> unpatchify(jnp.ones((16, 16)), 8, 8, 2).shape
     (4, 8, 8)
     """
-    h, w = height // patch, width // patch
-    x = tokens.reshape(h, w, patch, patch, -1)
+    h, w = height // patch_size, width // patch_size
+    x = tokens.reshape(h, w, patch_size, patch_size, -1)
     return x.transpose(4, 0, 2, 1, 3).reshape(-1, height, width)

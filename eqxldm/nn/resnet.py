@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .attention import Attention, attend, check_heads
-from .boundary import gathered, undivided
+from .constraints import gather_params, replicate_activation
 from .conv import Conv
 from .linear import Linear, zeros
 from .norms import GroupNorm
@@ -51,7 +51,7 @@ class ResnetBlock(eqx.Module):
     ) -> Float[Array, "h w c2"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y if shift is None else y + shift)))
-        return undivided(y + (x if self.shortcut is None else self.shortcut(x)))
+        return replicate_activation(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ConditionedResnetBlock(eqx.Module):
@@ -93,7 +93,7 @@ class ConditionedResnetBlock(eqx.Module):
 class AttentionBlock(eqx.Module):
     """Self-attention over all positions of a feature map, with a residual.
 
-    `channels` must divide by `heads`; the autoencoder and DDPM have one.
+    `channels` must divide by `num_heads`; the autoencoder and DDPM have one.
 
     >>> import jax.numpy as jnp
     >>> AttentionBlock(8, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
@@ -105,32 +105,32 @@ class AttentionBlock(eqx.Module):
     key: Linear
     value: Linear
     out: Linear
-    heads: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
         self,
         channels: int,
         *,
-        heads: int = 1,
+        num_heads: int = 1,
         groups: int = 32,
         norm_eps: float = 1e-6,
         attention: Attention = attend,
         key,
     ):
-        check_heads(channels, heads)
+        check_heads(channels, num_heads)
         kq, kk, kv, ko = jax.random.split(key, 4)
         self.norm = GroupNorm(channels, groups, norm_eps)
         self.query = Linear(channels, channels, key=kq)
         self.key = Linear(channels, channels, key=kk)
         self.value = Linear(channels, channels, key=kv)
         self.out = Linear(channels, channels, init=zeros, key=ko)
-        self.heads, self.attention = heads, attention
+        self.num_heads, self.attention = num_heads, attention
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        block = gathered(self, x.dtype)
+        block = gather_params(self, x.dtype)
         tokens = self.norm(x).reshape(-1, x.shape[-1])
-        split = lambda y: y.reshape(len(tokens), self.heads, -1)
+        split = lambda y: y.reshape(len(tokens), self.num_heads, -1)
         q, k, v = (split(layer(tokens)) for layer in (block.query, block.key, block.value))
         y = self.attention(q, k, v)
         return x + block.out(y.reshape(tokens.shape)).reshape(x.shape)

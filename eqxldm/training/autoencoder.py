@@ -89,7 +89,7 @@ def make_autoencoder_step(
     kl_weight: float = 1e-6,
     gan_weight: float = 0.5,
     adversarial: bool = True,
-    averages: Sequence[Decay] = (),
+    ema_decays: Sequence[Decay] = (),
     dtype: Any = jnp.float32,
 ) -> AutoencoderStep:
     """A pure `step(state, images, key) -> (state, metrics)` over images `(b, c, h, w)` in [-1, 1].
@@ -144,7 +144,7 @@ def make_autoencoder_step(
 
         def last_layer(head: PyTree, h: Any) -> Images:
             conv = eqx.combine(head, autoencoder_static.decoder.head)
-            unfold = lambda y: depth_to_space(y, autoencoder_static.decoder.patch)
+            unfold = lambda y: depth_to_space(y, autoencoder_static.decoder.patch_size)
             return jnp.moveaxis(wide(batch_vmap(lambda h: unfold(conv(h)))(h)), -1, 1)
 
         def nll(reconstruction: Images) -> Float[Array, ""]:
@@ -183,7 +183,7 @@ def make_autoencoder_step(
         # Both players or neither: one that goes on alone would train against a broken other.
         total = loss + metrics.get("gan", 0.0) + metrics.get("discriminator", 0.0)
         finite, measured = check_gradients(total, {"autoencoder": gradients, **players})
-        ae_state = apply_gradients(ae_state, gradients, autoencoder_optimizer, averages, finite)
+        ae_state = apply_gradients(ae_state, gradients, autoencoder_optimizer, ema_decays, finite)
         if adversarial:
             disc_state = apply_gradients(
                 disc_state, players["discriminator"], discriminator_optimizer, (), finite

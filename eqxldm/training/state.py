@@ -33,7 +33,7 @@ class TrainState(eqx.Module):
 
 
 def init_state(
-    model: PyTree, optimizer: optax.GradientTransformation, *, averages: int = 0
+    model: PyTree, optimizer: optax.GradientTransformation, *, num_emas: int = 0
 ) -> tuple[TrainState, PyTree]:
     """Splits a model into its state at step 0 and its static part (`equinox.combine` joins them).
 
@@ -45,7 +45,7 @@ def init_state(
     """
     params, static = eqx.partition(model, eqx.is_inexact_array)
     copy = lambda: jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-    ema = tuple(copy() for _ in range(averages))
+    ema = tuple(copy() for _ in range(num_emas))
     zero = lambda: jnp.array(0, jnp.int32)  # a weak type would not survive a checkpoint
     return TrainState(params, ema, optimizer.init(params), zero(), zero(), zero()), static
 
@@ -54,7 +54,7 @@ def apply_gradients(
     state: TrainState,
     gradients: PyTree,
     optimizer: optax.GradientTransformation,
-    averages: Sequence[Decay] = (),
+    ema_decays: Sequence[Decay] = (),
     finite: bool | Bool[Array, ""] = True,
 ) -> TrainState:
     """One optimizer update, the averages after it, and the step count.
@@ -66,14 +66,14 @@ def apply_gradients(
     >>> float(apply_gradients(state, {"w": jnp.ones(1)}, optimizer).params["w"][0])
     0.0
     """
-    if len(averages) != len(state.ema):
+    if len(ema_decays) != len(state.ema):
         raise ValueError(
-            f"the state keeps {len(state.ema)} averages, but {len(averages)} decays were given."
+            f"the state keeps {len(state.ema)} averages, but {len(ema_decays)} decays were given."
         )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     done = state.step - state.skipped
-    pairs = zip(state.ema, averages, strict=True)
+    pairs = zip(state.ema, ema_decays, strict=True)
     ema = tuple(update_ema(tree, params, decay(done)) for tree, decay in pairs)
     # Selected and not branched: inside a conditional nothing is fused or donated.
     choose = lambda new, old: jnp.where(finite, new, old)
@@ -149,8 +149,8 @@ def make_train_step(
     static: PyTree,
     optimizer: optax.GradientTransformation,
     *,
-    averages: Sequence[Decay] = (),
-    accumulate: int = 1,
+    ema_decays: Sequence[Decay] = (),
+    grad_accum_steps: int = 1,
 ) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """A pure `step(state, batch, key) -> (state, metrics)` for a scalar loss.
 
@@ -160,10 +160,10 @@ def make_train_step(
 
     **Arguments**:
 
-    - `averages`: the decays of the state's averages, such as `exponential(0.9999)`.
-    - `accumulate`: the batch is cut into so many parts, and the gradient is the mean of theirs:
-      the memory of a part, the update of the whole. Part `j` has the examples `j, j + accumulate,
-      ...`, so that a batch that is divided over devices stays where it is.
+    - `ema_decays`: the decays of the state's averages, such as `exponential(0.9999)`.
+    - `grad_accum_steps`: the batch is cut into so many parts, and the gradient is the mean of
+      theirs: the memory of a part, the update of the whole. Part `j` has the examples `j, j +
+      grad_accum_steps, ...`, so that a batch that is divided over devices stays where it is.
 
     The metrics are the loss's, `loss`, `gradient_norm` before any clipping, `skipped` (1 for a step
     whose loss or gradient is not finite: it changes nothing but counters), `skipped_in_row`, and
@@ -177,8 +177,10 @@ def make_train_step(
     >>> int(state.step), sorted(metrics)
     (1, ['gradient_norm', 'loss', 'norms', 'skipped', 'skipped_in_row'])
     """
-    if accumulate < 1:
-        raise ValueError(f"make_train_step: accumulate must be at least 1, got {accumulate}.")
+    if grad_accum_steps < 1:
+        raise ValueError(
+            f"make_train_step: grad_accum_steps must be at least 1, got {grad_accum_steps}."
+        )
 
     def differentiate(params: PyTree, batch: Any, key: Key[Array, ""]):
         loss = lambda params: loss_fn(eqx.combine(params, static), batch, key)
@@ -186,14 +188,14 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        if accumulate == 1:
+        if grad_accum_steps == 1:
             (value, metrics), gradients = differentiate(state.params, batch, key)
         else:
             one = lambda part, key: differentiate(state.params, part, key)
-            keys = jax.random.split(key, accumulate)
-            (value, metrics), gradients = _mean(one, _parts(batch, accumulate), keys)
+            keys = jax.random.split(key, grad_accum_steps)
+            (value, metrics), gradients = _mean(one, _parts(batch, grad_accum_steps), keys)
         finite, measured = check_gradients(value, gradients)
-        state = apply_gradients(state, gradients, optimizer, averages, finite)
+        state = apply_gradients(state, gradients, optimizer, ema_decays, finite)
         return state, {"loss": value, **metrics, **measured, **counters(state)}
 
     return step

@@ -162,4 +162,4 @@ def check_sampling(diffusion: Diffusion, sampling: SamplingConfig) -> int:
             f"{diffusion.names[1]} and --sampling.solver {sampling.solver} do not go together: "
             f"{error}"
         ) from None
-    return ex.evaluations(path, solver, times)
+    return ex.nfe(path, solver, times)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from .terminal import UserError
 
 POSITIVE = {
-    "steps", "batch_size", "learning_rate", "patch", "blocks", "groups", "latent_channels",
-    "depth", "width", "heads", "clip_norm", "time_stddev", "discriminator_channels",
+    "steps", "batch_size", "learning_rate", "patch_size", "blocks", "groups", "latent_channels",
+    "depth", "width", "num_heads", "clip_norm", "time_stddev", "discriminator_channels",
     "discriminator_layers", "discriminator_learning_rate", "checkpoint_every", "samples", "n",
     "size", "num_classes", "features", "reference", "crop_from",
     "snapshot_every", "keep_every", "images_per_shard", "statistics",
@@ -17,7 +17,7 @@ NOT_NEGATIVE = {
     "pad", "kl_weight", "gan_weight", "gan_start", "warmup", "weight_decay", "seed",
     "perceptual_weight",
 }  # fmt: skip
-SHARES = {"ema_decay", "label_dropout", "averages"}
+SHARES = {"ema_decay", "label_dropout", "ema_decays"}
 
 T = TypeVar("T")
 

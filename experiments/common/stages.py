@@ -46,7 +46,7 @@ def classifier_state(model: ConvClassifier, options: ClassifierOptions):
     """`(state, static, optimizer)` of the judge."""
     rate = warmup_cosine(options.learning_rate, options.steps, options.steps // 10)
     optimizer = adamw(rate, weight_decay=0.05)
-    return *init_state(model, optimizer, averages=1), optimizer
+    return *init_state(model, optimizer, num_emas=1), optimizer
 
 
 class AutoencoderOptions(Protocol):
@@ -59,7 +59,7 @@ class AutoencoderOptions(Protocol):
     @property
     def channels(self) -> tuple[int, ...]: ...
     @property
-    def patch(self) -> int: ...
+    def patch_size(self) -> int: ...
     @property
     def blocks(self) -> int: ...
     @property
@@ -90,7 +90,7 @@ def make_autoencoder(config: Seeded, options: AutoencoderOptions, channels: int)
         options.latent_channels,
         channels=options.channels,
         blocks=options.blocks,
-        patch=options.patch,
+        patch_size=options.patch_size,
         groups=options.groups,
         attention=options.attention,
         key=stage_key(config, "autoencoder", "model"),
@@ -117,7 +117,7 @@ def autoencoder_state(config: Seeded, options: AutoencoderOptions, channels: int
         adamw(options.discriminator_learning_rate, b1=0.5, b2=0.9),
     )
     ae = make_autoencoder(config, options, channels)
-    ae_state, ae_static = init_state(ae, optimizers[0], averages=1)
+    ae_state, ae_static = init_state(ae, optimizers[0], num_emas=1)
     disc = make_discriminator(config, options, channels)
     disc_state, disc_static = init_state(disc, optimizers[1])
     return AutoencoderState(ae_state, disc_state), (ae_static, disc_static), optimizers
@@ -145,7 +145,7 @@ def autoencoder_phases(
             kl_weight=options.kl_weight,
             gan_weight=options.gan_weight,
             adversarial=adversarial,
-            averages=(exponential(options.ema_decay),),
+            ema_decays=(exponential(options.ema_decay),),
             dtype=dtype,
         )
 

@@ -248,7 +248,7 @@ def prepare(
     with together():
         check(config)
         check(compute)
-        check_count("--accumulate", compute.accumulate)
+        check_count("--grad-accum-steps", compute.grad_accum_steps)
         check_count("--threads", compute.threads)
         check_count("--workers", compute.workers, least=0)
         cfg.check_diffusion(config)
@@ -267,7 +267,7 @@ def prepare(
             )
         test = open_test_images(place.test_images, source)
         needed = tuple(s for s in trained if not (s == "autoencoder" and vae is not None))
-        cfg.check_sizes(config, count, labels, mesh, compute.accumulate, vae, needed)
+        cfg.check_sizes(config, count, labels, mesh, compute.grad_accum_steps, vae, needed)
     if source is None:
         with together():
             if is_primary():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from eqxldm import weights
+from eqxldm import pretrained
 from eqxldm.data.images import to_float
 from eqxldm.fingerprints import digest
 from eqxldm.models import LPIPS, AutoencoderKL
@@ -36,8 +36,8 @@ def load_vae(path: Path) -> AutoencoderKL:
     if (path / AUTOENCODER).exists():
         path = path / AUTOENCODER
     try:
-        model = weights.load(path)
-    except (weights.WeightsError, OSError) as error:
+        model = pretrained.load(path)
+    except (pretrained.WeightsError, OSError) as error:
         raise UserError(
             f"--vae {path}: {error} Needed is a diffusers folder of an AutoencoderKL (config.json "
             f"and weights), an {AUTOENCODER}, or the run folder that holds it."
@@ -51,8 +51,8 @@ def load_vae(path: Path) -> AutoencoderKL:
 
 def load_lpips(folder: Path) -> LPIPS:
     try:
-        return weights.load_lpips(folder)
-    except (weights.WeightsError, OSError, ImportError) as error:
+        return pretrained.load_lpips(folder)
+    except (pretrained.WeightsError, OSError, ImportError) as error:
         raise UserError(f"--lpips: {error}") from None
 
 
@@ -71,7 +71,7 @@ def obtain_autoencoder(job: Job, vae: AutoencoderKL | None, lpips: LPIPS | None)
         model = vae if vae is not None else _train_autoencoder(job, lpips)
         if job.run.primary:
             write_json(job.run.path / TIMES, job.timings.get("autoencoder", {"seconds": 0.0}))
-            weights.save(_measured(job, model) if vae is None else model, path)
+            pretrained.save(_measured(job, model) if vae is None else model, path)
         barrier("autoencoder")
     job.timings["autoencoder"] = read_json(job.run.path / TIMES) or {"seconds": 0.0}
     model = load_vae(path)

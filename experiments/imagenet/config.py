@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from eqxldm import models, nn, weights
+from eqxldm import models, nn, pretrained
 from eqxldm.models import AutoencoderKL, ConvClassifier, DiT
 from eqxldm.sharding import check_batch
 from eqxldm.training import (
@@ -73,7 +73,7 @@ class AutoencoderConfig:
     learning_rate: float = 1e-4
     channels: tuple[int, ...] = (128, 256, 512, 512)
     """The width of each level; each further one halves the resolution."""
-    patch: int = 1
+    patch_size: int = 1
     """Space-to-depth before the first and after the last layer."""
     blocks: int = 2
     """Residual blocks a level."""
@@ -117,8 +117,8 @@ class DiTConfig:
     model: ModelName = "dit_xl_2"
     depth: int | None = None
     width: int | None = None
-    heads: int | None = None
-    patch: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
     qk_norm: bool = False
     """Normalise queries and keys."""
 
@@ -136,9 +136,9 @@ class DiffusionConfig:
     weight_decay: float = 0.0
     b2: float = 0.999
     clip_norm: float | None = None
-    averages: tuple[float, ...] = (0.9999,)
+    ema_decays: tuple[float, ...] = (0.9999,)
     """Decays of the averages of the weights; the first one is sampled."""
-    average_warmup: bool = False
+    ema_warmup: bool = False
     """Let the averages forget the random start: a decay of at most (1 + step) / (10 + step)."""
     posthoc: tuple[float, ...] = ()
     """Averages by power functions of these widths (sigma_rel), for averages of any length later."""
@@ -210,7 +210,7 @@ def cifar10() -> Preset:
                 batch_size=32,
                 learning_rate=3e-3,
                 channels=(32, 64),
-                patch=2,
+                patch_size=2,
                 blocks=1,
                 groups=8,
                 latent_channels=8,
@@ -233,14 +233,14 @@ def cifar10() -> Preset:
                 cosine_decay=True,
                 b2=0.99,
                 clip_norm=1.0,
-                averages=(0.999,),
-                average_warmup=True,
+                ema_decays=(0.999,),
+                ema_warmup=True,
                 path="cosine",
                 prediction="v",
                 learned_range=False,
                 dtype="float32",
             ),
-            dit=DiTConfig("dit_s_2", depth=6, width=128, heads=4),
+            dit=DiTConfig("dit_s_2", depth=6, width=128, num_heads=4),
         ),
         SamplingConfig("ddim", 25, 1.6, (0.0, 0.8)),
         2000,
@@ -270,9 +270,9 @@ def smoke() -> Preset:
             latents=LatentsConfig(batch_size=100, images_per_shard=100),
             diffusion=replace(
                 c.diffusion, steps=600, batch_size=32, learning_rate=4e-3, warmup=20,
-                averages=(0.99,),
+                ema_decays=(0.99,),
             ),
-            dit=DiTConfig("dit_s_2", depth=4, width=96, heads=3),
+            dit=DiTConfig("dit_s_2", depth=4, width=96, num_heads=3),
         ),
         SamplingConfig("ddim", 20, 1.5, (0.0, 0.8)),
         80,
@@ -294,7 +294,7 @@ def check_sizes(
     images: int,
     num_classes: int,
     mesh: Any,
-    accumulate: int,
+    grad_accum_steps: int,
     given: AutoencoderKL | None,
     stages: tuple[str, ...],
 ) -> None:
@@ -306,7 +306,7 @@ def check_sizes(
                 f"--{stage}.batch-size {batch} is more than the {images} training images."
             )
         try:
-            check_batch(batch, mesh, accumulate if stage == "diffusion" else 1)
+            check_batch(batch, mesh, grad_accum_steps if stage == "diffusion" else 1)
         except ValueError as error:
             raise UserError(f"--{stage}.batch-size: {error}") from None
     crop = config.autoencoder.crop_from
@@ -368,8 +368,8 @@ def make_distance(config: AutoencoderConfig) -> Callable[[Any, Any], Any]:
 
 def make_averages(config: DiffusionConfig) -> tuple[Callable[[Any], Any], ...]:
     """The decay of each average: those that were named, then those by power functions."""
-    decay = exponential if config.average_warmup else constant
-    return (*map(decay, config.averages), *map(power_function, config.posthoc))
+    decay = exponential if config.ema_warmup else constant
+    return (*map(decay, config.ema_decays), *map(power_function, config.posthoc))
 
 
 def check_diffusion(config: Config) -> None:
@@ -384,8 +384,8 @@ def check_diffusion(config: Config) -> None:
 def dit_sizes(config: DiTConfig) -> dict[str, Any]:
     """The published size's depth, width, heads and patch, or what was given instead."""
     dit = eqx.filter_eval_shape(MODELS[config.model], (4, 32, 32), key=jax.random.key(0))
-    published = weights.dit.config(dit)
-    given = {name: getattr(config, name) for name in ("depth", "width", "heads", "patch")}
+    published = pretrained.dit.config(dit)
+    given = {name: getattr(config, name) for name in ("depth", "width", "num_heads", "patch_size")}
     return {name: published[name] if n is None else n for name, n in given.items()}
 
 

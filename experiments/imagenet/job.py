@@ -29,7 +29,7 @@ class Compute:
 
     mesh: str = ""
     """How devices share the work: data=2,fsdp=4,tensor=1. By default all are on data."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts of a batch of the diffusion that are computed one after the other."""
     remat: RematName = "narrow"
     """What the backward pass computes again: everything, all but what is as narrow as a token, all

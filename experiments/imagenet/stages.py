@@ -56,7 +56,7 @@ def train_classifier(job: Job) -> ConvClassifier:
     )
     state, static, optimizer = eqx.filter_eval_shape(build)
     state = build_placed(lambda: build()[0], job.mesh)
-    step = make_train_step(classifier_loss, static, optimizer, averages=(exponential(0.99),))
+    step = make_train_step(classifier_loss, static, optimizer, ema_decays=(exponential(0.99),))
     batches = job.images("classifier", cfg.judge_size(job.config.size), options.batch_size)
     state = job.train("classifier", [(options.steps, step)], state, batches, options)
     return jax.device_get(averaged(gathered(state, job.mesh), static))
@@ -152,11 +152,15 @@ def diffusion_state(
         diffusion_rate(c), b2=c.b2, weight_decay=c.weight_decay, clip_norm=c.clip_norm
     )
     dit = cfg.make_dit(config, shape, num_classes, remat=remat, attention=attention)
-    return *init_state(dit, optimizer, averages=len(cfg.make_averages(c))), optimizer
+    return *init_state(dit, optimizer, num_emas=len(cfg.make_averages(c))), optimizer
 
 
 def diffusion_step(
-    config: Config, static: Any, optimizer: Any, prepare: Callable[[Any, Any], Any], accumulate: int
+    config: Config,
+    static: Any,
+    optimizer: Any,
+    prepare: Callable[[Any, Any], Any],
+    grad_accum_steps: int,
 ):
     """The train step of the denoiser."""
     options, diffusion = config.diffusion, cfg.make_diffusion(config)
@@ -170,8 +174,10 @@ def diffusion_step(
         prepare=prepare,
         dtype=cfg.DTYPES[options.dtype],
     )
-    averages = cfg.make_averages(options)
-    return make_train_step(loss_fn, static, optimizer, averages=averages, accumulate=accumulate)
+    ema_decays = cfg.make_averages(options)
+    return make_train_step(
+        loss_fn, static, optimizer, ema_decays=ema_decays, grad_accum_steps=grad_accum_steps
+    )
 
 
 def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> Trained:
@@ -188,7 +194,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
             "that could be read."
         )
     prepare = latent_sampler(autoencoder.shift, autoencoder.scale)
-    step = diffusion_step(config, static, optimizer, prepare, compute.accumulate)
+    step = diffusion_step(config, static, optimizer, prepare, compute.grad_accum_steps)
     batches = latent_batches(
         latents,
         options.batch_size,
@@ -202,7 +208,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
 
     def power_averages(state):
         updates = int(state.step - state.skipped)
-        return state.ema[len(options.averages) :], {"updates": updates}
+        return state.ema[len(options.ema_decays) :], {"updates": updates}
 
     state = job.train(
         "diffusion",
@@ -269,7 +275,7 @@ def posthoc_average(config: Config, run: RunFolder, like: Any, sigma_rel: float)
             updates = [snapshots.info(step)["updates"] for step in steps]
             kept = [(n, width) for n in updates for width in widths]
             shares = posthoc_weights(kept, max(updates, default=0), sigma_rel)
-            wanted = tuple(like[len(config.diffusion.averages) :])
+            wanted = tuple(like[len(config.diffusion.ema_decays) :])
             trees = (tree for step in steps for tree in snapshots.restore(step, wanted)[0])
             return posthoc_ema(trees, shares)
         except (ValueError, CheckpointError) as error:

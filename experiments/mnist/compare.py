@@ -30,7 +30,7 @@ VARIANTS: dict[str, DiffusionConfig] = {
     "time_mean 0.5": replace(BASE, time_mean=0.5),
     "192 wide": HALF,
 }
-SIZES = {"192 wide": DiTConfig(width=192, heads=6)}
+SIZES = {"192 wide": DiTConfig(width=192, num_heads=6)}
 
 
 @dataclass(frozen=True)

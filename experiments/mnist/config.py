@@ -41,7 +41,7 @@ class AutoencoderConfig:
     """Black pixels around the image: 28 + 2 * 2 = 32 divides by the factor and the patch."""
     channels: tuple[int, ...] = (32, 64)
     """The width of each level; each further one halves the resolution."""
-    patch: int = 2
+    patch_size: int = 2
     """Space-to-depth before the first and after the last layer."""
     blocks: int = 1
     """Residual blocks a level."""
@@ -65,8 +65,8 @@ class DiTConfig:
 
     depth: int = 6
     width: int = 128
-    heads: int = 4
-    patch: int | None = None
+    num_heads: int = 4
+    patch_size: int | None = None
     """By default 2 for latents, 4 for pixels."""
 
 
@@ -78,7 +78,7 @@ class UNetConfig:
     """The width of each level; by default 64 128 for latents, 16 32 64 for pixels."""
     blocks: int = 1
     """Residual blocks a level, one more on the way up."""
-    heads: int = 4
+    num_heads: int = 4
     """Of the attention, which is in the deepest level and the middle."""
     groups: int = 8
 
@@ -147,7 +147,7 @@ def resolved(config: Config) -> Config:
             steps=or_else(diffusion.steps, STEPS[config.space, config.denoiser]),
             learning_rate=or_else(diffusion.learning_rate, RATES[config.denoiser]),
         ),
-        dit=replace(dit, patch=or_else(dit.patch, PATCHES[config.space])),
+        dit=replace(dit, patch_size=or_else(dit.patch_size, PATCHES[config.space])),
         unet=replace(unet, channels=or_else(unet.channels, CHANNELS[config.space])),
     )
 
@@ -228,18 +228,18 @@ def make_network(config: Config, shape: tuple[int, int, int], num_classes: int) 
             channels=unet.channels,
             blocks=unet.blocks,
             attention_levels=tuple(i == deepest for i in range(len(unet.channels))),
-            heads=unet.heads,
+            num_heads=unet.num_heads,
             groups=unet.groups,
             num_classes=num_classes,
             key=key,
         )
-    assert dit.patch is not None
+    assert dit.patch_size is not None
     return DiT(
         shape,
-        patch=dit.patch,
+        patch_size=dit.patch_size,
         depth=dit.depth,
         width=dit.width,
-        heads=dit.heads,
+        num_heads=dit.num_heads,
         num_classes=num_classes,
         remat=jax.checkpoint_policies.nothing_saveable,
         key=key,

@@ -97,7 +97,7 @@ def train_classifier(job: Job) -> ConvClassifier:
     if kept is not None:
         job.timings["classifier"] = {"seconds": 0.0}
         return kept
-    step = make_train_step(classifier_loss, static, optimizer, averages=(exponential(0.99),))
+    step = make_train_step(classifier_loss, static, optimizer, ema_decays=(exponential(0.99),))
     arrays = {"image": digits.train_images, "label": digits.train_labels}
     state = job.train("classifier", [(options.steps, step)], state, arrays, options)
     model = averaged(state, static)
@@ -189,7 +189,7 @@ def diffusion_state(config: Config, shape: tuple[int, int, int], num_classes: in
     rate = shared.warmup_cosine(c.learning_rate, c.steps, c.warmup)
     optimizer = adamw(rate, b2=0.99, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
     network = cfg.make_network(config, shape, num_classes)
-    return *init_state(network, optimizer, averages=1), optimizer
+    return *init_state(network, optimizer, num_emas=1), optimizer
 
 
 def padded_shape(
@@ -216,7 +216,7 @@ def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> 
         label_dropout=options.label_dropout,
         prepare=_prepare(space, job.config.autoencoder.pad),
     )
-    step = make_train_step(loss_fn, static, optimizer, averages=(exponential(options.ema_decay),))
+    step = make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(options.ema_decay),))
     arrays = {**arrays, "label": digits.train_labels}
     state = job.train("diffusion", [(options.steps, step)], state, arrays, options)
     return Trained(space, averaged(state, static), shape)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from eqxldm import weights
+from eqxldm import pretrained
 
 from helpers import relative_error
 
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
     theirs: Callable[..., dict[str, torch.Tensor]]
     ours: Callable[..., dict[str, jax.Array]]
-    layout: Callable[[Any], weights.Layout]
+    layout: Callable[[Any], pretrained.Layout]
     inputs: dict[str, np.ndarray]
     fixed: tuple[str, ...] = ()
 
@@ -115,7 +115,7 @@ def read(kind: Any, folder: Path, **options) -> Any:
 
 def check_dtypes(folder: Path, form: str) -> None:
     """The file's dtype with `dtype=None`, else the one asked for, with the file's values."""
-    kept, half = weights.load(folder, dtype=None), weights.load(folder, dtype=jnp.bfloat16)
+    kept, half = pretrained.load(folder, dtype=None), pretrained.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in leaves(kept)} == {jnp.dtype(DTYPES[FORMS[form][0]])}
     for a, b in zip(leaves(kept), leaves(half), strict=True):
         assert b.dtype == jnp.bfloat16
@@ -158,7 +158,7 @@ def compare(module: torch.nn.Module, model: Any, pair: Pair) -> dict[str, float]
 
 def compare_back(kind: Any, module: Any, model: Any, folder: Path, pair: Pair) -> float:
     """Export, read by diffusers: bit for bit the same weights; the forward pass's error."""
-    weights.export(model, folder)
+    pretrained.export(model, folder)
     again = read(kind, folder)
     same_bits(again.state_dict(), module.state_dict())
     with torch.no_grad():
@@ -216,7 +216,7 @@ def _parameter_errors(found, expected, layout):
     """Of each tensor; the gradient of those that hold the same values is the sum over them."""
     mine = {
         part.name: np.asarray(part.write(np.asarray(leaf)[part.where]))
-        for path, leaf in weights.layout.array_leaves(found).items()
+        for path, leaf in pretrained.layout.array_leaves(found).items()
         for part in layout.leaves[path]
     }
     copies = {part.name: part.copies for parts in layout.leaves.values() for part in parts}

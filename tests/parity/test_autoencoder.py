@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from eqxldm import models, weights
+from eqxldm import models, pretrained
 
 from harness import (
     BOUND,
@@ -102,12 +102,12 @@ def test_diffusers(number, tmp_path, record_property):
     if form in ("float32", "fp16", "bf16") and draw.one(True, False):
         with_old_names(folder)
     check_dtypes(folder, form)
-    ae = weights.load(folder)
+    ae = pretrained.load(folder)
     # A norm over too few numbers amplifies rounding: no side of a latent is 1.
     latent = (module.config.latent_channels, draw.between(2, 5), draw.between(2, 5))
     image = (module.config.in_channels, *(side * ae.factor for side in latent[1:]))
     values = dict(x=draw.normal(2, *image), z=draw.normal(2, *latent))
-    pair = Pair(theirs, ours, weights.autoencoder.diffusers_layout, values)
+    pair = Pair(theirs, ours, pretrained.autoencoder.diffusers_layout, values)
     errors = compare(module, ae, pair)
     errors["exported"] = compare_back(AutoencoderKL, module, ae, tmp_path / "ours", pair)
     record_property("AutoencoderKL", errors)
@@ -121,7 +121,7 @@ def test_in_slices_and_in_one_tile(tmp_path):
     options |= dict(up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1)
     module = randomise(AutoencoderKL(**options, sample_size=32), draw)
     module = save(module, tmp_path, "float32")
-    ae = weights.load(tmp_path)
+    ae = pretrained.load(tmp_path)
     x = draw.normal(3, ae.in_channels, 16, 24)
     z = draw.normal(3, ae.latent_channels, 8, 12)
     with torch.no_grad():

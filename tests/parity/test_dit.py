@@ -12,7 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 
-from eqxldm import models, weights
+from eqxldm import models, pretrained
 
 from harness import (
     Draw,
@@ -42,8 +42,8 @@ def ours(dit, x, timestep, t, label):
 
 def heads_and_size(draw):
     """A norm over too few numbers amplifies rounding: the width is at least 16."""
-    heads = draw.between(1, 4)
-    return heads, 4 * draw.between(-(-4 // heads), 5)
+    num_heads = draw.between(1, 4)
+    return num_heads, 4 * draw.between(-(-4 // num_heads), 5)
 
 
 def inputs(draw, shape, classes):
@@ -59,16 +59,20 @@ def inputs(draw, shape, classes):
 @each_configuration
 def test_diffusers(number, tmp_path, record_property):
     draw = Draw("dit", number)
-    channels, patch, classes = draw.between(1, 5), draw.one(1, 2, 2, 3), draw.one(1, 2, 10, 1000)
-    heads, size = heads_and_size(draw)
+    channels, patch_size, classes = (
+        draw.between(1, 5),
+        draw.one(1, 2, 2, 3),
+        draw.one(1, 2, 10, 1000),
+    )
+    num_heads, size = heads_and_size(draw)
     module = DiTTransformer2DModel(
-        num_attention_heads=heads,
+        num_attention_heads=num_heads,
         attention_head_dim=size,
         in_channels=channels,
         out_channels=draw.one(None, channels, 2 * channels, 2 * channels),
         num_layers=draw.between(1, 4),
-        sample_size=patch * draw.between(1, 6),
-        patch_size=patch,
+        sample_size=patch_size * draw.between(1, 6),
+        patch_size=patch_size,
         num_embeds_ada_norm=classes,
         norm_eps=draw.one(1e-5, 1e-6),
     )
@@ -78,9 +82,9 @@ def test_diffusers(number, tmp_path, record_property):
     form = draw.form()
     module = save(module, tmp_path / "theirs", form)
     check_dtypes(tmp_path / "theirs", form)
-    dit = weights.load(tmp_path / "theirs")
+    dit = pretrained.load(tmp_path / "theirs")
     values = inputs(draw, dit.shape, classes)
-    pair = Pair(of_diffusers, ours, weights.diffusers_layout, values, fixed=("t",))
+    pair = Pair(of_diffusers, ours, pretrained.diffusers_layout, values, fixed=("t",))
     errors = compare(module, dit, pair)
     errors["exported"] = compare_back(DiTTransformer2DModel, module, dit, tmp_path / "ours", pair)
     record_property("DiT, diffusers", errors)
@@ -90,10 +94,14 @@ def test_diffusers(number, tmp_path, record_property):
 def test_official(number, tmp_path, record_property):
     """Latents that are not square, MLPs of any width, and the official `.pt` files."""
     draw = Draw("official", number)
-    patch, classes, (heads, size) = draw.one(1, 2, 2, 4), draw.one(1, 3, 1000), heads_and_size(draw)
-    shape = (draw.between(1, 5), patch * draw.between(1, 6), patch * draw.between(1, 6))
-    sizes = dict(patch=patch, depth=draw.between(1, 4), width=heads * size)
-    sizes |= dict(heads=heads, learn_sigma=draw.one(False, True))
+    patch_size, classes, (num_heads, size) = (
+        draw.one(1, 2, 2, 4),
+        draw.one(1, 3, 1000),
+        heads_and_size(draw),
+    )
+    shape = (draw.between(1, 5), patch_size * draw.between(1, 6), patch_size * draw.between(1, 6))
+    sizes = dict(patch_size=patch_size, depth=draw.between(1, 4), width=num_heads * size)
+    sizes |= dict(num_heads=num_heads, learn_sigma=draw.one(False, True))
     ratio = draw.one(4.0, 2.0, 2.7)
     make = lambda: official_dit.DiT(shape, **sizes, classes=classes, ratio=ratio)
     module = randomise(make(), draw)
@@ -112,12 +120,12 @@ def test_official(number, tmp_path, record_property):
     empty = eqx.filter_eval_shape(
         models.DiT, shape, num_classes=classes, mlp_ratio=ratio, **sizes, key=jax.random.key(0)
     )
-    dit = weights.load_into(empty, tmp_path / "dit.pt")
+    dit = pretrained.load_into(empty, tmp_path / "dit.pt")
     values = inputs(draw, shape, classes)
-    pair = Pair(of_official, ours, weights.official_layout, values, fixed=("t",))
+    pair = Pair(of_official, ours, pretrained.official_layout, values, fixed=("t",))
     errors = compare(module, dit, pair)
 
-    back = weights.to_state(dit, weights.official_layout)
+    back = pretrained.to_state(dit, pretrained.official_layout)
     back = {name: torch.from_numpy(np.array(value)) for name, value in back.items()}
     again = make()
     again.load_state_dict(back)
@@ -133,8 +141,10 @@ def test_the_waves_of_all_timesteps(shift, record_property):
     timesteps = torch.arange(1000)
     theirs = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
     expected = theirs(timesteps) if shift else official_dit.waves(timesteps, 256)
-    dit = models.DiT((1, 2, 2), patch=2, depth=1, width=256, heads=1, key=jax.random.key(0))
-    dit = weights.with_diffusers_time(dit) if shift else dit
+    dit = models.DiT(
+        (1, 2, 2), patch_size=2, depth=1, width=256, num_heads=1, key=jax.random.key(0)
+    )
+    dit = pretrained.with_diffusers_time(dit) if shift else dit
     eye, zero = jnp.eye(256), jnp.zeros(256)
     layers = lambda time: [getattr(time, f"linear{n}") for n in (1, 2)]
     # The sum of the two layers' outputs undoes the silu: silu(x) - silu(-x) = x.

@@ -3,7 +3,7 @@
 import jax
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from eqxldm import weights
+from eqxldm import pretrained
 
 from harness import (
     Draw,
@@ -54,7 +54,7 @@ def check(draw, module, theirs, folder, *, context=None):
     form = draw.form()
     module = save(randomise(module, draw), folder / "theirs", form)
     check_dtypes(folder / "theirs", form)
-    unet = weights.load(folder / "theirs")
+    unet = pretrained.load(folder / "theirs")
     factor = 2 ** (len(module.config.block_out_channels) - 1)
     sides = [factor * draw.between(2, 4) for _ in range(2)]
     timestep = draw.rng.integers(0, 1000, 2)
@@ -65,7 +65,7 @@ def check(draw, module, theirs, folder, *, context=None):
         values["context"] = draw.normal(2, *context)
     if classes := module.config.num_class_embeds:
         values["label"] = draw.rng.integers(0, classes, 2)
-    pair = Pair(theirs, ours, weights.unet.diffusers_layout, values, fixed=("t",))
+    pair = Pair(theirs, ours, pretrained.unet.diffusers_layout, values, fixed=("t",))
     errors = compare(module, unet, pair)
     errors["exported"] = compare_back(type(module), module, unet, folder / "ours", pair)
     return errors
@@ -77,12 +77,12 @@ def test_condition(number, tmp_path, record_property):
     attention, options = common(draw)
     name = lambda plain, at: f"CrossAttn{plain}" if at else plain
     width = draw.between(1, 12)
-    heads = draw.one(1, 2, 4, [draw.one(1, 2, 4) for _ in attention])
+    num_heads = draw.one(1, 2, 4, [draw.one(1, 2, 4) for _ in attention])
     module = UNet2DConditionModel(
         **options,
         down_block_types=[name("DownBlock2D", at) for at in attention],
         up_block_types=[name("UpBlock2D", at) for at in reversed(attention)],
-        attention_head_dim=heads,
+        attention_head_dim=num_heads,
         cross_attention_dim=width,
         transformer_layers_per_block=draw.one(1, 1, 2) if len(attention) == 1 else 1,
         use_linear_projection=draw.one(True, False),

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from .betas import Timesteps
 from .paths import AbstractPath, Time, time_at_logsnr
-from .schedules import Timesteps
 
 Grid = Float[np.ndarray, " steps_and_one"]
 

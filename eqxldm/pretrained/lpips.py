@@ -49,8 +49,8 @@ def load_lpips(folder: str | Path) -> LPIPS:
     `vgg16-397923af.pth`, and the heads, `vgg.pth` of LPIPS 0.1. Their checksums are compared.
     Reading these needs torch, by its weights-only reader; write ours once and it does not any more:
 
-        lpips = weights.load_lpips(folder)
-        weights.save(lpips, folder / "lpips_vgg.safetensors")
+        lpips = pretrained.load_lpips(folder)
+        pretrained.save(lpips, folder / "lpips_vgg.safetensors")
 
     Every tensor is used once and every parameter is filled once, VGG16's `classifier` left out.
 
@@ -110,9 +110,9 @@ def not_in_diffusers(*_: Any, **__: Any) -> Any:
     >>> not_in_diffusers()
     Traceback (most recent call last):
     ...
-    eqxldm.weights.layout.WeightsError: diffusers has no LPIPS; write it with weights.save.
+    eqxldm.pretrained.layout.WeightsError: diffusers has no LPIPS; write it with pretrained.save.
     """
-    raise WeightsError("diffusers has no LPIPS; write it with weights.save.")
+    raise WeightsError("diffusers has no LPIPS; write it with pretrained.save.")
 
 
 def _load(folder: Path, like: LPIPS, vgg16: PublishedFile, heads: PublishedFile) -> LPIPS:
@@ -123,7 +123,8 @@ def _load(folder: Path, like: LPIPS, vgg16: PublishedFile, heads: PublishedFile)
         lines = "\n".join(f"  {file.url}\n    as {folder / file.name}" for file in absent)
         raise FileNotFoundError(
             f"LPIPS: its weights are not in {folder}. Fetch\n{lines}\n"
-            f"or put there {OURS}, written by weights.save from an LPIPS that was loaded elsewhere."
+            f"or put there {OURS}, written by pretrained.save from an LPIPS that was loaded "
+            "elsewhere."
         )
     for file in (vgg16, heads):
         _check(folder / file.name, file)

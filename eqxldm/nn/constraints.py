@@ -32,7 +32,7 @@ def tensor_axis(path: str, shape: tuple[int, ...], size: int, first: int = 0) ->
     return len(shape) + rule
 
 
-def undivided(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def replicate_activation(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """`x`, constrained to lie whole on each device that has its example: only batches are divided.
 
     Called at the boundaries of blocks, so that the compiler gathers a block's parameters and does
@@ -47,7 +47,7 @@ def undivided(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return _constrained(x, (None,) * x.ndim)
 
 
-def gathered(params: PyTree, dtype: Any) -> PyTree:
+def gather_params(params: PyTree, dtype: Any) -> PyTree:
     """A block's or a layer's weights in `dtype`, whole on each device but for their `tensor` part.
 
     Called where they are used: cast first, so that half as many bytes travel, and gathered whole,
@@ -82,7 +82,7 @@ def _constrained(x: Array, spec: tuple[str | None, ...]) -> Array:
 
 
 @jax.custom_jvp
-def apart(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def fusion_barrier(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """`x`, computed where it is made and not inside what reads it; its gradient is not affected.
 
     Between the linear layers of an MLP: a TPU's compiler otherwise makes one operation of both and
@@ -95,6 +95,6 @@ def apart(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return jax.lax.optimization_barrier(x)
 
 
-@apart.defjvp
+@fusion_barrier.defjvp
 def _apart_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return apart(*primals), tangents[0]
+    return fusion_barrier(*primals), tangents[0]

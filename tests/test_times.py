@@ -4,7 +4,7 @@ from hypothesis import given, strategies as st
 from jaxtyping import TypeCheckError
 
 import eqxldm
-from eqxldm.grids import check_times
+from eqxldm.times import check_times
 
 from helpers import ALPHA_BAR, PATHS
 

@@ -152,7 +152,7 @@ def fill(
     >>> fill(linear, own_layout(linear), {}, source="an empty file")
     Traceback (most recent call last):
     ...
-    eqxldm.weights.layout.WeightsError: an empty file does not fit Linear:
+    eqxldm.pretrained.layout.WeightsError: an empty file does not fit Linear:
       missing: weight (3, 2)
       missing: bias (3,)
     """

@@ -42,7 +42,7 @@ def with_diffusers_time(dit: DiT) -> DiT:
     """The same network and weights, but with the timestep frequencies of diffusers.
 
     >>> import jax
-    >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> with_diffusers_time(dit).time_embedding.freq_shift
     1
     """
@@ -56,7 +56,7 @@ def config(dit: DiT) -> dict[str, Any]:
     **Raises** `WeightsError` for a function that has no name here.
 
     >>> import jax
-    >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> config(dit)["width"], config(dit)["remat"]
     (16, 'dots_with_no_batch_dims_saveable')
     """
@@ -65,10 +65,10 @@ def config(dit: DiT) -> dict[str, Any]:
     norm = type(attention.query_norm) if isinstance(attention, NormedSelfAttention) else None
     return dict(
         shape=list(dit.shape),
-        patch=dit.patch,
+        patch_size=dit.patch_size,
         depth=depth,
         width=width,
-        heads=attention.qkv.heads,
+        num_heads=attention.qkv.num_heads,
         num_classes=None if table is None else table.num_classes,
         learn_sigma=_learns_sigma(dit),
         mlp_ratio=_ratio(width, hidden),
@@ -84,7 +84,7 @@ def build(config: dict[str, Any], *, key) -> DiT:
     """The module that `config` describes, with random weights.
 
     >>> import jax
-    >>> dit = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> jax.tree.structure(build(config(dit), key=jax.random.key(0))) == jax.tree.structure(dit)
     True
     """
@@ -117,13 +117,13 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
         raise WeightsError(
             "DiT: config.json has what DiT has not (in brackets): " + ", ".join(wrong)
         )
-    heads, size = given["num_attention_heads"], given["sample_size"]
+    num_heads, size = given["num_attention_heads"], given["sample_size"]
     return DiT(
         (channels, size, size),
-        patch=given["patch_size"],
+        patch_size=given["patch_size"],
         depth=given["num_layers"],
-        width=heads * given["attention_head_dim"],
-        heads=heads,
+        width=num_heads * given["attention_head_dim"],
+        num_heads=num_heads,
         num_classes=given["num_embeds_ada_norm"],
         learn_sigma=out == 2 * channels,
         freq_shift=1,
@@ -148,20 +148,20 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
         "it has no labels": ours["num_classes"] is None,
         "it has a QK-norm": ours["qk_norm"] is not None,
         f"its mlp_ratio is {ours['mlp_ratio']}, not 4": ours["mlp_ratio"] != 4,
-        "its timestep frequencies are the official ones; weights.with_diffusers_time(model) has "
+        "its timestep frequencies are the official ones; pretrained.with_diffusers_time(model) has "
         "diffusers', with slightly other outputs": ours["freq_shift"] != 1,
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         raise WeightsError("DiT: diffusers cannot hold this network: " + "; ".join(why) + ".")
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="DiTTransformer2DModel",
-        num_attention_heads=ours["heads"],
-        attention_head_dim=ours["width"] // ours["heads"],
+        num_attention_heads=ours["num_heads"],
+        attention_head_dim=ours["width"] // ours["num_heads"],
         in_channels=channels,
         out_channels=channels * (1 + ours["learn_sigma"]),
         num_layers=ours["depth"],
         sample_size=height,
-        patch_size=ours["patch"],
+        patch_size=ours["patch_size"],
         num_embeds_ada_norm=ours["num_classes"],
         norm_eps=1e-6,
     )
@@ -171,7 +171,7 @@ def official_layout(dit: DiT) -> Layout:
     """The names of the official `.pt` files; `pos_embed` is fixed.
 
     >>> import jax
-    >>> dit = DiT((4, 8, 8), patch=2, depth=2, width=16, heads=2, key=jax.random.key(0))
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, key=jax.random.key(0))
     >>> [part.name for part in official_layout(dit).leaves[".blocks.fc1.bias"]]
     ['blocks.0.mlp.fc1.bias', 'blocks.1.mlp.fc1.bias']
     """
@@ -203,7 +203,7 @@ def diffusers_layout(dit: DiT) -> Layout:
     the copies must be equal. Queries, keys and values are three tensors.
 
     >>> import jax
-    >>> dit = DiT((4, 8, 8), patch=2, depth=2, width=16, heads=2, key=jax.random.key(0))
+    >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, key=jax.random.key(0))
     >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.attention.qkv.bias"]][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
     """
@@ -270,17 +270,17 @@ def _qk_norms(dit: DiT) -> Leaves:
 
 def _patch_conv(dit: DiT) -> tuple[Callable, Callable]:
     """A strided convolution `(d, c, p, q)` to the matrix on patchify's `(c p q)` and back."""
-    channels, patch = dit.shape[0], dit.patch
+    channels, patch_size = dit.shape[0], dit.patch_size
     return (
         lambda conv: conv.reshape(conv.shape[0], -1),
-        lambda matrix: matrix.reshape(-1, channels, patch, patch),
+        lambda matrix: matrix.reshape(-1, channels, patch_size, patch_size),
     )
 
 
 def _positions(dit: DiT) -> np.ndarray:
     _, height, wide = dit.shape
     width = dit.blocks.fc1.weight.shape[-1]
-    table = sincos_positions(height // dit.patch, wide // dit.patch, width)
+    table = sincos_positions(height // dit.patch_size, wide // dit.patch_size, width)
     return table.astype(np.float32)[None]
 
 

@@ -13,8 +13,8 @@ import equinox as eqx
 import jax
 import pytest
 
-from eqxldm import models, weights
-from eqxldm.weights.layout import tensor_shapes
+from eqxldm import models, pretrained
+from eqxldm.pretrained.layout import tensor_shapes
 
 
 class Published(NamedTuple):
@@ -29,19 +29,19 @@ class Published(NamedTuple):
 PUBLISHED = {
     "dit_xl_2": Published(
         lambda key: models.dit_xl_2((4, 32, 32), key=key),
-        weights.diffusers_layout,
+        pretrained.diffusers_layout,
         "dit_xl_2",
         674_834_720,
     ),
     "sd_vae": Published(
         lambda key: models.kl_f8(key=key),
-        weights.autoencoder.diffusers_layout,
+        pretrained.autoencoder.diffusers_layout,
         "sd_vae",
         83_653_863,
     ),
     "sd_unet": Published(
         lambda key: models.unet_sd1(key=key),
-        weights.unet.diffusers_layout,
+        pretrained.unet.diffusers_layout,
         "sd_unet",
         859_520_964,
     ),
@@ -101,7 +101,7 @@ def test_the_official_names_of_dit_xl_2():
     expected |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
     expected["y_embedder.embedding_table.weight"] = (1001, width)
     model = shapes_of(PUBLISHED["dit_xl_2"])
-    layout = weights.official_layout(model)
+    layout = pretrained.official_layout(model)
     assert tensor_shapes(model, layout) == expected
     fixed = {name: value().shape for name, value in layout.fixed.items()}
     assert fixed == {"pos_embed": (1, 256, width)}

@@ -9,7 +9,7 @@ from ..models import UNet
 from ..models.unet import UNetLevel
 from ..nn.linear import Linear
 from ..nn.resnet import AttentionBlock
-from ..nn.transformer import SpatialTransformer, TransformerBlock
+from ..nn.spatial_transformer import SpatialTransformer, TransformerBlock
 from .layout import Layout, Part, WeightsError
 from .options import ATTENTION, label_table, name_of, policies
 from .parts import (
@@ -87,7 +87,7 @@ def config(unet: UNet) -> dict[str, Any]:
         attention_levels=[bool(level.attentions) for level in levels],
         middle_attention=bool(unet.middle.attentions),
         context_size=unet.context_size,
-        heads=[_heads(level.attentions[0]) if level.attentions else middle for level in levels],
+        num_heads=[_heads(level.attentions[0]) if level.attentions else middle for level in levels],
         transformer_depth=len(transformer.blocks) if transformer else 1,
         linear_projection=isinstance(transformer.proj_in, Linear) if transformer else False,
         num_classes=None if table is None else table.num_classes,
@@ -113,7 +113,7 @@ def build(config: dict[str, Any], *, key) -> UNet:
     True
     """
     options = dict(config)
-    for name in ("channels", "attention_levels", "heads", "downsample_padding"):
+    for name in ("channels", "attention_levels", "num_heads", "downsample_padding"):
         options[name] = tuple(options[name])
     options["attention"] = ATTENTION[options["attention"]]
     options["remat"] = policies()[options["remat"]]
@@ -169,7 +169,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
         attention_levels=attention,
         middle_attention=crossed or given["add_attention"],
         context_size=given["cross_attention_dim"] if crossed else None,
-        heads=_given_heads(given["attention_head_dim"], channels, crossed),
+        num_heads=_given_heads(given["attention_head_dim"], channels, crossed),
         transformer_depth=given["transformer_layers_per_block"] if crossed else 1,
         linear_projection=crossed and given["use_linear_projection"],
         num_classes=given["num_class_embeds"],
@@ -198,11 +198,17 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
     ['DownBlock2D', 'AttnDownBlock2D']
     """
     ours = config(unet)
-    crossed, heads, channels = ours["context_size"] is not None, ours["heads"], ours["channels"]
-    levels = zip(channels, heads, ours["attention_levels"], strict=True)
+    crossed, num_heads, channels = (
+        ours["context_size"] is not None,
+        ours["num_heads"],
+        ours["channels"],
+    )
+    levels = zip(channels, num_heads, ours["attention_levels"], strict=True)
     sizes = {width // n for width, n, at in levels if at}
-    sizes |= {channels[-1] // heads[-1]} if ours["middle_attention"] else set()
-    sizes = set() if len(sizes) > 1 and set(heads) == {1} else sizes  # None there: one head each
+    sizes |= {channels[-1] // num_heads[-1]} if ours["middle_attention"] else set()
+    sizes = (
+        set() if len(sizes) > 1 and set(num_heads) == {1} else sizes
+    )  # None there: one head each
     padding = tuple(ours["downsample_padding"])
     reasons = {
         f"its downsample_padding is {padding}, not (1, 1) or (0, 1)": (
@@ -242,7 +248,7 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
         )
     return CONDITION_DEFAULTS | dict(
         _class_name="UNet2DConditionModel",
-        attention_head_dim=heads,  # the number of heads, in spite of its name
+        attention_head_dim=num_heads,  # the number of heads, in spite of its name
         cross_attention_dim=ours["context_size"],
         transformer_layers_per_block=ours["transformer_depth"],
         use_linear_projection=ours["linear_projection"],
@@ -331,9 +337,9 @@ def _width(level: UNetLevel) -> int:
 
 def _heads(block: AttentionBlock | SpatialTransformer) -> int:
     return (
-        block.heads
+        block.num_heads
         if isinstance(block, AttentionBlock)
-        else block.blocks[0].self_attention.qkv.heads
+        else block.blocks[0].self_attention.qkv.num_heads
     )
 
 

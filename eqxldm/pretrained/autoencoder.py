@@ -38,7 +38,7 @@ def config(ae: AutoencoderKL) -> dict[str, Any]:
         channels=[level[0].conv2.weight.shape[-1] for level in encoder.levels],
         blocks=_resnets(encoder.levels[0]),
         decoder_blocks=_resnets(decoder.levels[0]),
-        patch=encoder.patch,
+        patch_size=encoder.patch_size,
         groups=encoder.norm.groups,
         attention=len(encoder.middle) == 3,
         attention_levels=[len(level) > _resnets(level) for level in encoder.levels],
@@ -126,7 +126,7 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
     ours = config(ae)
     blocks, decoder_blocks = ours["blocks"], ours["decoder_blocks"]
     reasons = {
-        f"its patch is {ours['patch']}, not 1": ours["patch"] != 1,
+        f"its patch is {ours['patch_size']}, not 1": ours["patch_size"] != 1,
         f"its decoder has {decoder_blocks} blocks a level, not {blocks + 1}": (
             decoder_blocks != blocks + 1
         ),

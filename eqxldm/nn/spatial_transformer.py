@@ -16,9 +16,10 @@ class TransformerBlock(eqx.Module):
 
     The MLP is gated (Shazeer 2020): `W2 (a gelu(g)) + b2` with `(a, g) = W1 x + b1`, both `4 d`.
 
-    **Arguments**: `width` of the tokens, a multiple of `heads`; `context_size` is the context's.
+    **Arguments**: `width` of the tokens, a multiple of `num_heads`; `context_size` of the
+    context.
 
-    >>> block = TransformerBlock(8, 6, heads=2, key=jax.random.key(0))
+    >>> block = TransformerBlock(8, 6, num_heads=2, key=jax.random.key(0))
     >>> block(jnp.ones((5, 8)), jnp.ones((3, 6))).shape
     (5, 8)
     """
@@ -32,15 +33,15 @@ class TransformerBlock(eqx.Module):
     fc2: Linear
 
     def __init__(
-        self, width: int, context_size: int, *, heads: int, attention: Attention = attend, key
+        self, width: int, context_size: int, *, num_heads: int, attention: Attention = attend, key
     ):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
         self.self_attention = SelfAttention(
-            width, heads, attention=attention, qkv_bias=False, key=k1
+            width, num_heads, attention=attention, qkv_bias=False, key=k1
         )
         self.cross_attention = CrossAttention(
-            width, context_size, heads=heads, attention=attention, key=k2
+            width, context_size, num_heads=num_heads, attention=attention, key=k2
         )
         self.fc1 = Linear(width, 8 * width, key=k3)
         self.fc2 = Linear(4 * width, width, key=k4)
@@ -62,7 +63,7 @@ class SpatialTransformer(eqx.Module):
     **Arguments**: `depth` is the number of blocks; `linear` makes the two maps `Linear`, else
     they are 1 x 1 convolutions: the same function, stored otherwise (Stable Diffusion 2 and 1).
 
-    >>> block = SpatialTransformer(8, 6, heads=2, groups=4, key=jax.random.key(0))
+    >>> block = SpatialTransformer(8, 6, num_heads=2, groups=4, key=jax.random.key(0))
     >>> block(jnp.ones((4, 4, 8)), jnp.ones((3, 6))).shape
     (4, 4, 8)
     """
@@ -77,7 +78,7 @@ class SpatialTransformer(eqx.Module):
         channels: int,
         context_size: int,
         *,
-        heads: int,
+        num_heads: int,
         depth: int = 1,
         groups: int = 32,
         linear: bool = False,
@@ -87,7 +88,9 @@ class SpatialTransformer(eqx.Module):
         k1, k2, k3 = jax.random.split(key, 3)
         self.norm = GroupNorm(channels, groups, 1e-6)
         self.blocks = [
-            TransformerBlock(channels, context_size, heads=heads, attention=attention, key=k)
+            TransformerBlock(
+                channels, context_size, num_heads=num_heads, attention=attention, key=k
+            )
             for k in jax.random.split(k2, depth)
         ]
         if linear:

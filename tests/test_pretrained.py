@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import safetensors
 
-from eqxldm import weights
+from eqxldm import pretrained
 from eqxldm.models import DiT, PatchDiscriminator, dit_xl_2, kl_f8
 from eqxldm.nn import Linear, RMSNorm, patchify, sincos_positions
-from eqxldm.weights.files import WEIGHTS, open_safetensors, write_safetensors
-from eqxldm.weights.layout import array_leaves, own_layout, tensor_shapes
+from eqxldm.pretrained.files import WEIGHTS, open_safetensors, write_safetensors
+from eqxldm.pretrained.layout import array_leaves, own_layout, tensor_shapes
 
 from helpers import perturbed, reference, relative_error, small_autoencoder
 
@@ -53,7 +53,7 @@ def changed(tensors, **changes):
 
 
 def tiny(**changes):
-    sizes = dict(patch=2, depth=2, width=16, heads=2, num_classes=3)
+    sizes = dict(patch_size=2, depth=2, width=16, num_heads=2, num_classes=3)
     return perturbed(DiT((3, 8, 8), **{**sizes, **changes}, key=jax.random.key(0)))
 
 
@@ -74,12 +74,12 @@ def forward(model, x):
 
 
 def test_forward_and_gradients_equal_those_of_diffusers(tmp_path):
-    dit = weights.load(write_folder(tmp_path / "dit"))
+    dit = pretrained.load(write_folder(tmp_path / "dit"))
     x = jnp.asarray(VALUES["x"])
     loss = lambda model_and_x: jnp.sum(forward(*model_and_x) * VALUES["probe"])
     assert relative_error(forward(dit, x), VALUES["out"]) < 2e-5
     gradient, gradient_x = eqx.filter_grad(loss)((dit, x))
-    found = {"x": gradient_x, **weights.to_state(gradient, weights.diffusers_layout)}
+    found = {"x": gradient_x, **pretrained.to_state(gradient, pretrained.diffusers_layout)}
     expected = {n.removeprefix("gradient/"): g for n, g in VALUES.items() if "gradient/" in n}
     assert len(expected) == 4
     for name, value in expected.items():
@@ -88,14 +88,14 @@ def test_forward_and_gradients_equal_those_of_diffusers(tmp_path):
 
 def test_read_into_a_made_model_the_frequencies_are_the_official_ones(tmp_path):
     folder = write_folder(tmp_path / "dit")
-    theirs = weights.load(folder)
-    ours = weights.load_into(
-        DiT((3, 8, 8), patch=2, depth=2, width=24, heads=3, num_classes=5, learn_sigma=True,
-            key=jax.random.key(0)),
+    theirs = pretrained.load(folder)
+    ours = pretrained.load_into(
+        DiT((3, 8, 8), patch_size=2, depth=2, width=24, num_heads=3, num_classes=5,
+            learn_sigma=True, key=jax.random.key(0)),
         folder,
     )  # fmt: skip
     assert ours.time_embedding.freq_shift == 0 and theirs.time_embedding.freq_shift == 1
-    assert equal(weights.with_diffusers_time(ours), theirs)
+    assert equal(pretrained.with_diffusers_time(ours), theirs)
     out = forward(ours, jnp.asarray(VALUES["x"]))
     assert relative_error(out, VALUES["official"]) < 2e-5
     assert relative_error(out, VALUES["out"]) > 1e-2
@@ -107,7 +107,7 @@ MODELS = {
     "labels": dict(),
     "sigma": dict(learn_sigma=True, num_classes=1),
     "no labels": dict(num_classes=None),
-    "options": dict(mlp_ratio=2.7, qk_norm=RMSNorm, remat=None, unroll=2, patch=4),
+    "options": dict(mlp_ratio=2.7, qk_norm=RMSNorm, remat=None, unroll=2, patch_size=4),
     "policy": dict(remat=jax.checkpoint_policies.nothing_saveable, unroll=True),
 }
 each_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
@@ -115,9 +115,9 @@ each_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 
 @each_model
 def test_our_files_give_back_the_identical_module(changes, tmp_path):
-    for model in (tiny(**changes), weights.with_diffusers_time(tiny(**changes))):
-        weights.save(model, tmp_path / "a.safetensors")
-        assert equal(weights.load(tmp_path / "a.safetensors"), model)
+    for model in (tiny(**changes), pretrained.with_diffusers_time(tiny(**changes))):
+        pretrained.save(model, tmp_path / "a.safetensors")
+        assert equal(pretrained.load(tmp_path / "a.safetensors"), model)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o400
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -125,24 +125,24 @@ def test_our_files_give_back_the_identical_module(changes, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_other_dtypes(dtype, tmp_path):
     model = jax.tree.map(lambda x: x.astype(dtype), tiny())
-    weights.save(model, tmp_path / "a.safetensors")
-    assert equal(weights.load(tmp_path / "a.safetensors", dtype=None), model)
-    assert equal(weights.load(tmp_path / "a.safetensors", dtype=dtype), model)
+    pretrained.save(model, tmp_path / "a.safetensors")
+    assert equal(pretrained.load(tmp_path / "a.safetensors", dtype=None), model)
+    assert equal(pretrained.load(tmp_path / "a.safetensors", dtype=dtype), model)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), model)
-    assert equal(weights.load(tmp_path / "a.safetensors"), wide)
+    assert equal(pretrained.load(tmp_path / "a.safetensors"), wide)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_diffusers_files_of_other_dtypes(dtype, tmp_path):
     tensors = {n: t.astype(dtype) for n, t in WEIGHTS_OF_DIFFUSERS.items()}
-    dit = weights.load(write_folder(tmp_path / "dit", tensors=tensors))
+    dit = pretrained.load(write_folder(tmp_path / "dit", tensors=tensors))
     exact = {n: t.astype(np.float32) for n, t in tensors.items()}
-    assert equal(dit, weights.load(write_folder(tmp_path / "exact", tensors=exact)))
-    half = weights.load(tmp_path / "dit", dtype=jnp.bfloat16)
+    assert equal(dit, pretrained.load(write_folder(tmp_path / "exact", tensors=exact)))
+    half = pretrained.load(tmp_path / "dit", dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("layout", [weights.official_layout, weights.diffusers_layout])
+@pytest.mark.parametrize("layout", [pretrained.official_layout, pretrained.diffusers_layout])
 def test_every_layout_uses_each_number_once(layout):
     """Every number of a model is different, and each is found once in the tensors, and back."""
     model = tiny(learn_sigma=True)
@@ -153,35 +153,35 @@ def test_every_layout_uses_each_number_once(layout):
         treedef, [n.reshape(leaf.shape) for n, leaf in zip(numbers, leaves, strict=True)]
     )
     table = layout(numbered)
-    state = weights.to_state(numbered, layout)
+    state = pretrained.to_state(numbered, layout)
     copies = {c for parts in table.leaves.values() for p in parts for c in p.copies}
     once = [t.ravel() for n, t in state.items() if n not in copies and n not in table.fixed]
     assert Counter(np.concatenate(once).tolist()) == Counter(range(sizes[-1]))
-    assert equal(weights.load_state(model, state), jax.tree.map(jnp.asarray, numbered))
+    assert equal(pretrained.load_state(model, state), jax.tree.map(jnp.asarray, numbered))
 
 
 def test_official_names_with_qk_norm_and_without_labels():
     for model in (tiny(qk_norm=RMSNorm), tiny(num_classes=None)):
-        state = weights.to_state(model, weights.official_layout)
+        state = pretrained.to_state(model, pretrained.official_layout)
         assert ("blocks.1.attn.q_norm.weight" in state) != ("y_embedder" not in str(state.keys()))
-        assert equal(weights.load_state(model, state), model)
+        assert equal(pretrained.load_state(model, state), model)
 
 
 def test_an_exported_folder_has_the_names_and_shapes_of_diffusers(tmp_path):
     config = {**CONFIG, "norm_eps": 1e-6}
-    model = perturbed(weights.load(write_folder(tmp_path / "in")))
-    weights.export(model, tmp_path / "out")
+    model = perturbed(pretrained.load(write_folder(tmp_path / "in")))
+    pretrained.export(model, tmp_path / "out")
     tensors, header = open_safetensors(tmp_path / "out" / FILE)
     expected = {name: tensor.shape for name, tensor in WEIGHTS_OF_DIFFUSERS.items()}
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected
     assert header["format"] == "pt"  # without it diffusers refuses the file
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {k: config[k] for k in written} == written
-    assert equal(weights.load(tmp_path / "out"), model)
+    assert equal(pretrained.load(tmp_path / "out"), model)
 
 
 def test_sharded_files(tmp_path):
-    whole = weights.load(write_folder(tmp_path / "dit"))
+    whole = pretrained.load(write_folder(tmp_path / "dit"))
     folder, names = tmp_path / "sharded", sorted(WEIGHTS_OF_DIFFUSERS)
     folder.mkdir()
     shutil.copy(tmp_path / "dit" / "config.json", folder)
@@ -191,10 +191,10 @@ def test_sharded_files(tmp_path):
     index = {name: file for file, held in files.items() for name in held}
     where = folder / f"{WEIGHTS}.safetensors.index.json"
     where.write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    assert equal(weights.load(folder), whole)
+    assert equal(pretrained.load(folder), whole)
     (folder / "part1.safetensors").unlink()
-    with pytest.raises(weights.WeightsError, match=r"files that are not there: part1\.safeten"):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match=r"files that are not there: part1\.safeten"):
+        pretrained.load(folder)
     moved = {**index, names[0]: "part2.safetensors", names[1]: "part2.safetensors"}
     write_safetensors(
         folder / "part1.safetensors",
@@ -202,13 +202,13 @@ def test_sharded_files(tmp_path):
         {},
     )
     where.write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(weights.WeightsError) as error:
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError) as error:
+        pretrained.load(folder)
     assert f"{names[0]} is not in part2" in str(error.value)
     assert f"{names[1]} is in part1.safetensors unnamed" in str(error.value)
     where.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    with pytest.raises(weights.WeightsError, match="outside its folder"):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match="outside its folder"):
+        pretrained.load(folder)
 
 
 def test_each_leaf_is_placed_with_its_sharding(tmp_path):
@@ -220,8 +220,8 @@ def test_each_leaf_is_placed_with_its_sharding(tmp_path):
         asked[path] = jax.NamedSharding(mesh, jax.P(*axes))
         return asked[path]
 
-    weights.save(model, tmp_path / "a.safetensors")
-    loaded = weights.load(tmp_path / "a.safetensors", sharding=rule)
+    pretrained.save(model, tmp_path / "a.safetensors")
+    loaded = pretrained.load(tmp_path / "a.safetensors", sharding=rule)
     leaves = array_leaves(loaded)
     assert asked.keys() == leaves.keys()
     assert all(leaf.sharding == asked[path] for path, leaf in leaves.items())
@@ -231,13 +231,13 @@ def test_each_leaf_is_placed_with_its_sharding(tmp_path):
 # The published names.
 
 
-def official_shapes(depth, width, patch, channels, classes, tokens):
+def official_shapes(depth, width, patch_size, channels, classes, tokens):
     """The state dict of the official DiT with learned sigma, written out by its pattern."""
     pairs = {
-        "x_embedder.proj": (width, channels, patch, patch),
+        "x_embedder.proj": (width, channels, patch_size, patch_size),
         "t_embedder.mlp.0": (width, 256),
         "t_embedder.mlp.2": (width, width),
-        "final_layer.linear": (patch * patch * 2 * channels, width),
+        "final_layer.linear": (patch_size * patch_size * 2 * channels, width),
         "final_layer.adaLN_modulation.1": (2 * width, width),
     }
     for i in range(depth):
@@ -256,19 +256,19 @@ def official_shapes(depth, width, patch, channels, classes, tokens):
 
 def test_every_name_of_the_full_dit_xl_2():
     dit = eqx.filter_eval_shape(dit_xl_2, (4, 32, 32), key=jax.random.key(0))
-    layout = weights.official_layout(dit)
+    layout = pretrained.official_layout(dit)
     trainable, fixed = official_shapes(28, 1152, 2, 4, 1000, 256)
     assert tensor_shapes(dit, layout) == trainable
     assert {name: value().shape for name, value in layout.fixed.items()} == fixed
     count = lambda shapes: sum(int(np.prod(shape)) for shape in shapes.values())
     assert (count(trainable), count(trainable | fixed)) == (674_834_720, 675_129_632)
     assert len(trainable) + len(fixed) == 292
-    assert len(tensor_shapes(dit, weights.diffusers_layout(dit))) == 28 * 19 + 6
+    assert len(tensor_shapes(dit, pretrained.diffusers_layout(dit))) == 28 * 19 + 6
 
 
 def test_the_patch_embedding_is_the_published_convolution(key):
     model = tiny()
-    state = weights.to_state(model, weights.official_layout)
+    state = pretrained.to_state(model, pretrained.official_layout)
     x = jax.random.normal(key, model.shape)
     conv = jax.lax.conv_general_dilated(
         x[None], state["x_embedder.proj.weight"], (2, 2), "VALID",
@@ -308,7 +308,9 @@ def state_of_diffusers(name):
 
 
 def tiny_autoencoder(**changes):
-    return perturbed(weights.autoencoder.from_diffusers(TINY_SD | changes, key=jax.random.key(0)))
+    return perturbed(
+        pretrained.autoencoder.from_diffusers(TINY_SD | changes, key=jax.random.key(0))
+    )
 
 
 AUTOENCODERS = {
@@ -329,20 +331,20 @@ each_autoencoder = pytest.mark.parametrize(
 @each_autoencoder
 def test_autoencoders_come_back_identical_from_both_formats(changes, tmp_path):
     ae = tiny_autoencoder(**changes)
-    weights.save(ae, tmp_path / "a.safetensors")
-    assert equal(weights.load(tmp_path / "a.safetensors"), ae)
-    weights.export(ae, tmp_path / "out")
+    pretrained.save(ae, tmp_path / "a.safetensors")
+    assert equal(pretrained.load(tmp_path / "a.safetensors"), ae)
+    pretrained.export(ae, tmp_path / "out")
     if "latents_std" not in changes:
-        assert equal(weights.load(tmp_path / "out"), ae)
+        assert equal(pretrained.load(tmp_path / "out"), ae)
     else:  # the scale is written as 1 / std
-        again = weights.load(tmp_path / "out")
+        again = pretrained.load(tmp_path / "out")
         np.testing.assert_allclose(again.scale, ae.scale)
         assert again.shift == ae.shift == (0.0, 1.0, 2.0, -1.0)
 
 
 def test_attention_in_a_level_of_the_autoencoder_has_diffusers_names():
     ae = tiny_autoencoder(**AUTOENCODERS["attention"])
-    names = tensor_shapes(ae, weights.autoencoder.diffusers_layout(ae))
+    names = tensor_shapes(ae, pretrained.autoencoder.diffusers_layout(ae))
     assert {n for n in names if "attentions" in n and n.endswith("group_norm.bias")} == {
         f"{half}.attentions.{i}.group_norm.bias"
         for half, n in [
@@ -354,11 +356,13 @@ def test_attention_in_a_level_of_the_autoencoder_has_diffusers_names():
 
 
 def test_an_autoencoder_of_our_own_sizes(tmp_path):
-    ae = small_autoencoder(patch=2, attention=True).with_latent_stats((0.1, 0.2), (3.0, 4.0))
-    weights.save(ae, tmp_path / "a.safetensors")
-    assert equal(weights.load(tmp_path / "a.safetensors"), ae)
-    with pytest.raises(weights.WeightsError, match="patch is 2, not 1; its decoder has 1 blocks"):
-        weights.export(ae, tmp_path / "out")
+    ae = small_autoencoder(patch_size=2, attention=True).with_latent_stats((0.1, 0.2), (3.0, 4.0))
+    pretrained.save(ae, tmp_path / "a.safetensors")
+    assert equal(pretrained.load(tmp_path / "a.safetensors"), ae)
+    with pytest.raises(
+        pretrained.WeightsError, match="patch is 2, not 1; its decoder has 1 blocks"
+    ):
+        pretrained.export(ae, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name, channels, blocks, groups, quant", [
@@ -373,7 +377,7 @@ def test_autoencoder_weights_of_diffusers(name, channels, blocks, groups, quant,
         norm_num_groups=groups, use_quant_conv=quant, use_post_quant_conv=quant,
         mid_block_add_attention=quant, **levels(len(channels)),
     )  # fmt: skip
-    ae = weights.load(write_folder(tmp_path / "new", config=config, tensors=state))
+    ae = pretrained.load(write_folder(tmp_path / "new", config=config, tensors=state))
     file = reference(f"autoencoder_{name}")
     posterior = eqx.filter_jit(lambda ae, x: ae.posterior(x))(ae, jnp.asarray(file["x"]))
     assert relative_error(posterior.mean, np.split(file["moments"], 2)[0]) < 2e-5
@@ -384,24 +388,26 @@ def test_autoencoder_weights_of_diffusers(name, channels, blocks, groups, quant,
             key = key.replace(new, name_then)
         renamed[key] = value
     assert (renamed.keys() != state.keys()) == quant
-    assert equal(weights.load(write_folder(tmp_path / "old", config=config, tensors=renamed)), ae)
-    weights.export(ae, tmp_path / "out")
+    assert equal(
+        pretrained.load(write_folder(tmp_path / "old", config=config, tensors=renamed)), ae
+    )
+    pretrained.export(ae, tmp_path / "out")
     tensors, _ = open_safetensors(tmp_path / "out" / FILE)
     assert tensors.keys() == state.keys()
     assert all(np.array_equal(tensors[n].read(), state[n]) for n in state)
     if quant:  # both names of one tensor: one of them is too many
         both = state | {k: v for k, v in renamed.items() if "query.weight" in k}
-        with pytest.raises(weights.WeightsError, match=r"unexpected: encoder.*query\.weight"):
-            weights.load_state(ae, both)
+        with pytest.raises(pretrained.WeightsError, match=r"unexpected: encoder.*query\.weight"):
+            pretrained.load_state(ae, both)
 
 
 def test_every_name_of_the_full_stable_diffusion_autoencoder():
-    make = lambda key: weights.autoencoder.from_diffusers(SD_CONFIG, key=key)
+    make = lambda key: pretrained.autoencoder.from_diffusers(SD_CONFIG, key=key)
     ae = eqx.filter_eval_shape(make, jax.random.key(0))
     assert jax.tree.structure(ae) == jax.tree.structure(
         eqx.filter_eval_shape(kl_f8, key=jax.random.key(0))
     )
-    shapes = tensor_shapes(ae, weights.autoencoder.diffusers_layout(ae))
+    shapes = tensor_shapes(ae, pretrained.autoencoder.diffusers_layout(ae))
     assert len(shapes) == 248
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == 83_653_863
     assert shapes["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)
@@ -424,8 +430,8 @@ def test_every_name_of_the_full_stable_diffusion_autoencoder():
     ],
 )
 def test_autoencoder_options_that_the_network_does_not_have(change, message, tmp_path):
-    with pytest.raises(weights.WeightsError, match=message):
-        weights.load(write_folder(tmp_path / "ae", config=TINY_SD | change))
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.load(write_folder(tmp_path / "ae", config=TINY_SD | change))
 
 
 # What is not a parameter.
@@ -434,16 +440,16 @@ def test_autoencoder_options_that_the_network_does_not_have(change, message, tmp
 def test_a_position_table_is_compared_and_not_loaded(tmp_path):
     table = sincos_positions(4, 4, 24).astype(np.float32)[None]
     with_table = changed(WEIGHTS_OF_DIFFUSERS, **{"pos_embed.pos_embed": table})
-    dit = weights.load(write_folder(tmp_path / "dit", tensors=with_table))
-    assert equal(dit, weights.load(write_folder(tmp_path / "without")))
+    dit = pretrained.load(write_folder(tmp_path / "dit", tensors=with_table))
+    assert equal(dit, pretrained.load(write_folder(tmp_path / "without")))
     wrong = changed(WEIGHTS_OF_DIFFUSERS, **{"pos_embed.pos_embed": table + 1e-3})
-    with pytest.raises(weights.WeightsError, match=r"not the constant .* pos_embed.pos_embed"):
-        weights.load(write_folder(tmp_path / "wrong", tensors=wrong))
+    with pytest.raises(pretrained.WeightsError, match=r"not the constant .* pos_embed.pos_embed"):
+        pretrained.load(write_folder(tmp_path / "wrong", tensors=wrong))
     model = tiny()
-    state = weights.to_state(model, weights.official_layout)
-    assert equal(weights.load_state(model, changed(state, pos_embed=None)), model)
-    with pytest.raises(weights.WeightsError, match=r"not the constant of .*: pos_embed"):
-        weights.load_state(model, changed(state, pos_embed=state["pos_embed"][:, :-1]))
+    state = pretrained.to_state(model, pretrained.official_layout)
+    assert equal(pretrained.load_state(model, changed(state, pos_embed=None)), model)
+    with pytest.raises(pretrained.WeightsError, match=r"not the constant of .*: pos_embed"):
+        pretrained.load_state(model, changed(state, pos_embed=state["pos_embed"][:, :-1]))
 
 
 def test_copies_that_differ_are_all_listed(tmp_path):
@@ -453,8 +459,8 @@ def test_copies_that_differ_are_all_listed(tmp_path):
         name.format("class_embedder.embedding_table.weight"),
     )
     tensors = {n: t + 1 if n in (one, two) else t for n, t in WEIGHTS_OF_DIFFUSERS.items()}
-    with pytest.raises(weights.WeightsError) as error:
-        weights.load(write_folder(tmp_path / "dit", tensors=tensors))
+    with pytest.raises(pretrained.WeightsError) as error:
+        pretrained.load(write_folder(tmp_path / "dit", tensors=tensors))
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and all(f"must be equal: {n}" in str(error.value) for n in (one, two))
 
@@ -476,8 +482,8 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "dit", tensors=broken)
     # It is found out from the header, before anything is put on a device.
     monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("allocated"))
-    with pytest.raises(weights.WeightsError) as error:
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError) as error:
+        pretrained.load(folder)
     assert str(error.value).splitlines() == [
         f"{folder} does not fit DiT:",
         "  missing: transformer_blocks.1.ff.net.2.weight (24, 96)",
@@ -490,26 +496,30 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, monkeypatch):
 
 def test_a_folder_without_config_and_unknown_architectures(tmp_path):
     folder = write_folder(tmp_path / "dit")
-    with pytest.raises(weights.WeightsError, match=r"has no config.json.* its folders: dit"):
-        weights.load(tmp_path)
+    with pytest.raises(pretrained.WeightsError, match=r"has no config.json.* its folders: dit"):
+        pretrained.load(tmp_path)
     (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(weights.WeightsError, match="unknown architecture 'FluxTransformer2DModel'"):
-        weights.load(folder)
+    with pytest.raises(
+        pretrained.WeightsError, match="unknown architecture 'FluxTransformer2DModel'"
+    ):
+        pretrained.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(weights.WeightsError, match=r"config\.json is not JSON"):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match=r"config\.json is not JSON"):
+        pretrained.load(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(weights.WeightsError, match="must hold a JSON object"):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match="must hold a JSON object"):
+        pretrained.load(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / FILE).unlink()
-    with pytest.raises(weights.WeightsError, match="holds no weights; looked for diffusion_py"):
-        weights.load(folder)
+    with pytest.raises(pretrained.WeightsError, match="holds no weights; looked for diffusion_py"):
+        pretrained.load(folder)
 
 
 def test_sizes_that_do_not_go_together(tmp_path):
-    with pytest.raises(weights.WeightsError, match=r"no model can .* 9 x 9 input does not divide"):
-        weights.load(write_folder(tmp_path / "dit", config=CONFIG | {"sample_size": 9}))
+    with pytest.raises(
+        pretrained.WeightsError, match=r"no model can .* 9 x 9 input does not divide"
+    ):
+        pretrained.load(write_folder(tmp_path / "dit", config=CONFIG | {"sample_size": 9}))
 
 
 @pytest.mark.parametrize(
@@ -522,13 +532,13 @@ def test_sizes_that_do_not_go_together(tmp_path):
     ],
 )
 def test_options_that_the_network_does_not_have(change, message, tmp_path):
-    with pytest.raises(weights.WeightsError, match=message):
-        weights.load(write_folder(tmp_path / "dit", config=CONFIG | change))
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.load(write_folder(tmp_path / "dit", config=CONFIG | change))
 
 
 def test_the_old_class_name_of_diffusers(tmp_path):
     old = write_folder(tmp_path / "old", config=CONFIG | {"_class_name": "Transformer2DModel"})
-    assert equal(weights.load(old), weights.load(write_folder(tmp_path / "new")))
+    assert equal(pretrained.load(old), pretrained.load(write_folder(tmp_path / "new")))
 
 
 def damage_truncated(data):
@@ -556,11 +566,11 @@ def damage_pointer(data):
 )
 def test_damaged_files(damage, tmp_path):
     path = tmp_path / "a.safetensors"
-    weights.save(tiny(), path)
+    pretrained.save(tiny(), path)
     path.write_bytes(damage(path.read_bytes()))
     message = r"a\.safetensors is truncated or not a safetensors file"
-    for call in (weights.load, lambda path: weights.load_into(tiny(), path)):
-        with pytest.raises(weights.WeightsError, match=message) as error:
+    for call in (pretrained.load, lambda path: pretrained.load_into(tiny(), path)):
+        with pytest.raises(pretrained.WeightsError, match=message) as error:
             call(path)
     assert ("Git LFS" in str(error.value)) == (damage is damage_pointer)
 
@@ -568,20 +578,22 @@ def test_damaged_files(damage, tmp_path):
 def test_paths_that_are_not_there(tmp_path):
     for name in ("none", "none.safetensors"):
         with pytest.raises(FileNotFoundError, match=name):
-            weights.load(tmp_path / name)
+            pretrained.load(tmp_path / name)
     for name in ("none.safetensors", "none.pt", "none"):
         with pytest.raises(FileNotFoundError, match=name):
-            weights.load_into(tiny(), tmp_path / name)
+            pretrained.load_into(tiny(), tmp_path / name)
 
 
 def test_a_pt_file_without_torch_and_without_a_model(tmp_path, monkeypatch):
     path = tmp_path / "DiT.pt"
     path.write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(weights.WeightsError, match=r"torch is not installed. Run `pip install tor"):
-        weights.load_into(tiny(), path)
-    with pytest.raises(weights.WeightsError, match="does not say what the model is"):
-        weights.load(path)
+    with pytest.raises(
+        pretrained.WeightsError, match=r"torch is not installed. Run `pip install tor"
+    ):
+        pretrained.load_into(tiny(), path)
+    with pytest.raises(pretrained.WeightsError, match="does not say what the model is"):
+        pretrained.load(path)
 
 
 class Code:
@@ -592,56 +604,62 @@ class Code:
 def test_pt_files_are_read_and_their_code_is_not_run(tmp_path):
     torch = pytest.importorskip("torch")
     model, path = tiny(), tmp_path / "DiT.pt"
-    state = weights.to_state(model, weights.official_layout)
+    state = pretrained.to_state(model, pretrained.official_layout)
     state = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     options = argparse.Namespace(lr=1e-4)
     other = {name: tensor + 1 for name, tensor in state.items()}
     for content in (state, {"ema": state, "model": other, "opt": {}, "args": options}):
         torch.save(content, path)
-        assert equal(weights.load_into(model, path), model)
+        assert equal(pretrained.load_into(model, path), model)
     torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, path)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    assert equal(weights.load_into(model, path, dtype=None), half)
+    assert equal(pretrained.load_into(model, path, dtype=None), half)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(weights.WeightsError, match="is truncated, or holds something else"):
-        weights.load_into(model, path)
+    with pytest.raises(pretrained.WeightsError, match="is truncated, or holds something else"):
+        pretrained.load_into(model, path)
     torch.save({**state, "more": Code()}, path)
-    with pytest.raises(weights.WeightsError, match="none of it was run"):
-        weights.load_into(model, path)
+    with pytest.raises(pretrained.WeightsError, match="none of it was run"):
+        pretrained.load_into(model, path)
     torch.save([1, 2], path)
-    with pytest.raises(weights.WeightsError, match="holds no state dict"):
-        weights.load_into(model, path)
+    with pytest.raises(pretrained.WeightsError, match="holds no state dict"):
+        pretrained.load_into(model, path)
 
 
 def test_a_file_without_our_header(tmp_path):
     model, path = tiny(), tmp_path / "a.safetensors"
-    write_safetensors(path, weights.to_state(model, weights.official_layout), {"format": "pt"})
-    with pytest.raises(weights.WeightsError, match="no configuration of ours in its header"):
-        weights.load(path)
-    assert equal(weights.load_into(eqx.filter_eval_shape(lambda: model), path), model)
-    write_safetensors(path, weights.to_state(model), {"eqxldm": '{"class": "Net", "config": {}}'})
-    with pytest.raises(weights.WeightsError, match="unknown architecture 'Net'"):
-        weights.load(path)
+    write_safetensors(
+        path, pretrained.to_state(model, pretrained.official_layout), {"format": "pt"}
+    )
+    with pytest.raises(pretrained.WeightsError, match="no configuration of ours in its header"):
+        pretrained.load(path)
+    assert equal(pretrained.load_into(eqx.filter_eval_shape(lambda: model), path), model)
+    write_safetensors(
+        path, pretrained.to_state(model), {"eqxldm": '{"class": "Net", "config": {}}'}
+    )
+    with pytest.raises(pretrained.WeightsError, match="unknown architecture 'Net'"):
+        pretrained.load(path)
     for config in ("{}", '{"depth": 2}', "3"):
         write_safetensors(path, {}, {"eqxldm": f'{{"class": "DiT", "config": {config}}}'})
-        with pytest.raises(weights.WeightsError, match="no model can be made of its configuration"):
-            weights.load(path)
+        with pytest.raises(
+            pretrained.WeightsError, match="no model can be made of its configuration"
+        ):
+            pretrained.load(path)
     write_safetensors(path, {}, {"eqxldm": "{"})
-    with pytest.raises(weights.WeightsError, match="configuration in its header is damaged"):
-        weights.load(path)
+    with pytest.raises(pretrained.WeightsError, match="configuration in its header is damaged"):
+        pretrained.load(path)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, key):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(weights.WeightsError, match=r"remat = .* cannot be written down"):
-        weights.save(tiny(remat=lambda *_, **__: True), path)
-    with pytest.raises(weights.WeightsError, match=r"embed_cond = .* cannot be written down"):
-        weights.save(tiny(num_classes=None, embed_cond=Linear(2, 16, key=key)), path)
+    with pytest.raises(pretrained.WeightsError, match=r"remat = .* cannot be written down"):
+        pretrained.save(tiny(remat=lambda *_, **__: True), path)
+    with pytest.raises(pretrained.WeightsError, match=r"embed_cond = .* cannot be written down"):
+        pretrained.save(tiny(num_classes=None, embed_cond=Linear(2, 16, key=key)), path)
     wider = eqx.tree_at(lambda dit: dit.time_embedding.linear1.bias, tiny(), jnp.ones(17))
-    with pytest.raises(weights.WeightsError, match="does not describe this one"):
-        weights.save(wider, path)
-    with pytest.raises(weights.WeightsError, match="unknown model PatchDiscriminator"):
-        weights.save(PatchDiscriminator(1, channels=2, layers=1, groups=1, key=key), path)
+    with pytest.raises(pretrained.WeightsError, match="does not describe this one"):
+        pretrained.save(wider, path)
+    with pytest.raises(pretrained.WeightsError, match="unknown model PatchDiscriminator"):
+        pretrained.save(PatchDiscriminator(1, channels=2, layers=1, groups=1, key=key), path)
     assert not list(tmp_path.iterdir())
 
 
@@ -655,13 +673,19 @@ def test_what_cannot_be_written_is_refused(tmp_path, key):
     ],
 )
 def test_what_diffusers_cannot_hold_is_not_exported(changes, message, tmp_path):
-    with pytest.raises(weights.WeightsError, match=message):
-        weights.export(tiny(**changes), tmp_path / "out")
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.export(tiny(**changes), tmp_path / "out")
     oblong = DiT(
-        (3, 4, 8), patch=2, depth=1, width=16, heads=2, num_classes=3, key=jax.random.key(0)
+        (3, 4, 8),
+        patch_size=2,
+        depth=1,
+        width=16,
+        num_heads=2,
+        num_classes=3,
+        key=jax.random.key(0),
     )
-    with pytest.raises(weights.WeightsError, match="not square; its timestep"):
-        weights.export(oblong, tmp_path / "out")
+    with pytest.raises(pretrained.WeightsError, match="not square; its timestep"):
+        pretrained.export(oblong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -677,5 +701,5 @@ def test_an_incomplete_table_is_refused():
     }
     for message, entry in wrong.items():
         rest = {p: parts for p, parts in table.leaves.items() if p != path}
-        with pytest.raises(weights.WeightsError, match=message):
-            tensor_shapes(model, weights.Layout(rest | entry, {}))
+        with pytest.raises(pretrained.WeightsError, match=message):
+            tensor_shapes(model, pretrained.Layout(rest | entry, {}))

@@ -120,7 +120,7 @@ def load(
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> path = Path(tempfile.mkdtemp()) / "dit.safetensors"
     >>> save(model, path)
     >>> bool(eqx.tree_equal(load(path), model))
@@ -132,7 +132,7 @@ def load(
     elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise WeightsError(
             f"{path} does not say what the model is. Make it first: "
-            "weights.load_into(models.dit_xl_2((4, 32, 32), key=key), path)."
+            "pretrained.load_into(models.dit_xl_2((4, 32, 32), key=key), path)."
         )
     else:
         make, layout, tensors = _from_file(path)
@@ -164,7 +164,7 @@ def load_into(
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> path = Path(tempfile.mkdtemp()) / "dit.safetensors"
     >>> save(model, path)
     >>> bool(eqx.tree_equal(load_into(model, path), model))
@@ -191,7 +191,7 @@ def load_state(
     """The model with the weights of a dict of arrays: `load_into` for what is read already.
 
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> state = to_state(model, dit.official_layout)
     >>> bool(eqx.tree_equal(load_state(model, state), model))
     True
@@ -204,11 +204,11 @@ def load_state(
 def to_state(model: PyTree, layout: Callable[[Any], Layout] = own_layout) -> dict[str, np.ndarray]:
     """The weights as a dict of NumPy arrays, named as `layout` says.
 
-    `weights.official_layout` adds the fixed position table, as the official files have it:
+    `pretrained.official_layout` adds the fixed position table, as the official files have it:
     `torch.save` of these makes one.
 
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> to_state(model, dit.official_layout)["pos_embed"].shape
     (1, 16, 16)
     """
@@ -228,7 +228,7 @@ def save(model: PyTree, path: str | Path) -> None:
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, key=jax.random.key(0))
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> save(model, Path(tempfile.mkdtemp()) / "dit.safetensors")
     """
     known = _architecture(model)
@@ -236,7 +236,7 @@ def save(model: PyTree, path: str | Path) -> None:
     again = eqx.filter_eval_shape(known.build, config, key=jax.random.key(0))
     if _described(again) != _described(model):
         raise WeightsError(
-            f"weights.save: the configuration of {type(model).__name__} does not describe this "
+            f"pretrained.save: the configuration of {type(model).__name__} does not describe this "
             "one, which was changed after it was made. Write its arrays with "
             "equinox.tree_serialise_leaves."
         )
@@ -251,7 +251,7 @@ def export(model: PyTree, folder: str | Path) -> None:
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
-    >>> model = DiT((4, 8, 8), patch=2, depth=1, width=16, heads=2, num_classes=3,
+    >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, num_classes=3,
     ...             key=jax.random.key(0))
     >>> folder = Path(tempfile.mkdtemp())
     >>> export(dit.with_diffusers_time(model), folder)
@@ -284,12 +284,12 @@ def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, 
 
 def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tensor]]:
     if not path.exists():
-        raise FileNotFoundError(f"weights.load: {path} does not exist.")
+        raise FileNotFoundError(f"pretrained.load: {path} does not exist.")
     tensors, header = open_safetensors(path)
     if HEADER not in header:
         raise WeightsError(
             f"{path} has no configuration of ours in its header. Load its folder, if it has a "
-            "config.json, or make the model first: weights.load_into(model, path)."
+            "config.json, or make the model first: pretrained.load_into(model, path)."
         )
     try:
         about = dict(json.loads(header[HEADER]))

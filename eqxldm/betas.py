@@ -155,7 +155,7 @@ def shift_alpha_bar(alpha_bar: Table, shift: float) -> Table:
 
     For images of `m` pixels and a schedule made for `n`, `shift = sqrt(m / n)`: neighbouring
     pixels repeat the signal and average the noise away (Hoogeboom et al. 2023; in time,
-    Esser et al. 2024, eq. 23, which is `grids.shift_time`). A `shift` above 1 means more noise.
+    Esser et al. 2024, eq. 23, which is `times.shift_time`). A `shift` above 1 means more noise.
 
     >>> shift_alpha_bar(np.array([0.8, 0.5]), 2.0)
     array([0.5, 0.2])
