@@ -35,8 +35,8 @@ def line(seed=0):
 
 
 def make_line_step(optimizer, **options):
-    ema_decays = len(options.get("ema_decays", ()))
-    state, static = training.init_state(line(), optimizer, ema_decays=ema_decays)
+    num_emas = len(options.get("ema_decays", ()))
+    state, static = training.init_state(line(), optimizer, num_emas=num_emas)
     return state, training.make_train_step(quadratic, static, optimizer, **options)
 
 
@@ -124,7 +124,7 @@ def test_many_donated_steps_compile_once(ema_decays):
 
     optimizer = training.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
     state, static = training.init_state(line(), optimizer, ema_decays=len(ema_decays))
-    step = training.make_train_step(loss_fn, static, optimizer, ema_decays=ema_decays)
+    step = training.make_train_step(loss_fn, static, optimizer, num_emas=num_emas)
     step = jax.jit(step, donate_argnums=0)
     losses = []
     for _ in range(5):
