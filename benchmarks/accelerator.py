@@ -48,7 +48,7 @@ class HalfPrecision(eqx.Module):
 def training_step(network, shape, batch):
     """`(run, loss, memory)`: a step over fixed latents, its first loss, bytes as compiled."""
     optimizer = adamw(1e-4)
-    state, static = init_state(HalfPrecision(network), optimizer, ema_decays=1)
+    state, static = init_state(HalfPrecision(network), optimizer, num_emas=1)
     path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(path, prediction, ex.discrete_time(1000))

@@ -50,7 +50,7 @@ def forward(case):
 
 def train(case):
     optimizer = adamw(1e-4)
-    state, static = init_state(network(case), optimizer, ema_decays=1)
+    state, static = init_state(network(case), optimizer, num_emas=1)
     loss = make_diffusion_loss(PATH, ex.predict_eps, ex.discrete_time(1000))
     step = jax.jit(
         make_train_step(loss, static, optimizer, ema_decays=(exponential(0.999),)), donate_argnums=0
@@ -115,7 +115,7 @@ def compile_seconds(depth, batch=8):
         (4, 32, 32), patch_size=2, depth=depth, width=1152, num_heads=16, num_classes=1000,
         learn_sigma=True, key=KEY,
     )  # fmt: skip
-    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, ema_decays=1))
+    state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, num_emas=1))
     prediction = ex.LearnedRange(ex.predict_eps)
     loss = make_diffusion_loss(PATH, prediction, ex.discrete_time(1000))
     step = jax.jit(

@@ -35,7 +35,7 @@ def shapes(size):
     """The training state of a size, and its network, as shapes."""
     make = lambda key: getattr(models, f"dit_{size}")((4, 32, 32), key=key)
     key = jax.random.key(0)
-    state = eqx.filter_eval_shape(lambda k: init_state(make(k), adamw(1e-4), ema_decays=1)[0], key)
+    state = eqx.filter_eval_shape(lambda k: init_state(make(k), adamw(1e-4), num_emas=1)[0], key)
     return state, eqx.filter_eval_shape(make, key)
 
 

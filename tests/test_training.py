@@ -49,7 +49,7 @@ def assert_trees_equal(a, b):
 
 def test_init_state_starts_at_zero_with_a_copy_of_the_parameters():
     optimizer = training.adamw(1e-3)
-    state, static = training.init_state(line(), optimizer, ema_decays=2)
+    state, static = training.init_state(line(), optimizer, num_emas=2)
     counters = (state.step, state.skipped, state.skipped_in_row)
     assert all(int(c) == 0 and not c.weak_type for c in counters)
     for ema in state.ema:
@@ -62,7 +62,7 @@ def test_init_state_starts_at_zero_with_a_copy_of_the_parameters():
 
 def test_average_of_bfloat16_parameters_is_float32():
     model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), line())
-    state, _ = training.init_state(model, optax.sgd(0.1), ema_decays=1)
+    state, _ = training.init_state(model, optax.sgd(0.1), num_emas=1)
     assert {a.dtype for a in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
     ema = training.update_ema(state.ema[0], state.params, 0.9999)
     assert {a.dtype for a in jax.tree.leaves(ema)} == {jnp.dtype("float32")}
@@ -162,7 +162,7 @@ def poisoned(model, batch, key):
 @pytest.mark.parametrize("last", [[np.nan, 0, 0], [np.inf, 0, 0], [0, 0, 1]])
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(last):
     optimizer, ema_decays = training.adamw(1e-2, clip_norm=1.0), (constant(0.9),)
-    state, static = training.init_state(line(), optimizer, ema_decays=1)
+    state, static = training.init_state(line(), optimizer, num_emas=1)
     step = jax.jit(training.make_train_step(poisoned, static, optimizer, ema_decays=ema_decays))
     good = jnp.concatenate([BATCH, jnp.array([[0.0, 1.0, 0.0]])])
     bad = good.at[-1].set(jnp.array(last))
@@ -394,7 +394,7 @@ def test_a_dit_learns_one_batch():
         return base(model, batch, key)
 
     optimizer = training.adamw(1e-2, clip_norm=1.0)
-    state, static = training.init_state(small_dit(depth=2), optimizer, ema_decays=1)
+    state, static = training.init_state(small_dit(depth=2), optimizer, num_emas=1)
     step = training.make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(0.99),))
     step = jax.jit(step, donate_argnums=0)
     x0 = jnp.broadcast_to(jax.random.normal(KEY, (3, 4, 8)), (8, 3, 4, 8))
