@@ -161,7 +161,7 @@ docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
 
 clean: ## delete the environment and all caches of the folder; runs/ stays
-	rm -rf .venv .venv-parity .venv-tpu .venv-gpu .pytest_cache .hypothesis .ruff_cache .jax_cache site dist *.egg-info
+	rm -rf .venv .venv-parity .venv-tpu .venv-gpu .pytest_cache .hypothesis .ruff_cache .jax_cache .docs_cache site dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python .venv-parity/bin/python .venv-tpu/bin/python .venv-gpu/bin/python: %/bin/python:
