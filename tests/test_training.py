@@ -123,7 +123,7 @@ def test_many_donated_steps_compile_once(ema_decays):
         return quadratic(model, batch, key)
 
     optimizer = training.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
-    state, static = training.init_state(line(), optimizer, ema_decays=len(ema_decays))
+    state, static = training.init_state(line(), optimizer, num_emas=len(ema_decays))
     step = training.make_train_step(loss_fn, static, optimizer, num_emas=num_emas)
     step = jax.jit(step, donate_argnums=0)
     losses = []
