@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import eqxldm as ex
 from eqxldm import models, nn
 from eqxldm.devices import peak_flops
-from eqxldm.training import adamw, exponential, init_state, make_diffusion_loss, make_train_step
+from eqxldm.training import adamw, exponential, init_state, make_loss, make_train_step
 
 KEY = jax.random.key(0)
 AVERAGES = (exponential(0.9999),)
@@ -50,11 +50,15 @@ def training_step(network, shape, batch):
     optimizer = adamw(1e-4)
     state, static = init_state(HalfPrecision(network), optimizer, num_emas=1)
     path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
-    prediction = ex.LearnedRange(ex.predict_eps)
-    loss = make_diffusion_loss(path, prediction, ex.discrete_time(1000))
+    diffusion = ex.Diffusion(path, ex.LearnedRange(ex.predict_eps))
+    objective = ex.Denoising(diffusion, time_sampler=ex.discrete_time(1000))
+    loss = make_loss(objective, null=network.null, cond_dropout=0.1)
     step = make_train_step(loss, static, optimizer, ema_decays=AVERAGES)
     step = jax.jit(step, donate_argnums=0)
-    data = jax.random.normal(KEY, (batch, *shape)), jnp.zeros(batch, jnp.int32)
+    data = {
+        "x0": jax.random.normal(KEY, (batch, *shape)),
+        "cond": jnp.zeros(batch, jnp.int32),
+    }
     memory = step.lower(state, data, KEY).compile().memory_analysis()
     state, metrics = step(state, data, KEY)
     first = float(metrics["loss"])

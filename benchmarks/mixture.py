@@ -51,7 +51,7 @@ def distance(path, solver, steps, x_T, exact) -> float:
 
     @jax.jit
     def run(x_T, key):
-        return ex.sample(denoiser, path, ex.predict_v, solver, times, x_T, key=key)
+        return ex.sample(denoiser, ex.Diffusion(path, ex.predict_v), solver, times, x_T, key=key)
 
     x = np.asarray(run(jnp.asarray(x_T, jnp.float32), jax.random.key(0)), np.float64)
     return float(np.mean(np.abs(np.sort(x) - exact)))

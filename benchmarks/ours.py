@@ -15,12 +15,13 @@ from eqxldm.training import (
     init_state,
     l2_distance,
     make_autoencoder_step,
-    make_diffusion_loss,
+    make_loss,
     make_train_step,
 )
 
 KEY = jax.random.key(0)
 PATH = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
+EPS = ex.Diffusion(PATH, ex.predict_eps)
 
 
 def network(case):
@@ -50,12 +51,16 @@ def forward(case):
 
 def train(case):
     optimizer = adamw(1e-4)
-    state, static = init_state(network(case), optimizer, num_emas=1)
-    loss = make_diffusion_loss(PATH, ex.predict_eps, ex.discrete_time(1000))
+    model = network(case)
+    state, static = init_state(model, optimizer, num_emas=1)
+    loss = make_loss(
+        ex.Denoising(EPS, time_sampler=ex.discrete_time(1000)), null=model.null, cond_dropout=0.1
+    )
     step = jax.jit(
         make_train_step(loss, static, optimizer, ema_decays=(exponential(0.999),)), donate_argnums=0
     )
-    data = batch(case)
+    x0, labels = batch(case)
+    data = {"x0": x0, "cond": labels}
 
     def run():
         nonlocal state
@@ -74,9 +79,7 @@ def sample(case):
     def draw(params, x, labels, keys):
         model = eqx.combine(params, static)
         denoiser = ex.guide(model, model.null, 4.0)
-        one = lambda x, y, key: ex.sample(
-            denoiser, PATH, ex.predict_eps, ex.DDIM(), times, x, y, key=key
-        )
+        one = lambda x, y, key: ex.sample(denoiser, EPS, ex.DDIM(), times, x, y, key=key)
         return jax.vmap(one)(x, labels, keys)
 
     keys = jax.random.split(KEY, case["batch"])
@@ -116,15 +119,17 @@ def compile_seconds(depth, batch=8):
         learn_sigma=True, key=KEY,
     )  # fmt: skip
     state, static = eqx.filter_eval_shape(lambda: init_state(make(), optimizer, num_emas=1))
-    prediction = ex.LearnedRange(ex.predict_eps)
-    loss = make_diffusion_loss(PATH, prediction, ex.discrete_time(1000))
+    diffusion = ex.Diffusion(PATH, ex.LearnedRange(ex.predict_eps))
+    objective = ex.Denoising(diffusion, time_sampler=ex.discrete_time(1000))
+    loss = make_loss(objective, null=1000, cond_dropout=0.1)
     step = jax.jit(
         make_train_step(loss, static, optimizer, ema_decays=(exponential(0.9999),)),
         donate_argnums=0,
     )
     x = jax.ShapeDtypeStruct((batch, 4, 32, 32), jnp.float32)
     begin = time.perf_counter()
-    step.lower(state, (x, jax.ShapeDtypeStruct((batch,), jnp.int32)), KEY).compile()
+    data = {"x0": x, "cond": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    step.lower(state, data, KEY).compile()
     return time.perf_counter() - begin
 
 

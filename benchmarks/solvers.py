@@ -38,7 +38,7 @@ def network(x_t, t, cond, *, key=None):
 
 
 def run(solver, x, weight, key):
-    return ex.sample(network, PATH, ex.predict_v, solver, TIMES, x, weight, key=key)
+    return ex.sample(network, ex.Diffusion(PATH, ex.predict_v), solver, TIMES, x, weight, key=key)
 
 
 def alone(calls, x, weight, key):

@@ -14,15 +14,27 @@ from .checks import (
     check_time as check_time,
     checked as checked,
 )
+from .diffusion import Diffusion as Diffusion, Estimate as Estimate
 from .gaussian_mixture import (
     GaussianMixture as GaussianMixture,
 )
 from .times import (
+    discrete_time as discrete_time,
     karras_times as karras_times,
+    leading_timesteps as leading_timesteps,
+    linspace_timesteps as linspace_timesteps,
+    logit_normal_time as logit_normal_time,
     logsnr_times as logsnr_times,
+    parse_respacing as parse_respacing,
+    repaint_times as repaint_times,
+    respace as respace,
     shift_time as shift_time,
     shifted_times as shifted_times,
+    stratified_time as stratified_time,
+    stride as stride,
     timestep_times as timestep_times,
+    trailing_timesteps as trailing_timesteps,
+    uniform_time as uniform_time,
     uniform_times as uniform_times,
 )
 from .guidance import (
@@ -38,30 +50,32 @@ from .likelihood import (
     StepTable as StepTable,
     approximate_gaussian_log_likelihood as approximate_gaussian_log_likelihood,
     discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
-    hybrid_loss as hybrid_loss,
     normal_kl as normal_kl,
     prior_bits as prior_bits,
     step_bits as step_bits,
     step_table as step_table,
     variational_bound as variational_bound,
 )
-from .losses import (
+from .loss_weights import (
     constant_weight as constant_weight,
     convert_weight as convert_weight,
-    denoising_loss as denoising_loss,
-    discrete_time as discrete_time,
     elbo_weight as elbo_weight,
-    hinge_discriminator_loss as hinge_discriminator_loss,
-    hinge_generator_loss as hinge_generator_loss,
-    kl_to_standard_normal as kl_to_standard_normal,
-    logit_normal_time as logit_normal_time,
     min_snr_weight as min_snr_weight,
     p2_weight as p2_weight,
     sigmoid_weight as sigmoid_weight,
     snr_weight as snr_weight,
-    stratified_time as stratified_time,
     truncated_snr_weight as truncated_snr_weight,
-    uniform_time as uniform_time,
+)
+from .objectives import (
+    AbstractObjective as AbstractObjective,
+    Context as Context,
+    Denoising as Denoising,
+    Hybrid as Hybrid,
+    denoising_loss as denoising_loss,
+    hinge_discriminator_loss as hinge_discriminator_loss,
+    hinge_generator_loss as hinge_generator_loss,
+    hybrid_loss as hybrid_loss,
+    kl_to_standard_normal as kl_to_standard_normal,
 )
 from .paths import (
     AbstractPath as AbstractPath,
@@ -93,6 +107,7 @@ from .predictions import (
     to_x0_eps as to_x0_eps,
 )
 from .sampling import (
+    Loop as Loop,
     Trajectory as Trajectory,
     check_combination as check_combination,
     ddim_invert as ddim_invert,
@@ -100,29 +115,23 @@ from .sampling import (
     nfe as nfe,
     sample as sample,
     sample_trajectory as sample_trajectory,
+    sampling_steps as sampling_steps,
 )
 from .betas import (
     alpha_bar_from_betas as alpha_bar_from_betas,
     betas_from_alpha_bar as betas_from_alpha_bar,
     cosine_betas as cosine_betas,
-    leading_timesteps as leading_timesteps,
     linear_betas as linear_betas,
-    linspace_timesteps as linspace_timesteps,
-    parse_respacing as parse_respacing,
     rescale_zero_terminal_snr as rescale_zero_terminal_snr,
-    respace as respace,
     scaled_linear_betas as scaled_linear_betas,
     shift_alpha_bar as shift_alpha_bar,
     sigmoid_betas as sigmoid_betas,
-    stride as stride,
-    trailing_timesteps as trailing_timesteps,
 )
 from .solvers import (
     AbstractSolver as AbstractSolver,
     DDIM as DDIM,
     DDPM as DDPM,
     DPMSolverPP2M as DPMSolverPP2M,
-    Estimate as Estimate,
     Euler as Euler,
     EulerMaruyama as EulerMaruyama,
     Heun as Heun,

@@ -1,17 +1,14 @@
 """Noise schedules of `T` timesteps: pure functions of numbers, float64 NumPy tables.
 
-A table has one entry a timestep, `0 .. T-1`, from the least noise to the most. A respacing is the
-increasing array of the timesteps that are kept.
+A table has one entry a timestep, `0 .. T-1`, from the least noise to the most.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 Table = Float[np.ndarray, " timesteps"]
-Timesteps = Int[np.ndarray, " kept"]
 
 
 def linear_betas(timesteps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Table:
@@ -166,118 +163,9 @@ def shift_alpha_bar(alpha_bar: Table, shift: float) -> Table:
     return alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
 
 
-def respace(timesteps: int, counts: Sequence[int]) -> Timesteps:
-    """The timesteps kept when each of `len(counts)` equal sections keeps `counts[k]` of its own.
-
-    A section's first and last timestep are kept, the others evenly between, rounded. `[25]` is
-    the respacing "25" of guided-diffusion and DiT (Nichol & Dhariwal 2021, section 4).
-
-    **Raises** `ValueError` if a section has fewer timesteps than it should keep.
-
-    >>> respace(1000, [4])
-    array([  0, 333, 666, 999])
-    """
-    _check_count("timesteps", timesteps)
-    if not counts or len(counts) > timesteps:
-        raise ValueError(f"respace: need 1 to {timesteps} counts, got {len(counts)}.")
-    kept, start = [], 0
-    for k, count in enumerate(counts):
-        size = timesteps // len(counts) + (k < timesteps % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(
-                f"respace: cannot keep {count} of the {size} timesteps of section {k}."
-            )
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(j * stride) for j in range(count)]
-        start += size
-    return np.array(kept)
-
-
-def stride(timesteps: int, count: int) -> Timesteps:
-    """Every `k`-th timestep from 0, for the smallest whole `k` that keeps `count` of them.
-
-    The respacing "ddimN" of guided-diffusion (Song et al. 2021, appendix D.2).
-
-    **Raises** `ValueError` if no whole stride keeps exactly `count`.
-
-    >>> stride(1000, 4)
-    array([  0, 250, 500, 750])
-    """
-    _check_count("timesteps", timesteps)
-    if 1 <= count <= timesteps:
-        for step in range(1, timesteps + 1):
-            kept = np.arange(0, timesteps, step)
-            if len(kept) == count:
-                return kept
-    raise ValueError(f"stride: no whole stride keeps {count} of {timesteps} timesteps.")
-
-
-def leading_timesteps(timesteps: int, count: int) -> Timesteps:
-    """`0, k, 2 k, ..., (count - 1) k` with `k = floor(T / count)` (Lin et al. 2023, table 2).
-
-    The last timestep is not among them (unless all are), so sampling starts from less noise than
-    training saw.
-
-    >>> leading_timesteps(1000, 3)
-    array([  0, 333, 666])
-    """
-    _check_kept("leading_timesteps", timesteps, count)
-    return np.arange(count) * (timesteps // count)
-
-
-def trailing_timesteps(timesteps: int, count: int) -> Timesteps:
-    """`round(T - j T / count) - 1` for `j = 0 .. count - 1` (Lin et al. 2023, table 2).
-
-    Evenly spaced from the last timestep down; the one to use with zero terminal SNR.
-
-    >>> trailing_timesteps(1000, 4)
-    array([249, 499, 749, 999])
-    """
-    _check_kept("trailing_timesteps", timesteps, count)
-    descending = np.round(timesteps - np.arange(count) * (timesteps / count)) - 1
-    return descending[::-1].astype(int)
-
-
-def linspace_timesteps(timesteps: int, count: int) -> Timesteps:
-    """`round(linspace(0, T - 1, count))`: both ends kept (Lin et al. 2023, table 2).
-
-    The same as `respace(timesteps, [count])`.
-
-    >>> linspace_timesteps(1000, 4)
-    array([  0, 333, 666, 999])
-    """
-    return respace(timesteps, [count])
-
-
-def parse_respacing(timesteps: int, spec: str) -> Timesteps:
-    """The respacing that guided-diffusion and DiT write as `"25"`, `"10,15,20"` or `"ddim50"`.
-
-    One count or one a section is `respace`, `ddimN` is `stride`; `""` keeps every timestep
-    (Nichol & Dhariwal 2021; their code's `space_timesteps`).
-
-    >>> parse_respacing(1000, "ddim4")
-    array([  0, 250, 500, 750])
-    >>> parse_respacing(9, "1,2,3")
-    array([0, 3, 5, 6, 7, 8])
-    """
-    numbers = spec.removeprefix("ddim").split(",") if spec else [str(timesteps)]
-    if not all(n.strip().isdecimal() for n in numbers) or (
-        spec.startswith("ddim") and len(numbers) > 1
-    ):
-        raise ValueError(f'parse_respacing: expected "25", "10,15,20" or "ddim50", got "{spec}".')
-    counts = [int(n) for n in numbers]
-    return stride(timesteps, counts[0]) if spec.startswith("ddim") else respace(timesteps, counts)
-
-
 def _check_count(name: str, count: int) -> None:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}.")
-
-
-def _check_kept(name: str, timesteps: int, count: int) -> None:
-    _check_count("timesteps", timesteps)
-    if not 1 <= count <= timesteps:
-        raise ValueError(f"{name}: cannot keep {count} of {timesteps} timesteps.")
 
 
 def _check_betas(betas: np.ndarray) -> np.ndarray:

@@ -44,8 +44,8 @@ def checked(denoiser: Denoiser) -> Denoiser:
     Array([2., 2.], dtype=float32)
     """
 
-    def inspected(x_t: Any, t: Any, cond: Any, *, key: Any = None) -> Any:
-        out = denoiser(check_finite(x_t, "x_t"), check_time(t), cond, key=key)
+    def inspected(x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
+        out = denoiser(check_finite(x_t, "x_t"), check_time(t), cond, key=key, **options)
         return check_finite(out, "the denoiser's output")
 
     return inspected

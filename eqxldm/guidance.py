@@ -119,13 +119,13 @@ def guide(
     """
     _check_arguments("guide", scale, interval, rescale, channels)
 
-    def guided(x_t, t, cond, *, key=None):
+    def guided(x_t, t, cond, *, key=None, **options):
         def both(_):
             pair = _stack(null, cond)
-            out_u, out_c = jax.vmap(lambda c: denoiser(x_t, t, c, key=key))(pair)
+            out_u, out_c = jax.vmap(lambda c: denoiser(x_t, t, c, key=key, **options))(pair)
             return _extrapolate(x_t, t, out_c, out_u, scale, rescale, channels)
 
-        return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key))
+        return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
 
     return guided
 
@@ -151,12 +151,13 @@ def autoguide(
     """
     _check_arguments("autoguide", scale, interval, rescale, channels)
 
-    def guided(x_t, t, cond, *, key=None):
+    def guided(x_t, t, cond, *, key=None, **options):
         def both(_):
-            out, out_weak = denoiser(x_t, t, cond, key=key), weak(x_t, t, cond, key=key)
+            out = denoiser(x_t, t, cond, key=key, **options)
+            out_weak = weak(x_t, t, cond, key=key, **options)
             return _extrapolate(x_t, t, out, out_weak, scale, rescale, channels)
 
-        return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key))
+        return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
 
     return guided
 

@@ -1,4 +1,4 @@
-"""The variational bound in bits a dimension, and the hybrid loss that learns variances by it.
+"""The variational bound in bits a dimension.
 
     -log p(x0) <= KL(q(x_1 | x0) || p(x_1))                      the prior term
                 + sum KL(q(x_s | x_t, x0) || p(x_s | x_t))        one a step, s > 0
@@ -18,26 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from .paths import (
-    AbstractPath,
-    DiscreteVP,
-    at_least_float32,
-    check_concrete_time,
-    posterior_coefficients,
-    q_sample,
-)
-from .predictions import (
-    Denoiser,
-    LearnedRange,
-    Prediction,
-    apply_inverse,
-    inverse,
-    split_output,
-    target,
-)
+from .diffusion import Diffusion, Estimate
+from .paths import AbstractPath, at_least_float32, posterior_coefficients
+from .predictions import Denoiser, split_output
 from .sampling import check_combination
-from .solvers import DDPM, Estimate, Variance, fixed_small, intervals, learned_range, log_variance
-from .times import Grid, check_times, timestep_times
+from .solvers import DDPM, Variance, fixed_small, intervals, log_variance
+from .times import Grid, check_times
 
 NATS_A_BIT = math.log(2.0)
 LogLikelihood = Callable[[Array, Array, Array], Array]
@@ -118,17 +104,23 @@ def _open_ends(x: Array, first: Array, inside: Array, last: Array) -> Array:
 
 
 def prior_bits(
-    path: AbstractPath, x0: Float[Array, "*shape"], *, prior_std: float = 1.0, t: float = 1.0
+    path: AbstractPath,
+    x0: Float[Array, "*shape"],
+    *,
+    prior_std: float | None = None,
+    t: float = 1.0,
 ) -> Float[Array, ""]:
     """`KL(q(x_t | x0) || N(0, prior_std^2))` at the noisy end, in bits a dimension.
 
-    Near 0 for a schedule that leaves no signal. `prior_std` is 1 for VP paths and the linear
-    flow, `path.sigma(1.0)` for `VarianceExploding` (Ho et al. 2020, eq. 5, `L_T`).
+    Near 0 for a schedule that leaves no signal (Ho et al. 2020, eq. 5, `L_T`). `prior_std` is by
+    default the path's own, and where sampling starts at `t < 1`, smaller by `sigma(t) / sigma(1)`.
 
     >>> from eqxldm import LinearFlow
     >>> float(prior_bits(LinearFlow(), jnp.ones(3)))
     0.0
     """
+    if prior_std is None:
+        prior_std = path.prior_std * float(path.sigma(t)) / float(path.sigma(1.0))
     if not (prior_std > 0 and math.isfinite(prior_std)):
         raise ValueError(f"prior_bits: prior_std must be positive, got {prior_std}.")
     x0, at = x0.astype(at_least_float32(x0.dtype)), path.coefficients(t)
@@ -222,8 +214,7 @@ class Bound(eqx.Module):
 
 def variational_bound(
     denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
+    diffusion: Diffusion,
     times: Grid,
     x0: Float[Array, "*shape"],
     cond: PyTree = None,
@@ -237,82 +228,52 @@ def variational_bound(
 
     `x0` is 8-bit data scaled to [-1, 1]. An unbiased estimate of the bound (Ho et al. 2020,
     eq. 5; Nichol & Dhariwal 2021); `len(times) - 1` network calls. For latents, which are not
-    8-bit, only the terms with `s > 0` mean something. `prior_std` is that of `prior_bits`: 1, or
-    `sigma(times[0])` on a path whose alpha stays 1.
+    8-bit, only the terms with `s > 0` mean something. `prior_std` is that of `prior_bits`.
 
     >>> from eqxldm import CosineVP, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
-    >>> bound = variational_bound(denoiser, CosineVP(), predict_x0, uniform_times(5), jnp.ones(3),
-    ...                           key=jax.random.key(0))
+    >>> bound = variational_bound(denoiser, Diffusion(CosineVP(), predict_x0), uniform_times(5),
+    ...                           jnp.ones(3), key=jax.random.key(0))
     >>> bound.steps.shape
     (5,)
     """
-    check_combination(path, prediction, DDPM(variance), times)
+    check_combination(diffusion, DDPM(variance), times)
     if times[-1] != 0:
         raise ValueError(f"variational_bound: times must end at 0, got {times[-1]}.")
-    if prior_std is None:
-        start = path.coefficients(float(times[0]))
-        prior_std = float(start.sigma) if start.alpha == 1 else 1.0
+    path = diffusion.path
     table = step_table(path, times, variance)
 
     def one(_, row):
         i, row = row
         eps = jax.random.normal(jax.random.fold_in(key, i), x0.shape, x0.dtype)
-        estimate, _ = _estimate(denoiser, path, prediction, x0, row.t, eps, cond, None)
+        estimate, _ = estimate_at(denoiser, diffusion, x0, row.t, eps, cond, None)
         return None, step_bits(row, x0, estimate, log_likelihood)
 
     _, steps = jax.lax.scan(one, None, (jnp.arange(len(table.t)), table))
     return Bound(prior_bits(path, x0, prior_std=prior_std, t=float(times[0])), steps)
 
 
-def hybrid_loss(
+def estimate_at(
     denoiser: Denoiser,
-    path: DiscreteVP,
-    prediction: LearnedRange,
+    diffusion: Diffusion,
     x0: Float[Array, "*shape"],
     t: Float[Array, ""],
+    eps: Float[Array, "*shape"],
     cond: Any,
-    *,
-    key: Key[Array, ""],
-    vlb_weight: float = 1.0,
-    log_likelihood: LogLikelihood = discretized_gaussian_log_likelihood,
-) -> Float[Array, ""]:
-    """`mean (out - target)^2 + vlb_weight L_vlb(t)`, in `L_vlb` the mean without gradient.
+    key: Any,
+) -> tuple[Estimate, Float[Array, "*shape"]]:
+    """The estimate at `x_t`, in float32 at least, and the raw output of the mean's part.
 
-    DiT's loss and `L_hybrid` (Nichol & Dhariwal 2021, eq. 16, where the weight is 0.001 of a sum
-    over T; DiT takes 1). `t` is one of the table's own times, `(i + 1) / T`, as `discrete_time(T)`
-    draws them, or is rounded to the nearest; `L_vlb(t)` is its step's term of the bound, in bits
-    a dimension.
-
-    >>> from eqxldm import alpha_bar_from_betas, linear_betas, predict_eps
-    >>> path = DiscreteVP(alpha_bar_from_betas(linear_betas(10, 0.01, 0.5)))
-    >>> denoiser = lambda x_t, t, cond, key=None: jnp.zeros(2 * x_t.shape[0])
-    >>> loss = hybrid_loss(denoiser, path, LearnedRange(predict_eps), jnp.ones(3), jnp.array(0.5),
-    ...                    None, key=jax.random.key(0))
-    >>> bool(loss > 0)
-    True
+    >>> from eqxldm import LinearFlow, predict_x0
+    >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
+    >>> flow = Diffusion(LinearFlow(), predict_x0)
+    >>> _, out = estimate_at(
+    ...     denoiser, flow, jnp.zeros(2), jnp.array(0.5), jnp.zeros(2), None, None
+    ... )
+    >>> out
+    Array([1., 1.], dtype=float32)
     """
-    timesteps = path.timesteps
-    table = step_table(path, timestep_times(timesteps, np.arange(timesteps)), learned_range)
-    check_concrete_time(t)
-    i = jnp.clip(jnp.round(t * timesteps).astype(int), 1, timesteps)
-    t, step = i.astype(t.dtype) / timesteps, timesteps - i
-    row = jax.tree.map(lambda a: a[step], table)
-    eps_key, denoiser_key = jax.random.split(key)
-    eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
-    estimate, out = _estimate(denoiser, path, prediction, x0, t, eps, cond, denoiser_key)
-    work = at_least_float32(x0.dtype)
-    wanted = target(prediction, path.coefficients(t), x0, eps)
-    error = out.astype(work) - wanted.astype(work)
-    frozen = Estimate(jax.lax.stop_gradient(estimate.x0), estimate.eps, estimate.range)
-    return jnp.mean(error * error) + vlb_weight * step_bits(row, x0, frozen, log_likelihood)
-
-
-def _estimate(denoiser, path, prediction, x0, t, eps, cond, key):
-    """The estimate at `x_t`, in float32 at least, and the raw output of the mean's part."""
-    at = path.coefficients(t)
-    x_t = q_sample(path, x0, t, eps)
-    out, variance = split_output(prediction, x_t, denoiser(x_t, t, cond, key=key))
-    work = at_least_float32(x0.dtype)
-    parts = apply_inverse(inverse(prediction, at), x_t.astype(work), out.astype(work))
-    return Estimate(*parts, None if variance is None else variance.astype(work)), out
+    x_t = diffusion.noise(x0, t, eps)
+    out = denoiser(x_t, t, cond, key=key)
+    estimate = diffusion.estimate(x_t, t, out)
+    return estimate, split_output(diffusion.prediction, x_t, out)[0]

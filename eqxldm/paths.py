@@ -73,6 +73,15 @@ class AbstractPath(eqx.Module):
         """`2 log(alpha / sigma)`, strictly decreasing in `t`; `inf` at t = 0."""
         return self.coefficients(t).logsnr
 
+    @property
+    def prior_std(self) -> float:
+        """The standard deviation of the noise at `t = 1`, from which sampling starts: `sigma(1)`.
+
+        1 on the linear flow, and on variance-preserving paths, where what is left of the data adds
+        to `sigma(1)^2` what it lacks.
+        """
+        return float(self.sigma(1.0))
+
 
 class DiscreteVP(AbstractPath):
     """DDPM's variance-preserving path: `alpha^2 = alpha_bar`, `sigma^2 = 1 - alpha_bar`.
@@ -103,6 +112,10 @@ class DiscreteVP(AbstractPath):
     def timesteps(self) -> int:
         """The length `T` of the table."""
         return len(self.alpha_bar)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0  # alpha^2 + sigma^2 of data of unit variance
 
     def coefficients(self, t: Time) -> Coefficients:
         xp, t = _as_array(t)
@@ -191,7 +204,7 @@ class VarianceExploding(AbstractPath):
 
     The VE SDE's own marginals, 0 at `t = 0` (Song et al. 2021b, appendix B and C). Near 0,
     `sigma` grows like `sqrt(t)`: its derivative is infinite at `t = 0`. Sampling starts from
-    `x_T ~ N(0, sigma(1)^2)`.
+    `x_T ~ N(0, sigma(1)^2)`, which `Diffusion.sample_prior` draws.
 
     **Raises** `ValueError` unless `0 < sigma_min < sigma_max`.
 

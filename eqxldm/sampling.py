@@ -10,19 +10,18 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
+from .diffusion import Diffusion, Estimate
 from .paths import AbstractPath, at_least_float32
-from .predictions import (
-    Denoiser,
-    LearnedRange,
-    Prediction,
-    apply_inverse,
-    inverse,
-    split_output,
-)
-from .solvers import DDIM, DDPM, AbstractSolver, Estimate, learned_range
+from .predictions import Denoiser, apply_inverse, inverse, split_output
+from .solvers import DDIM, AbstractSolver
 from .times import Grid, check_times
 
 X = Float[Array, "*shape"]
+Times = Grid | Float[Array, " steps_and_one"]
+# (x0, x_t, t) -> x0
+DenoisedFn = Callable[[X, X, Float[Array, ""]], X]
+# (call, t, x_t, x0) -> None, on the host
+Callback = Callable[[Any, Any, Any, Any], None]
 
 
 class Trajectory(NamedTuple):
@@ -35,17 +34,30 @@ class Trajectory(NamedTuple):
     x0: Float[Array, "saved *shape"]
 
 
+class Loop(NamedTuple):
+    """A sampling run taken apart: `state, x0 = step(state, row)` for each of the `rows` in turn.
+
+    `state[0]` is `x`; `rows` is a PyTree of arrays with an entry for each network call, made for
+    `jax.lax.scan` and as good for a loop of your own.
+    """
+
+    state: tuple[X, Any]
+    step: Callable[[Any, Any], tuple[Any, X]]
+    rows: PyTree
+
+
 def sample(
     denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
+    diffusion: Diffusion,
     solver: AbstractSolver,
-    times: Grid | Float[Array, " steps_and_one"],
+    times: Times,
     x_T: Float[Array, "*shape"],
     cond: PyTree = None,
     *,
-    key: Key[Array, ""],
-    denoised_fn: Callable[[X], X] | None = None,
+    key: Key[Array, ""] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    callback: Callback | None = None,
+    with_step: bool = False,
 ) -> Float[Array, "*shape"]:
     """Runs the reverse process from `x_T` at `times[0]` to `times[-1]`, one example.
 
@@ -53,44 +65,89 @@ def sample(
 
     - `denoiser`: `(x_t, t, cond, key=) -> out`, called with `key=None`; wrap it with
       `guidance.guide` for guidance.
-    - `prediction`: what `out` means.
+    - `diffusion`: the path, and what `out` means.
     - `times`: a descending grid in [0, 1], one entry more than there are steps
-      (`times.uniform_times`, `timestep_times`, `karras_times`, ...). Close over it: its
-      coefficients are then computed in float64 and checked when this function is traced. A grid
-      that is itself traced (an argument of `jit`) works in its own dtype, with its coefficients
-      checked at run time only.
-    - `x_T`: noise, `N(0, sigma(times[0])^2)`. The result has its shape and dtype.
-    - `denoised_fn`: applied to every estimate of `x0`, eps following: `lambda x0: jnp.clip(x0,
-      -1, 1)` is the clipping of pixel-space models (Ho et al. 2020, their code).
+      (`times.uniform_times`, `timestep_times`, `karras_times`, ...); with a solver that can, one
+      that goes back up in between (`repaint_times`). Close over it: its coefficients are then
+      computed in float64 and checked when this function is traced. A grid that is itself traced
+      (an argument of `jit`) works in its own dtype, with its coefficients checked at run time only.
+    - `x_T`: where to start: at `t = 1`, `diffusion.sample_prior(shape, key=key)`; at a smaller
+      `times[0]`, a picture noised to that time, `diffusion.noise(x0, times[0], eps)`. The result
+      has its shape and dtype.
+    - `key`: of the solver's noise. A solver that draws none (`DDIM()`, `Euler()`, `Heun()`,
+      `DPMSolverPP2M()`) needs none.
+    - `denoised_fn`: `(x0, x_t, t) -> x0` is applied to every estimate of `x0`, eps following:
+      `lambda x0, x_t, t: jnp.clip(x0, -1, 1)` is the clipping of pixel-space models (Ho et al.
+      2020, their code); `jnp.where(known, picture, x0)` is inpainting.
+    - `callback`: `(call, t, x_t, x0)` is called on the host after each network call, for progress
+      and previews; under `jax.vmap` once for each example, in no certain order.
+    - `with_step`: the denoiser is called with `h=t - s` too, the step from `t` to `s` that its
+      output is used for: what a flow map asks for (`h = 0`: the instantaneous output).
 
     **Returns** `x` at `times[-1]`. `jax.vmap` over `x_T`, `cond` and `key` makes a batch; under
     `jax.jit` it compiles once for all values of them.
 
-    **Raises** `ValueError` if path, prediction, solver and grid do not go together: at some time
-    of the grid a coefficient would be infinite.
+    **Raises** `ValueError` if diffusion, solver and grid do not go together: at some time of the
+    grid a coefficient would be infinite.
 
     >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0)
-    >>> sample(denoiser, LinearFlow(), predict_x0, DDIM(), uniform_times(3), jnp.ones(2),
-    ...        key=jax.random.key(0))
+    >>> flow = Diffusion(LinearFlow(), predict_x0)
+    >>> sample(denoiser, flow, DDIM(), uniform_times(3), jnp.ones(2))
     Array([7., 7.], dtype=float32)
     """
-    times = _descending(times)
-    return _run(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn)
+    loop = sampling_steps(
+        denoiser, diffusion, solver, times, x_T, cond,
+        key=key, denoised_fn=denoised_fn, callback=callback, with_step=with_step,
+    )  # fmt: skip
+    return _end(loop, x_T)
+
+
+def sampling_steps(
+    denoiser: Denoiser,
+    diffusion: Diffusion,
+    solver: AbstractSolver,
+    times: Times,
+    x_T: Float[Array, "*shape"],
+    cond: PyTree = None,
+    *,
+    key: Key[Array, ""] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    callback: Callback | None = None,
+    with_step: bool = False,
+) -> Loop:
+    """The loop of `sample`, open: its start, its step and the rows that the step runs over.
+
+    For loops of one's own: to stop in between, to change `x`, to share network calls between
+    examples at different steps. Arguments as in `sample`.
+
+    >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
+    >>> denoiser = lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0)
+    >>> flow = Diffusion(LinearFlow(), predict_x0)
+    >>> state, step, rows = sampling_steps(denoiser, flow, DDIM(), uniform_times(3), jnp.ones(2))
+    >>> for i in range(3):
+    ...     state, x0 = step(state, jax.tree.map(lambda a: a[i], rows))
+    >>> state[0]
+    Array([7., 7.], dtype=float32)
+    """
+    return _loop(
+        denoiser, diffusion, solver, _descending(times, solver), x_T, cond,
+        key=key, denoised_fn=denoised_fn, callback=callback, with_step=with_step,
+    )  # fmt: skip
 
 
 def sample_trajectory(
     denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
+    diffusion: Diffusion,
     solver: AbstractSolver,
-    times: Grid | Float[Array, " steps_and_one"],
+    times: Times,
     x_T: Float[Array, "*shape"],
     cond: PyTree = None,
     *,
-    key: Key[Array, ""],
+    key: Key[Array, ""] | None = None,
     every: int = 1,
-    denoised_fn: Callable[[X], X] | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    with_step: bool = False,
 ) -> Trajectory:
     """As `sample`, but returns every `every`-th state, `x_T` first, and the estimates of `x0`.
 
@@ -100,39 +157,41 @@ def sample_trajectory(
 
     >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0)
-    >>> states, x0 = sample_trajectory(denoiser, LinearFlow(), predict_x0, DDIM(),
-    ...     uniform_times(7), jnp.ones(2), key=jax.random.key(0), every=3)
+    >>> flow = Diffusion(LinearFlow(), predict_x0)
+    >>> times, x_T = uniform_times(7), jnp.ones(2)
+    >>> states, x0 = sample_trajectory(denoiser, flow, DDIM(), times, x_T, every=3)
     >>> states.shape, x0.shape
     ((4, 2), (3, 2))
     """
-    steps = len(times) - 1
+    loop = sampling_steps(
+        denoiser, diffusion, solver, times, x_T, cond,
+        key=key, denoised_fn=denoised_fn, with_step=with_step,
+    )  # fmt: skip
+    of_step = loop.rows[0]  # the step that each network call belongs to, which is no tracer
+    steps = int(of_step[-1]) + 1
     if not 1 <= every <= steps:
         raise ValueError(
             f"sample_trajectory: every must lie in 1 .. {steps}, the steps, got {every}."
         )
-    start, body, rows = _prepare(
-        denoiser, path, prediction, solver, _descending(times), x_T, cond, key, denoised_fn
-    )
     saved = -(-steps // every)
 
     def keep(carry, row):
         state, states, estimates = carry
-        state, x0 = body(state, row)
+        state, x0 = loop.step(state, row)
         j = row[0] // every  # what the same entry held before is overwritten
         state_at_j, x0 = state[0].astype(x_T.dtype), x0.astype(x_T.dtype)
         return (state, states.at[j].set(state_at_j), estimates.at[j].set(x0)), None
 
     empty = jnp.zeros((saved, *x_T.shape), x_T.dtype)
-    (_, states, estimates), _ = jax.lax.scan(keep, (start, empty, empty), rows)
+    (_, states, estimates), _ = jax.lax.scan(keep, (loop.state, empty, empty), loop.rows)
     return Trajectory(jnp.concatenate([x_T[None], states]), estimates)
 
 
 def encode(
     denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
+    diffusion: Diffusion,
     solver: AbstractSolver,
-    times: Grid | Float[Array, " steps_and_one"],
+    times: Times,
     x0: Float[Array, "*shape"],
     cond: PyTree = None,
 ) -> Float[Array, "*shape"]:
@@ -143,18 +202,18 @@ def encode(
 
     >>> from eqxldm import Heun, LinearFlow, predict_velocity, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
-    >>> encode(denoiser, LinearFlow(), predict_velocity, Heun(), uniform_times(4), jnp.zeros(1))
+    >>> flow = Diffusion(LinearFlow(), predict_velocity)
+    >>> encode(denoiser, flow, Heun(), uniform_times(4), jnp.zeros(1))
     Array([1.], dtype=float32)
     """
     times = _descending(times)[::-1]
-    return _run(denoiser, path, prediction, solver, times, x0, cond, jax.random.key(0), None)
+    return _end(_loop(denoiser, diffusion, solver, times, x0, cond), x0)
 
 
 def ddim_invert(
     denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
-    times: Grid | Float[Array, " steps_and_one"],
+    diffusion: Diffusion,
+    times: Times,
     x0: Float[Array, "*shape"],
     cond: PyTree = None,
 ) -> Float[Array, "*shape"]:
@@ -165,10 +224,11 @@ def ddim_invert(
 
     >>> from eqxldm import LinearFlow, predict_velocity, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
-    >>> ddim_invert(denoiser, LinearFlow(), predict_velocity, uniform_times(4), jnp.zeros(1))
+    >>> flow = Diffusion(LinearFlow(), predict_velocity)
+    >>> ddim_invert(denoiser, flow, uniform_times(4), jnp.zeros(1))
     Array([1.], dtype=float32)
     """
-    return encode(denoiser, path, prediction, DDIM(), times, x0, cond)
+    return encode(denoiser, diffusion, DDIM(), times, x0, cond)
 
 
 def nfe(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
@@ -180,27 +240,26 @@ def nfe(path: AbstractPath, solver: AbstractSolver, times: Grid) -> int:
     >>> nfe(LinearFlow(), DDIM(), uniform_times(20))
     20
     """
-    return len(solver.plan(path, check_times(times)).t)
+    return len(solver.plan(path, check_times(times, rises=solver.goes_back_up)).t)
 
 
-def check_combination(
-    path: AbstractPath, prediction: Prediction, solver: AbstractSolver, times: Grid
-) -> None:
-    """`ValueError` if the four do not go together: a coefficient would be infinite on the grid.
+def check_combination(diffusion: Diffusion, solver: AbstractSolver, times: Grid) -> None:
+    """`ValueError` if the three do not go together: a coefficient would be infinite on the grid.
 
     `sample` does the same when it is traced; this is for asking earlier, before training.
 
     >>> from eqxldm import DDIM, LinearFlow, predict_velocity, uniform_times
-    >>> check_combination(LinearFlow(), predict_velocity, DDIM(), uniform_times(20))
+    >>> flow = Diffusion(LinearFlow(), predict_velocity)
+    >>> check_combination(flow, DDIM(), uniform_times(20))
     """
-    _tables(path, prediction, solver, check_times(times))
+    _tables(diffusion, solver, check_times(times, rises=solver.goes_back_up))
 
 
-def _descending(times):
+def _descending(times, solver=None):
     """The grid in float64, checked, unless it is traced."""
     if isinstance(times, Tracer):
         return times
-    times = check_times(times)
+    times = check_times(times, rises=solver is not None and solver.goes_back_up)
     if times[0] < times[-1]:
         raise ValueError(
             "times must descend, from noise at 1 to data at 0; these ascend. Reverse them, or use "
@@ -209,22 +268,17 @@ def _descending(times):
     return times
 
 
-def _run(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn):
-    start, body, rows = _prepare(
-        denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn
+def _end(loop: Loop, x: Array) -> Array:
+    (end, _), _ = jax.lax.scan(
+        lambda state, row: (loop.step(state, row)[0], None), loop.state, loop.rows
     )
-    (x, _), _ = jax.lax.scan(lambda state, row: (body(state, row)[0], None), start, rows)
-    return x.astype(x_T.dtype)
+    return end.astype(x.dtype)
 
 
-def _tables(path, prediction, solver, times):
+def _tables(diffusion, solver, times):
     """The plan, the path's coefficients at its times and those of `(x0, eps)` from the output."""
-    learned = isinstance(solver, DDPM) and solver.variance is learned_range
-    if learned and not isinstance(prediction, LearnedRange):
-        raise ValueError(
-            "DDPM(learned_range) needs a network that outputs its variance. Wrap the prediction, "
-            "as in LearnedRange(predict_eps), or choose fixed_small or fixed_large."
-        )
+    solver.check(diffusion)
+    path, prediction = diffusion.path, diffusion.prediction
     if isinstance(times, Tracer):
         plan = solver.plan(path, times)
         at = path.coefficients(plan.t)
@@ -233,29 +287,42 @@ def _tables(path, prediction, solver, times):
         plan = solver.plan(path, times)
         at = path.coefficients(plan.t)
         solution = inverse(prediction, at)
-        _check_coefficients(path, prediction, solver, plan, at, solution)
+        _check_coefficients(diffusion, solver, plan, at, solution)
     return plan, at, solution
 
 
-def _prepare(denoiser, path, prediction, solver, times, x_T, cond, key, denoised_fn):
+def _loop(
+    denoiser, diffusion, solver, times, x_T, cond,
+    *, key=None, denoised_fn=None, callback=None, with_step=False,
+) -> Loop:  # fmt: skip
     _check_finite(x_T)
-    plan, at, solution = _tables(path, prediction, solver, times)
-    rows = (solution, plan.table)
-    rows = (plan.step, np.arange(len(plan.t)), plan.t, at, *rows)
-    rows = jax.tree.map(lambda a: jnp.asarray(a, jax.dtypes.canonicalize_dtype(a.dtype)), rows)
+    plan, at, solution = _tables(diffusion, solver, times)
+    if key is None and solver.draws_noise:
+        raise ValueError(
+            f"{_name(solver)} draws noise and needs a key: sample(..., key=jax.random.key(0))."
+        )
+    h = plan.t - plan.s
+    rows = (plan.step, np.arange(len(plan.t)), plan.t, h, at, solution, plan.table)
+    # The first two, which count, stay NumPy: so a trajectory knows its length when it is traced.
+    to_jax = lambda a: jnp.asarray(a, jax.dtypes.canonicalize_dtype(a.dtype))
+    rows = (*rows[:2], *jax.tree.map(to_jax, rows[2:]))
 
-    def body(state, row):
-        _, i, t, at, solution, table = row
+    def step(state, row):
+        _, i, t, h, at, solution, table = row
         x, carry = state
-        out = denoiser(x.astype(x_T.dtype), t.astype(x.dtype), cond, key=None).astype(x.dtype)
-        out, variance = split_output(prediction, x, out)
+        x_t, time = x.astype(x_T.dtype), t.astype(x.dtype)
+        options = {"h": h.astype(x.dtype)} if with_step else {}
+        out = denoiser(x_t, time, cond, key=None, **options).astype(x.dtype)
+        out, variance = split_output(diffusion.prediction, x, out)
         x0, eps = apply_inverse(solution, x, out)
         if denoised_fn is not None:
-            x0 = denoised_fn(x0)
+            x0 = denoised_fn(x0, x, time)
             alpha, sigma = (jnp.asarray(c, x.dtype) for c in (at.alpha, at.sigma))
             followed = (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1)
             eps = jnp.where(sigma > 0, followed, eps)  # at sigma = 0, x is x0 and eps stays
-        noise_key = jax.random.fold_in(key, i)
+        if callback is not None:
+            jax.debug.callback(callback, i, t, x, x0)
+        noise_key = None if key is None else jax.random.fold_in(key, i)
         x, carry = solver.step(table, x, Estimate(x0, eps, variance), carry, key=noise_key)
         return (x, carry), x0
 
@@ -267,12 +334,12 @@ def _prepare(denoiser, path, prediction, solver, times, x_T, cond, key, denoised
             "instead of tracing it, and the message will say at which and why."
         )
         x = eqx.error_if(x, ~jnp.all(jnp.stack(finite)), message)
-    return (x, solver.init(x)), body, rows
+    return Loop((x, solver.init(x)), step, rows)
 
 
-def _check_coefficients(path, prediction, solver, plan, at, solution) -> None:
+def _check_coefficients(diffusion, solver, plan, at, solution) -> None:
     """Refuses, with the time and the reason, what would end in NaN."""
-    t = plan.t
+    t, path = plan.t, diffusion.path
 
     def first_infinite(tree):
         leaves = [np.asarray(leaf).reshape(len(t), -1) for leaf in jax.tree.leaves(tree)]
@@ -290,8 +357,8 @@ def _check_coefficients(path, prediction, solver, plan, at, solution) -> None:
         unknown = "x0" if at.alpha[i] == 0 else "eps"
         here, advice = where(i)
         raise ValueError(
-            f"{_name(prediction)} on {_name(path)} says nothing about {unknown} {here}. {advice}, "
-            "or use a prediction that holds there: predict_v or predict_velocity."
+            f"{_name(diffusion.prediction)} on {_name(path)} says nothing about {unknown} {here}. "
+            f"{advice}, or use a prediction that holds there: predict_v or predict_velocity."
         )
     i = first_infinite(plan.table)
     if i is not None:

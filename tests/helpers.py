@@ -79,7 +79,9 @@ def sample(solver, path, times, x_T, *, prediction=eqxldm.predict_v, mean=MEAN, 
     """From `x_T` with the exact denoiser of N(mean, std^2)."""
     denoiser = gaussian_denoiser(path, prediction, mean, std)
     run = jax.jit(
-        lambda x_T, key: eqxldm.sample(denoiser, path, prediction, solver, times, x_T, key=key)
+        lambda x_T, key: eqxldm.sample(
+            denoiser, eqxldm.Diffusion(path, prediction), solver, times, x_T, key=key
+        )
     )
     return run(jnp.asarray(x_T), jax.random.key(seed))
 
@@ -92,7 +94,7 @@ class WithNoise(eqxldm.AbstractSolver):
 
     def plan(self, path, times):
         plan = self.solver.plan(path, times)
-        return eqxldm.Plan(plan.t, plan.step, (plan.table, self.noise))
+        return eqxldm.Plan(plan.t, plan.s, plan.step, (plan.table, self.noise))
 
     def init(self, x):
         return self.solver.init(x)

@@ -61,11 +61,14 @@ def main():
     # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
     optimizer = optax.sgd(0.05, momentum=0.9)
     state, static = training.init_state(dit, optimizer, num_emas=1)
-    loss = training.make_diffusion_loss(
-        ex.LinearFlow(),
-        ex.predict_velocity,
-        ex.logit_normal_time(),
-        prepare=lambda batch, key: (batch["x0"], batch["label"]),
+    objective = ex.Denoising(
+        ex.Diffusion(ex.LinearFlow(), ex.predict_velocity), time_sampler=ex.logit_normal_time()
+    )
+    loss = training.make_loss(
+        objective,
+        null=3,
+        cond_dropout=0.1,
+        prepare=lambda batch, key: {"x0": batch["x0"], "cond": batch["label"]},
     )
     step = training.make_train_step(loss, static, optimizer, ema_decays=(training.constant(0.9),))
     reader = Reader(options.kill_at if index == 1 else None)

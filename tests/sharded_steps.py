@@ -27,16 +27,14 @@ def diffusion():
     dit = filled(lambda: DiT((4, 8, 8), **sizes, key=KEY), size=0.1)
     optimizer = adamw(1e-4, clip_norm=1.0)
     state, static = init_state(dit, optimizer, num_emas=1)
-    loss = training.make_diffusion_loss(
-        ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000))),
-        ex.LearnedRange(ex.predict_eps),
-        ex.discrete_time(1000),
-        example_loss=ex.hybrid_loss,
-    )
+    path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
+    objective = ex.Hybrid(ex.Diffusion(path, ex.LearnedRange(ex.predict_eps)))
+    loss = training.make_loss(objective, null=5, cond_dropout=0.1)
     step = training.make_train_step(
         loss, static, optimizer, ema_decays=(constant(0.9),), grad_accum_steps=2
     )
-    return state, step, (jax.random.normal(KEY, (16, 4, 8, 8)), jnp.arange(16) % 5)
+    data = {"x0": jax.random.normal(KEY, (16, 4, 8, 8)), "cond": jnp.arange(16) % 5}
+    return state, step, data
 
 
 def autoencoder():

@@ -360,7 +360,7 @@ FEW = np.array([0.1, 0.2])
         (lambda: eqxldm.leading_timesteps(10, 11), "leading_timesteps: cannot keep 11 of 10"),
         (lambda: eqxldm.trailing_timesteps(10, 0), "trailing_timesteps: cannot keep 0 of 10"),
         (lambda: eqxldm.trailing_timesteps(0, 1), "timesteps must be at least 1"),
-        (lambda: eqxldm.linspace_timesteps(10, 11), "cannot keep 11 of the 10"),
+        (lambda: eqxldm.linspace_timesteps(10, 11), "cannot keep 11 of 10"),
         (lambda: eqxldm.parse_respacing(10, "11"), "cannot keep 11 of the 10"),
         (lambda: eqxldm.parse_respacing(10, "ddim6"), "no whole stride keeps 6 of 10"),
         (lambda: eqxldm.parse_respacing(10, "0"), "cannot keep 0 of the 10"),

@@ -96,9 +96,8 @@ def test_sampling_with_a_checked_denoiser_stops_at_a_nan(time):
 
     def run(denoiser):
         return eqx.filter_jit(eqxldm.sample)(
-            denoiser, PATHS["cosine"], eqxldm.predict_v, eqxldm.DDIM(), times, x_T,
-            key=jax.random.key(0),
-        )  # fmt: skip
+            denoiser, eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v), eqxldm.DDIM(), times, x_T
+        )
 
     assert jnp.all(jnp.isnan(run(breaks_at(time))))
     with pytest.raises(RuntimeError, match=OUT):
@@ -111,10 +110,15 @@ def test_sampling_with_a_checked_denoiser_stops_at_a_nan(time):
 def test_the_loss_of_a_checked_denoiser_is_the_loss(key):
     loss = eqx.filter_jit(
         lambda denoiser, x0: eqxldm.denoising_loss(
-            denoiser, PATHS["linear"], eqxldm.predict_velocity, eqxldm.constant_weight, x0,
-            jnp.array(0.5), None, key=key,
+            denoiser,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_velocity),
+            eqxldm.constant_weight,
+            x0,
+            jnp.array(0.5),
+            None,
+            key=key,
         )
-    )  # fmt: skip
+    )
     x0 = jnp.array([0.3, -1.0])
     gradient = eqx.filter_jit(jax.grad(lambda x0: loss(eqxldm.checked(DOUBLE), x0)))
     assert jnp.array_equal(loss(eqxldm.checked(DOUBLE), x0), loss(DOUBLE, x0))

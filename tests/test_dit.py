@@ -295,7 +295,13 @@ def test_every_condition_runs_under_guidance_and_sampling():
             guided = eqxldm.guide(dit, null, 2.0)
             path, velocity = eqxldm.LinearFlow(), eqxldm.predict_velocity
             return eqxldm.sample(
-                guided, path, velocity, eqxldm.Euler(), grid, x_T, cond, key=jax.random.key(0)
+                guided,
+                eqxldm.Diffusion(path, velocity),
+                eqxldm.Euler(),
+                grid,
+                x_T,
+                cond,
+                key=jax.random.key(0),
             )
 
         assert bool(jnp.all(jnp.isfinite(draw(LATENT))))

@@ -26,7 +26,13 @@ def test_loss_of_a_denoiser_that_knows_x0_is_zero(path, prediction, x64, key):
 
     for t in (0.1, 0.5, 0.9):
         loss = eqxldm.denoising_loss(
-            denoiser, path, prediction, eqxldm.constant_weight, x0, jnp.array(t), None, key=key
+            denoiser,
+            eqxldm.Diffusion(path, prediction),
+            eqxldm.constant_weight,
+            x0,
+            jnp.array(t),
+            None,
+            key=key,
         )
         assert loss.dtype == x0.dtype
         assert float(loss) < 1e-20
@@ -46,7 +52,9 @@ def test_optimal_denoiser_of_gaussian_data_minimises_the_loss(path, prediction, 
             return optimal(x_t, t) + change[0] * x_t + change[1]
 
         weight = eqxldm.constant_weight
-        return eqxldm.denoising_loss(denoiser, path, prediction, weight, x0, t, None, key=key)
+        return eqxldm.denoising_loss(
+            denoiser, eqxldm.Diffusion(path, prediction), weight, x0, t, None, key=key
+        )
 
     per_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
     gradients = per_example(jnp.zeros(2), jax.random.split(key, n))
@@ -70,7 +78,13 @@ def test_loss_is_the_weighted_mean_square_of_its_own_noise(key):
 
     x0, t = jnp.array([[1.0, -2.0], [0.5, 0.0]]), jnp.array(0.25)
     loss = eqxldm.denoising_loss(
-        denoiser, PATHS["linear"], eqxldm.predict_eps, weight, x0, t, "label", key=key
+        denoiser,
+        eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_eps),
+        weight,
+        x0,
+        t,
+        "label",
+        key=key,
     )
     eps = (seen["x_t"] - 0.75 * x0) / 0.25
     assert float(loss) == pytest.approx(0.25**2 / 0.75 * float(jnp.mean(eps**2)), rel=1e-5)
@@ -84,9 +98,14 @@ def test_loss_of_bfloat16_is_float32(key):
     denoiser = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
     x0 = jnp.ones(4, jnp.bfloat16)
     loss = eqxldm.denoising_loss(
-        denoiser, PATHS["discrete"], eqxldm.predict_x0, eqxldm.constant_weight, x0,
-        jnp.array(0.5), None, key=key,
-    )  # fmt: skip
+        denoiser,
+        eqxldm.Diffusion(PATHS["discrete"], eqxldm.predict_x0),
+        eqxldm.constant_weight,
+        x0,
+        jnp.array(0.5),
+        None,
+        key=key,
+    )
     assert loss.dtype == jnp.float32 and float(loss) == 1.0
 
 
@@ -95,9 +114,14 @@ def test_a_denoiser_of_another_shape_than_x_t_is_refused(path, key):
     def loss(shape):
         denoiser = lambda x_t, t, cond, key=None: jnp.zeros(shape)
         return eqxldm.denoising_loss(
-            denoiser, path, eqxldm.predict_v, eqxldm.constant_weight, jnp.ones((2, 3)),
-            jnp.array(0.5), None, key=key,
-        )  # fmt: skip
+            denoiser,
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            eqxldm.constant_weight,
+            jnp.ones((2, 3)),
+            jnp.array(0.5),
+            None,
+            key=key,
+        )
 
     loss((2, 3))
     for shape in [(4, 3), (1, 3), (3,), ()]:
@@ -315,7 +339,13 @@ def test_a_loss_at_zero_terminal_snr_is_finite(weight, key):
     denoiser = lambda x_t, t, cond, key=None: 0.5 * x_t
     path, prediction = SINGULAR["zero_terminal_snr"], eqxldm.predict_v
     loss = eqxldm.denoising_loss(
-        denoiser, path, prediction, weight(prediction), jnp.ones(3), jnp.array(1.0), None, key=key
+        denoiser,
+        eqxldm.Diffusion(path, prediction),
+        weight(prediction),
+        jnp.ones(3),
+        jnp.array(1.0),
+        None,
+        key=key,
     )
     assert jnp.isfinite(loss)
 
@@ -457,9 +487,14 @@ def test_a_loss_refuses_wrong_shapes_and_times(key):
     def loss(x0, t):
         denoiser = lambda x_t, t, cond, key=None: x_t
         return eqxldm.denoising_loss(
-            denoiser, PATHS["linear"], eqxldm.predict_v, eqxldm.constant_weight, x0, t, None,
+            denoiser,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.constant_weight,
+            x0,
+            t,
+            None,
             key=key,
-        )  # fmt: skip
+        )
 
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\] .* got 1.5"):
         loss(jnp.ones(2), jnp.array(1.5))

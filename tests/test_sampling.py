@@ -37,9 +37,13 @@ def test_ascending_grids_are_refused_wherever_a_grid_is_given():
     path, prediction, x = PATHS["linear"], eqxldm.predict_v, jnp.ones(2)
     key = jax.random.key(0)
     for call in (
-        lambda: eqxldm.sample(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
-        lambda: eqxldm.sample_trajectory(ZERO, path, prediction, eqxldm.DDIM(), up, x, key=key),
-        lambda: eqxldm.ddim_invert(ZERO, path, prediction, up, x),
+        lambda: eqxldm.sample(
+            ZERO, eqxldm.Diffusion(path, prediction), eqxldm.DDIM(), up, x, key=key
+        ),
+        lambda: eqxldm.sample_trajectory(
+            ZERO, eqxldm.Diffusion(path, prediction), eqxldm.DDIM(), up, x, key=key
+        ),
+        lambda: eqxldm.ddim_invert(ZERO, eqxldm.Diffusion(path, prediction), up, x),
     ):
         with pytest.raises(ValueError, match=r"these ascend\. Reverse them, or use encode"):
             call()
@@ -51,9 +55,14 @@ def test_clipping_at_clean_data_is_finite():
     @jax.jit
     def run(times):
         return eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.Heun(), times, jnp.ones(2),
-            key=jax.random.key(0), denoised_fn=lambda x0: jnp.clip(x0, -0.1, 0.1),
-        )  # fmt: skip
+            ZERO,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.Heun(),
+            times,
+            jnp.ones(2),
+            key=jax.random.key(0),
+            denoised_fn=lambda x0, x_t, t: jnp.clip(x0, -0.1, 0.1),
+        )
 
     assert jnp.all(jnp.isfinite(run(jnp.array([0.9, 0.5, 0.0]))))
 
@@ -66,7 +75,12 @@ def test_a_path_has_nothing_to_train_and_may_be_an_argument_of_jit(path):
     def run(path, x_T):
         denoiser = gaussian_denoiser(path, eqxldm.predict_v, MEAN, STD)
         return eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, eqxldm.DDIM(), times, x_T, key=jax.random.key(0)
+            denoiser,
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            eqxldm.DDIM(),
+            times,
+            x_T,
+            key=jax.random.key(0),
         )
 
     np.testing.assert_allclose(jax.jit(run)(path, x_T), run(path, x_T), rtol=1e-5)
@@ -101,13 +115,23 @@ def test_a_traced_grid_serves_many_grids_with_one_compilation(solver):
     def run(times):
         traces.append(times)
         return eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
+            denoiser,
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            solver,
+            times,
+            x_T,
+            key=jax.random.key(0),
         )
 
     for end in (0.01, 0.1):
         times = eqxldm.uniform_times(6, LATEST, end)
         closed_over = eqxldm.sample(
-            denoiser, path, eqxldm.predict_v, solver, times, x_T, key=jax.random.key(0)
+            denoiser,
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            solver,
+            times,
+            x_T,
+            key=jax.random.key(0),
         )
         np.testing.assert_allclose(run(jnp.asarray(times, jnp.float32)), closed_over, atol=1e-5)
     assert len(traces) == 1
@@ -117,9 +141,13 @@ def test_a_traced_grid_with_a_singular_time_is_an_error_and_not_nan():
     @jax.jit
     def run(times):
         return eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_eps, eqxldm.DDIM(), times, jnp.ones(2),
+            ZERO,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_eps),
+            eqxldm.DDIM(),
+            times,
+            jnp.ones(2),
             key=jax.random.key(0),
-        )  # fmt: skip
+        )
 
     with pytest.raises(Exception, match="A coefficient of the solver is infinite"):
         jax.block_until_ready(run(jnp.array([1.0, 0.5, 0.0])))
@@ -133,9 +161,13 @@ def test_the_network_sees_times_in_the_dtype_of_its_input(x64):
         return x_t * t
 
     x = eqxldm.sample(
-        denoiser, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-        jnp.ones(2, jnp.float32), key=jax.random.key(0),
-    )  # fmt: skip
+        denoiser,
+        eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+        eqxldm.DDIM(),
+        eqxldm.uniform_times(2),
+        jnp.ones(2, jnp.float32),
+        key=jax.random.key(0),
+    )
     assert x.dtype == jnp.float32 and seen == [(jnp.float32, jnp.float32)]
 
 
@@ -143,16 +175,25 @@ def test_denoised_fn_bounds_every_estimate_and_eps_follows(x64):
     path, times = PATHS["cosine"], LATEST * eqxldm.uniform_times(6)
     for solver in SOLVERS.values():
         _, estimates = eqxldm.sample_trajectory(
-            gaussian_denoiser(path, eqxldm.predict_v, 3.0, 0.2), path, eqxldm.predict_v, solver,
-            times, jnp.asarray(X_T), key=jax.random.key(0),
-            denoised_fn=lambda x0: jnp.clip(x0, -1, 1),
-        )  # fmt: skip
+            gaussian_denoiser(path, eqxldm.predict_v, 3.0, 0.2),
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            solver,
+            times,
+            jnp.asarray(X_T),
+            key=jax.random.key(0),
+            denoised_fn=lambda x0, x_t, t: jnp.clip(x0, -1, 1),
+        )
         assert jnp.max(jnp.abs(estimates)) == 1
     # With x0 held at a point, DDIM goes where the exact denoiser of that point leads.
     held = eqxldm.sample(
-        ZERO, path, eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(4, 0.9, 0.3),
-        jnp.asarray(X_T), key=jax.random.key(0), denoised_fn=lambda x0: jnp.full_like(x0, MEAN),
-    )  # fmt: skip
+        ZERO,
+        eqxldm.Diffusion(path, eqxldm.predict_v),
+        eqxldm.DDIM(),
+        eqxldm.uniform_times(4, 0.9, 0.3),
+        jnp.asarray(X_T),
+        key=jax.random.key(0),
+        denoised_fn=lambda x0, x_t, t: jnp.full_like(x0, MEAN),
+    )
     np.testing.assert_allclose(held, transported(path, MEAN, 0.0, 0.9, 0.3, X_T), rtol=1e-12)
 
 
@@ -169,7 +210,12 @@ def test_the_network_is_called_as_often_as_reported(name):
 
     times, path = LATEST * eqxldm.uniform_times(6), PATHS["discrete"]
     x = eqxldm.sample(
-        denoiser, path, eqxldm.predict_v, SOLVERS[name], times, jnp.ones(3), key=jax.random.key(0)
+        denoiser,
+        eqxldm.Diffusion(path, eqxldm.predict_v),
+        SOLVERS[name],
+        times,
+        jnp.ones(3),
+        key=jax.random.key(0),
     )
     jax.block_until_ready(x)
     jax.effects_barrier()
@@ -191,7 +237,13 @@ def test_sampling_compiles_once_and_repeats_exactly(solver):
     def run(x_T, cond, scale, key):
         guided = eqxldm.guide(denoiser, jnp.array(0.2), scale)
         return eqxldm.sample(
-            guided, PATHS["discrete"], eqxldm.predict_v, solver, times, x_T, cond, key=key
+            guided,
+            eqxldm.Diffusion(PATHS["discrete"], eqxldm.predict_v),
+            solver,
+            times,
+            x_T,
+            cond,
+            key=key,
         )
 
     x_T = jnp.arange(3.0)
@@ -206,7 +258,8 @@ def test_sampling_compiles_once_and_repeats_exactly(solver):
 def test_sample_is_the_end_of_the_trajectory_and_maps_over_a_batch(solver):
     denoiser = lambda x_t, t, cond, key=None: cond * x_t
     times = LATEST * eqxldm.uniform_times(4)
-    arguments = (denoiser, PATHS["discrete"], eqxldm.predict_v, solver, times)
+    diffusion = eqxldm.Diffusion(PATHS["discrete"], eqxldm.predict_v)
+    arguments = (denoiser, diffusion, solver, times)
     x_T = jax.random.normal(jax.random.key(0), (3, 2, 2))
     cond, keys = jnp.array([0.1, 0.2, 0.3]), jax.random.split(jax.random.key(1), 3)
     one = lambda x, c, k: eqxldm.sample(*arguments, x, c, key=k)
@@ -226,7 +279,8 @@ def test_sample_is_the_end_of_the_trajectory_and_maps_over_a_batch(solver):
 def test_every_kth_state_is_one_of_all(solver, every):
     denoiser = lambda x_t, t, cond, key=None: jnp.sin(x_t)
     times = LATEST * eqxldm.uniform_times(7)
-    arguments = (denoiser, PATHS["cosine"], eqxldm.predict_v, solver, times, jnp.ones(2))
+    diffusion = eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v)
+    arguments = (denoiser, diffusion, solver, times, jnp.ones(2))
     states, estimates = eqxldm.sample_trajectory(*arguments, key=jax.random.key(0))
     some, some_x0 = eqxldm.sample_trajectory(*arguments, key=jax.random.key(0), every=every)
     chosen = np.unique(np.append(np.arange(0, 8, every), 7))
@@ -244,7 +298,8 @@ def test_bfloat16_noise_gives_bfloat16_and_leaves_the_schedule_alone(solver):
         return jnp.full_like(x_t, 0.25)
 
     times = LATEST * eqxldm.uniform_times(50)
-    arguments = (denoiser, PATHS["discrete"], eqxldm.predict_x0, solver, times)
+    diffusion = eqxldm.Diffusion(PATHS["discrete"], eqxldm.predict_x0)
+    arguments = (denoiser, diffusion, solver, times)
     x = eqxldm.sample(*arguments, jnp.ones(3, jnp.bfloat16), key=jax.random.key(0))
     assert x.dtype == jnp.bfloat16 and seen == [(jnp.bfloat16, jnp.float32)]
     wide = eqxldm.sample(*arguments, jnp.ones(3), key=jax.random.key(0))
@@ -259,10 +314,15 @@ def test_gradients_through_sampling_are_finite(solver):
     def end(x_T, cond):
         return jnp.sum(
             eqxldm.sample(
-                denoiser, PATHS["cosine"], eqxldm.predict_v, solver, times, x_T, cond,
+                denoiser,
+                eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v),
+                solver,
+                times,
+                x_T,
+                cond,
                 key=jax.random.key(0),
             )
-        )  # fmt: skip
+        )
 
     for gradient in jax.grad(end, (0, 1))(jnp.array([0.0, 1.0]), jnp.array(0.7)):
         assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient != 0)
@@ -279,14 +339,14 @@ def test_what_cannot_work_is_refused_and_all_else_is_finite(path, prediction, so
         or solver is SOLVERS["euler_maruyama"]
     )
     times = eqxldm.uniform_times(3)
-    arguments = (ZERO, path, prediction, solver, times, jnp.ones(2))
+    arguments = (ZERO, eqxldm.Diffusion(path, prediction), solver, times, jnp.ones(2))
     if singular:
         with pytest.raises(ValueError, match=r"at t = 1, where alpha = 0 and sigma = 1"):
-            eqxldm.check_combination(path, prediction, solver, times)
+            eqxldm.check_combination(eqxldm.Diffusion(path, prediction), solver, times)
         with pytest.raises(ValueError, match=r"start=0\.999"):
             jax.jit(lambda key: eqxldm.sample(*arguments, key=key))(jax.random.key(0))
     else:
-        eqxldm.check_combination(path, prediction, solver, times)
+        eqxldm.check_combination(eqxldm.Diffusion(path, prediction), solver, times)
         assert jnp.all(jnp.isfinite(eqxldm.sample(*arguments, key=jax.random.key(0))))
 
 
@@ -304,18 +364,23 @@ def test_what_cannot_work_is_refused_and_all_else_is_finite(path, prediction, so
 def test_what_cannot_encode_says_so(solver, prediction, message):
     times = eqxldm.uniform_times(4)
     with pytest.raises(ValueError, match=message):
-        eqxldm.encode(ZERO, PATHS["linear"], prediction, solver, times, jnp.ones(2))
+        eqxldm.encode(
+            ZERO, eqxldm.Diffusion(PATHS["linear"], prediction), solver, times, jnp.ones(2)
+        )
 
 
 def test_what_is_singular_between_the_ends_is_told_apart():
     half = lambda at: (0 * at.alpha + 0.5, 0 * at.alpha + 0.5)
     with pytest.raises(ValueError, match=r"at t = 0\.5, where .*off that time, or use"):
-        eqxldm.check_combination(PATHS["linear"], half, eqxldm.DDIM(), eqxldm.uniform_times(4))
+        eqxldm.check_combination(
+            eqxldm.Diffusion(PATHS["linear"], half), eqxldm.DDIM(), eqxldm.uniform_times(4)
+        )
     with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
         eqxldm.check_combination(
-            PATHS["linear"], eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range),
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.DDPM(eqxldm.learned_range),
             eqxldm.uniform_times(4),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(
@@ -339,35 +404,52 @@ def test_a_wrong_grid_is_refused(times, message):
 def test_noise_that_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="x_T holds NaN or infinity"):
         eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-            jnp.array([1.0, bad]), key=jax.random.key(0),
-        )  # fmt: skip
+            ZERO,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.DDIM(),
+            eqxldm.uniform_times(2),
+            jnp.array([1.0, bad]),
+            key=jax.random.key(0),
+        )
 
 
 @pytest.mark.parametrize("every", [0, 5])
 def test_a_wrong_every_is_refused(every):
     with pytest.raises(ValueError, match=r"every must lie in 1 \.\. 4"):
         eqxldm.sample_trajectory(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(4),
-            jnp.ones(2), key=jax.random.key(0), every=every,
-        )  # fmt: skip
+            ZERO,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.DDIM(),
+            eqxldm.uniform_times(4),
+            jnp.ones(2),
+            key=jax.random.key(0),
+            every=every,
+        )
 
 
 def test_integer_noise_is_named():
     with pytest.raises(TypeCheckError, match="parameter 'x_T'"):
         eqxldm.sample(
-            ZERO, PATHS["linear"], eqxldm.predict_v, eqxldm.DDIM(), eqxldm.uniform_times(2),
-            jnp.ones(3, int), key=jax.random.key(0),
-        )  # fmt: skip
+            ZERO,
+            eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_v),
+            eqxldm.DDIM(),
+            eqxldm.uniform_times(2),
+            jnp.ones(3, int),
+            key=jax.random.key(0),
+        )
 
 
 def test_outputs_of_the_wrong_shape_are_explained():
     def run(prediction, solver, shape):
         denoiser = lambda x_t, t, cond, key=None: jnp.zeros(shape)
         eqxldm.sample(
-            denoiser, PATHS["linear"], prediction, solver, eqxldm.uniform_times(2), jnp.ones(3),
+            denoiser,
+            eqxldm.Diffusion(PATHS["linear"], prediction),
+            solver,
+            eqxldm.uniform_times(2),
+            jnp.ones(3),
             key=jax.random.key(0),
-        )  # fmt: skip
+        )
 
     with pytest.raises(ValueError, match=r"output has the shape \(5,\), x_t \(3,\)"):
         run(eqxldm.predict_v, eqxldm.DDIM(), (5,))
@@ -377,3 +459,190 @@ def test_outputs_of_the_wrong_shape_are_explained():
         run(eqxldm.LearnedRange(eqxldm.predict_v), eqxldm.DDIM(), (3,))
     with pytest.raises(ValueError, match=r"DDPM\(learned_range\) needs a network"):
         run(eqxldm.predict_v, eqxldm.DDPM(eqxldm.learned_range), (3,))
+
+
+FLOW = eqxldm.Diffusion(PATHS["linear"], eqxldm.predict_velocity)
+
+
+@each_path
+def test_the_prior_is_where_the_forward_process_ends(path):
+    """Of unit data: the exploding path needs sigma(1), which N(0, 1) is not."""
+    diffusion = eqxldm.Diffusion(path, eqxldm.predict_v)
+    x_T = diffusion.sample_prior((40_000,), key=jax.random.key(0))
+    at = path.coefficients(1.0)
+    noised = float(np.sqrt(at.alpha**2 * 0.5**2 + at.sigma**2))
+    # Five standard errors of a standard deviation, and what is left of the data.
+    assert np.std(x_T) == pytest.approx(diffusion.prior_std, rel=5 / np.sqrt(2 * 40_000))
+    assert diffusion.prior_std == pytest.approx(noised, rel=0.01)
+
+
+def test_samples_of_the_exploding_path_have_the_spread_of_the_data():
+    """x0 at +1 and -1: from N(0, I) their mean |x| would be far below 1."""
+    data = eqxldm.GaussianMixture([0.5, 0.5], [-1.0, 1.0], [0.05, 0.05])
+    path = eqxldm.VarianceExploding(0.02, 50.0)
+    diffusion = eqxldm.Diffusion(path, eqxldm.predict_eps)
+    x_T = diffusion.sample_prior((2000,), key=jax.random.key(1))
+    denoiser, times = data.denoiser(path, eqxldm.predict_eps), eqxldm.uniform_times(60)
+    x0 = eqxldm.sample(denoiser, diffusion, eqxldm.DDIM(), times, x_T)
+    assert float(jnp.mean(jnp.abs(x0))) == pytest.approx(1, abs=0.01)
+
+
+@each_solver
+def test_only_a_solver_that_draws_noise_needs_a_key(solver):
+    diffusion = eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v)
+    run = lambda **key: eqxldm.sample(
+        ZERO, diffusion, solver, LATEST * eqxldm.uniform_times(3), jnp.ones(2), **key
+    )
+    if solver.draws_noise:
+        with pytest.raises(ValueError, match=r"draws noise and needs a key: sample\(\.\.\., key="):
+            run()
+    else:
+        keys = jax.random.split(jax.random.key(0))
+        np.testing.assert_array_equal(run(), run(key=keys[0]))
+        np.testing.assert_array_equal(run(), run(key=keys[1]))
+
+
+def test_denoised_fn_sees_the_estimate_the_state_and_the_time():
+    seen = []
+
+    def look(x0, x_t, t):
+        jax.debug.callback(lambda *a: seen.append([float(v[0]) for v in a[:2]] + [float(a[2])]),
+                           x0, x_t, t)  # fmt: skip
+        return x0
+
+    x = jnp.full(2, 4.0)
+    eqxldm.sample(ZERO, FLOW, eqxldm.Euler(), eqxldm.uniform_times(2), x, denoised_fn=look)
+    jax.effects_barrier()
+    assert sorted(seen, reverse=True) == [[4.0, 4.0, 1.0], [4.0, 4.0, 0.5]]
+
+
+def test_a_callback_follows_the_run():
+    calls = []
+    times = eqxldm.uniform_times(4)
+    velocity = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)
+    run = jax.jit(
+        lambda x: eqxldm.sample(
+            velocity, FLOW, eqxldm.Euler(), times, x,
+            callback=lambda i, t, x, x0: calls.append([int(i), *map(float, (t, x[0], x0[0]))]),
+        )
+    )  # fmt: skip
+    jax.block_until_ready(run(jnp.ones(1)))
+    jax.effects_barrier()
+    # x_t = x_1 - (1 - t), x0 = x_t - t: everything is known.
+    assert calls == [[i, 1 - i / 4, 1 - i / 4, 0.0] for i in range(4)]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_flow_map_is_given_the_step_to_come(steps):
+    """The average velocity of straight lines through a point: any number of steps is exact."""
+    seen = []
+
+    def average_velocity(x_t, t, cond, *, h=0.0, key=None):
+        jax.debug.callback(lambda h: seen.append(float(h)), h)
+        return (x_t - 3.0) / t
+
+    times = eqxldm.uniform_times(steps)
+    x = eqxldm.sample(
+        average_velocity, FLOW, eqxldm.Euler(), times, jnp.array([7.0, -2.0]), with_step=True
+    )
+    jax.effects_barrier()
+    np.testing.assert_allclose(x, 3.0, rtol=1e-6)
+    np.testing.assert_allclose(sorted(seen), np.sort(-np.diff(times)), rtol=1e-6)
+
+
+def test_guidance_and_checks_hand_the_step_on():
+    def network(x_t, t, cond, *, h=0.0, key=None):
+        return cond * h * jnp.ones_like(x_t)
+
+    guided = eqxldm.checked(eqxldm.guide(network, jnp.array(0.0), 2.0))
+    times = eqxldm.uniform_times(4)
+    x = eqxldm.sample(
+        guided, FLOW, eqxldm.Euler(), times, jnp.ones(1), jnp.array(1.0), with_step=True
+    )
+    assert float(x[0]) == pytest.approx(1 - 4 * 0.25 * (2 * 0.25))
+
+
+@each_solver
+def test_the_open_loop_is_the_closed_one(solver):
+    diffusion = eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v)
+    denoiser = lambda x_t, t, cond, key=None: jnp.tanh(x_t)
+    times = LATEST * eqxldm.uniform_times(3)
+    arguments = (denoiser, diffusion, solver, times, jnp.arange(3.0))
+    state, step, rows = eqxldm.sampling_steps(*arguments, key=jax.random.key(2))
+    for i in range(eqxldm.nfe(diffusion.path, solver, times)):
+        state, _ = jax.jit(step)(state, jax.tree.map(lambda a, i=i: a[i], rows))
+    whole = eqxldm.sample(*arguments, key=jax.random.key(2))
+    np.testing.assert_allclose(state[0], whole, rtol=1e-5, atol=1e-6)
+
+
+UP_AND_DOWN = eqxldm.repaint_times(12, jump=3, resamplings=3)
+
+
+@each_solver
+def test_a_grid_goes_back_up_only_where_the_solver_can(solver):
+    diffusion = eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v)
+    run = lambda: eqxldm.sample(
+        ZERO, diffusion, solver, LATEST * UP_AND_DOWN, jnp.ones(2), key=jax.random.key(0)
+    )
+    if isinstance(solver, eqxldm.DDPM):
+        assert solver.goes_back_up and jnp.all(jnp.isfinite(run()))
+    else:
+        with pytest.raises(ValueError, match="times must descend strictly"):
+            run()
+
+
+@each_path
+def test_going_back_up_keeps_the_marginals(path):
+    """With a Gaussian's exact denoiser x0 has the same mean and variance as on the way down."""
+    mean, std, n = 0.7, 0.5, 20_000
+    times = np.append(0.999 * eqxldm.repaint_times(60, jump=10, resamplings=2)[:-1], 0.0)
+    diffusion = eqxldm.Diffusion(path, eqxldm.predict_v)
+    denoiser, at = gaussian_denoiser(path, eqxldm.predict_v, mean, std), path.coefficients(0.999)
+    x_T = at.alpha * mean + jnp.sqrt(at.alpha**2 * std**2 + at.sigma**2) * jax.random.normal(
+        jax.random.key(0), (n,)
+    )
+    x_T = jnp.asarray(x_T, jnp.float32)
+    run = jax.jit(
+        lambda x, key: eqxldm.sample(
+            denoiser, diffusion, eqxldm.DDPM(eqxldm.fixed_large), times, x, key=key
+        )
+    )
+    x0 = np.asarray(run(x_T, jax.random.key(1)))
+    down = jax.jit(
+        lambda x, key: eqxldm.sample(
+            denoiser,
+            diffusion,
+            eqxldm.DDPM(eqxldm.fixed_large),
+            np.append(0.999 * eqxldm.uniform_times(60)[:-1], 0.0),
+            x,
+            key=key,
+        )
+    )
+    plain = np.asarray(down(x_T, jax.random.key(1)))
+    # Five standard errors of a mean and a variance, each of two samples; both have the same bias.
+    assert abs(x0.mean() - plain.mean()) < 5 * std * np.sqrt(2 / n)
+    assert abs(x0.var() / plain.var() - 1) < 5 * np.sqrt(2 * 2 / n)
+    assert abs(x0.mean() - mean) < 0.05 and abs(x0.std() - std) < 0.05
+
+
+def test_calls_of_a_grid_that_goes_up_are_those_of_its_steps_down():
+    down = int(np.sum(np.diff(UP_AND_DOWN) < 0))
+    assert eqxldm.nfe(PATHS["cosine"], eqxldm.DDPM(), UP_AND_DOWN) == down
+    states, x0 = eqxldm.sample_trajectory(
+        ZERO, eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v), eqxldm.DDPM(), UP_AND_DOWN,
+        jnp.ones(2), key=jax.random.key(0),
+    )  # fmt: skip
+    assert states.shape == (down + 1, 2) and x0.shape == (down, 2)
+
+
+def test_inpainting_by_denoised_fn_gives_the_known_part_back():
+    known, mask = jnp.array([0.3, -0.4, 0.0, 0.0]), jnp.array([True, True, False, False])
+    diffusion = eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_v)
+    x = eqxldm.sample(
+        gaussian_denoiser(diffusion.path, eqxldm.predict_v, MEAN, 0.05), diffusion, eqxldm.DDPM(),
+        eqxldm.repaint_times(40, jump=5, resamplings=2),
+        diffusion.sample_prior((4,), key=jax.random.key(0)), key=jax.random.key(1),
+        denoised_fn=lambda x0, x_t, t: jnp.where(mask, known, x0),
+    )  # fmt: skip
+    np.testing.assert_allclose(x[:2], known[:2], atol=1e-6)
+    np.testing.assert_allclose(x[2:], MEAN, atol=0.3)

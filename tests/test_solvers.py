@@ -56,9 +56,14 @@ def test_trajectories_equal_reference(name, solver, dtype, bound):
     with jax.enable_x64(dtype == "float64"):
         noise = jnp.asarray(expected["noise"], dtype)
         states, estimates = eqxldm.sample_trajectory(
-            stand_in, PATHS["discrete"], eqxldm.predict_eps, WithNoise(solver, noise[1:]),
-            times, noise[0], key=jax.random.key(0), every=steps // 10,
-        )  # fmt: skip
+            stand_in,
+            eqxldm.Diffusion(PATHS["discrete"], eqxldm.predict_eps),
+            WithNoise(solver, noise[1:]),
+            times,
+            noise[0],
+            key=jax.random.key(0),
+            every=steps // 10,
+        )
     assert states.dtype == dtype and len(states) == len(estimates) + 1
     assert relative_error(states[-1], expected["final"]) < bound
     kept = expected["every10"]
@@ -170,9 +175,13 @@ def test_one_step_to_data_returns_the_estimate():
     solvers = ("ddim", "ddim_eta1", "ddpm_small", "ddpm_large", "dpmpp", "dpmpp_sde")
     for solver in (SOLVERS[name] for name in solvers):
         states, estimates = eqxldm.sample_trajectory(
-            gaussian_denoiser(PATHS["cosine"], eqxldm.predict_x0, MEAN, STD), PATHS["cosine"],
-            eqxldm.predict_x0, solver, times, jnp.asarray(X_T, jnp.float32), key=jax.random.key(0),
-        )  # fmt: skip
+            gaussian_denoiser(PATHS["cosine"], eqxldm.predict_x0, MEAN, STD),
+            eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_x0),
+            solver,
+            times,
+            jnp.asarray(X_T, jnp.float32),
+            key=jax.random.key(0),
+        )
         np.testing.assert_array_equal(states[-1], estimates[-1])
 
 
@@ -183,9 +192,13 @@ def test_ddpm_with_large_variance_keeps_standard_normal_data(path):
     x_T = jax.random.normal(jax.random.key(1), (n,))
     denoiser = gaussian_denoiser(path, eqxldm.predict_v, 0.0, 1.0)
     states, _ = eqxldm.sample_trajectory(
-        denoiser, path, eqxldm.predict_v, eqxldm.DDPM(eqxldm.fixed_large),
-        eqxldm.uniform_times(steps), x_T, key=jax.random.key(2),
-    )  # fmt: skip
+        denoiser,
+        eqxldm.Diffusion(path, eqxldm.predict_v),
+        eqxldm.DDPM(eqxldm.fixed_large),
+        eqxldm.uniform_times(steps),
+        x_T,
+        key=jax.random.key(2),
+    )
     # The last step returns E[x0 | x_t] = alpha x_t.
     scale = np.append(np.ones(steps), path.alpha(1 / steps))
     # Five standard errors of a mean and of a variance of Gaussians.
@@ -258,7 +271,7 @@ def test_stochastic_solvers_reproduce_the_weights_of_a_mixture(solver, path):
     def shares(steps):
         logsnr = np.linspace(float(path.logsnr(start)), stop, steps)
         times = np.append(eqxldm.time_at_logsnr(path, logsnr), 0.0)
-        arguments = (denoiser, path, eqxldm.predict_v, solver, times)
+        arguments = (denoiser, eqxldm.Diffusion(path, eqxldm.predict_v), solver, times)
         x0 = jax.jit(lambda x, key: eqxldm.sample(*arguments, x, key=key))(x_T, jax.random.key(2))
         return np.bincount(np.searchsorted(BORDERS, np.asarray(x0)), minlength=3) / n
 
@@ -279,9 +292,13 @@ def test_the_mixtures_map_is_the_quantile_map_and_solvers_reach_it(path, x64):
     for steps in (100, 200):
         times = eqxldm.uniform_times(steps, start, end)
         x = eqxldm.sample(
-            DATA.denoiser(path, eqxldm.predict_v), path, eqxldm.predict_v, eqxldm.Heun(), times,
-            jnp.asarray(X_T), key=jax.random.key(0),
-        )  # fmt: skip
+            DATA.denoiser(path, eqxldm.predict_v),
+            eqxldm.Diffusion(path, eqxldm.predict_v),
+            eqxldm.Heun(),
+            times,
+            jnp.asarray(X_T),
+            key=jax.random.key(0),
+        )
         errors.append(np.max(np.abs(x - exact)))
     assert errors[1] < 0.3 * errors[0] < 0.01
 
@@ -312,9 +329,13 @@ def test_ddim_is_euler_in_scaled_variables(path, x64):
     """d(x / alpha) / d(sigma / alpha) = eps, so Euler there is x / alpha + d(sigma / alpha) eps."""
     times = LATEST * eqxldm.uniform_times(7)
     states, _ = eqxldm.sample_trajectory(
-        gaussian_denoiser(path, eqxldm.predict_eps, MEAN, STD), path, eqxldm.predict_eps,
-        eqxldm.DDIM(), times, jnp.asarray(X_T), key=jax.random.key(0),
-    )  # fmt: skip
+        gaussian_denoiser(path, eqxldm.predict_eps, MEAN, STD),
+        eqxldm.Diffusion(path, eqxldm.predict_eps),
+        eqxldm.DDIM(),
+        times,
+        jnp.asarray(X_T),
+        key=jax.random.key(0),
+    )
     denoiser = gaussian_denoiser(path, eqxldm.predict_eps, MEAN, STD)
     x = jnp.asarray(X_T)
     at = path.coefficients(times)
@@ -343,11 +364,15 @@ def test_dpmpp_with_one_estimate_is_ddim(path, x64):
     for eta in (0.0, 1.0):
         ddim, dpmpp = (
             eqxldm.sample(
-                constant, path, eqxldm.predict_x0, solver, times, jnp.asarray(X_T),
+                constant,
+                eqxldm.Diffusion(path, eqxldm.predict_x0),
+                solver,
+                times,
+                jnp.asarray(X_T),
                 key=jax.random.key(0),
             )
             for solver in (eqxldm.DDIM(eta), eqxldm.DPMSolverPP2M(eta))
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(dpmpp, ddim, rtol=1e-11)
 
 
@@ -410,7 +435,9 @@ def test_encoding_and_decoding_return_the_start_to_the_order(path, x64):
     for steps in (64, 128, 256):
         times = eqxldm.uniform_times(steps, 0.8, 0.1)
         x = jax.jit(
-            lambda x, times=times: eqxldm.ddim_invert(denoiser, path, prediction, times, x)
+            lambda x, times=times: eqxldm.ddim_invert(
+                denoiser, eqxldm.Diffusion(path, prediction), times, x
+            )
         )(jnp.asarray(x0))
         back = sample(eqxldm.DDIM(), path, times, x)
         misses.append(float(jnp.max(jnp.abs(back - x0))))
@@ -422,7 +449,9 @@ def test_encoding_and_decoding_return_the_start_to_the_order(path, x64):
 
 def encode(solver, path, times, x0, *, prediction=eqxldm.predict_v):
     denoiser = gaussian_denoiser(path, prediction, MEAN, STD)
-    run = jax.jit(lambda x: eqxldm.encode(denoiser, path, prediction, solver, times, x))
+    run = jax.jit(
+        lambda x: eqxldm.encode(denoiser, eqxldm.Diffusion(path, prediction), solver, times, x)
+    )
     return run(jnp.asarray(x0))
 
 
@@ -452,7 +481,12 @@ def test_learned_variance_spans_from_small_to_large(path, x64):
             [plain(x_t, t), jnp.full_like(x_t, u)]
         )
         return eqxldm.sample(
-            denoiser, path, prediction, solver, times, jnp.asarray(X_T), key=jax.random.key(3)
+            denoiser,
+            eqxldm.Diffusion(path, prediction),
+            solver,
+            times,
+            jnp.asarray(X_T),
+            key=jax.random.key(3),
         )
 
     learned = eqxldm.DDPM(eqxldm.learned_range)
@@ -478,7 +512,8 @@ def test_stochastic_steps_draw_different_noise_and_obey_the_key():
     zero = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
 
     def noises(seed):
-        arguments = (zero, path, eqxldm.predict_x0, eqxldm.DDPM(), times, jnp.zeros(500))
+        diffusion = eqxldm.Diffusion(path, eqxldm.predict_x0)
+        arguments = (zero, diffusion, eqxldm.DDPM(), times, jnp.zeros(500))
         states, _ = eqxldm.sample_trajectory(*arguments, key=jax.random.key(seed))
         at, nxt = path.coefficients(times[:-1]), path.coefficients(times[1:])
         _, ct, variance = eqxldm.posterior_coefficients(nxt, at)

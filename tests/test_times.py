@@ -269,3 +269,33 @@ def test_arguments_of_a_wrong_type_are_named(call, name):
 def test_an_ascending_grid_passes_the_check():
     times = np.array([0.0, 0.25, 1.0])
     np.testing.assert_array_equal(check_times(times), times)
+
+
+def test_repaint_times_take_every_jump_as_often_as_asked():
+    times = eqxldm.repaint_times(20, jump=5, resamplings=3)
+    steps = np.diff(times)
+    assert (
+        times[0] == 1 and times[-1] == 0 and set(np.unique(times)) == set(eqxldm.uniform_times(20))
+    )
+    np.testing.assert_allclose(steps[steps > 0], 5 / 20)
+    assert np.sum(steps > 0) == (20 // 5) * 2 and np.sum(steps < 0) == 20 * 3
+    np.testing.assert_array_equal(
+        eqxldm.repaint_times(7, jump=3, resamplings=1), eqxldm.uniform_times(7)
+    )
+    for wrong in ({"jump": 0}, {"resamplings": 0}):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            eqxldm.repaint_times(4, **wrong)
+
+
+@pytest.mark.parametrize("timesteps", [1000, 999, 4000])
+def test_respacing_follows_the_running_sum_of_the_published_code(timesteps):
+    """Position j is j strides added one by one: `round(j * stride)` differs for many counts."""
+    differ = 0
+    for count in range(2, timesteps + 1, 1 if timesteps < 2000 else 37):
+        stride, position, expected = (timesteps - 1) / (count - 1), 0.0, []
+        for _ in range(count):
+            expected.append(round(position))
+            position += stride
+        np.testing.assert_array_equal(eqxldm.respace(timesteps, [count]), expected)
+        differ += expected != [round(j * stride) for j in range(count)]
+    assert differ > 5

@@ -6,11 +6,10 @@ import optax
 import pytest
 
 import eqxldm
-from eqxldm import models, nn, training
+from eqxldm import nn, training
 from eqxldm.training import constant, exponential
 
 from helpers import (
-    PATHS,
     named_leaves,
     perturbed,
     small_autoencoder,
@@ -23,7 +22,7 @@ KEY = jax.random.key(3)
 IMAGES = jax.random.uniform(jax.random.key(8), (2, 1, 16, 16), minval=-1.0)
 
 
-def quadratic(model, batch, key):
+def quadratic(model, batch, key, context=None):
     """A loss whose gradient depends on the key: noisy least squares."""
     noise = jax.random.normal(key, batch.shape)
     error = jax.vmap(model)(batch + 0.1 * noise) - 1
@@ -118,13 +117,13 @@ def test_the_key_of_a_step_depends_on_the_step_and_on_the_key():
 def test_many_donated_steps_compile_once(ema_decays):
     traces = []
 
-    def loss_fn(model, batch, key):
+    def loss_fn(model, batch, key, context):
         traces.append(1)
         return quadratic(model, batch, key)
 
     optimizer = training.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
     state, static = training.init_state(line(), optimizer, num_emas=len(ema_decays))
-    step = training.make_train_step(loss_fn, static, optimizer, num_emas=num_emas)
+    step = training.make_train_step(loss_fn, static, optimizer, ema_decays=ema_decays)
     step = jax.jit(step, donate_argnums=0)
     losses = []
     for _ in range(5):
@@ -151,7 +150,7 @@ def test_a_state_with_another_number_of_averages_is_refused():
         step(state, BATCH, KEY)
 
 
-def poisoned(model, batch, key):
+def poisoned(model, batch, key, context):
     """`quadratic`, whose loss or gradient is what the batch's last row says."""
     loss, aux = quadratic(model, batch[:-1], key)
     poison = batch[-1, 0]
@@ -183,7 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(last):
     assert int(optax.tree.get(state.opt_state, "count")) == 2
 
 
-def plain(model, batch, key):
+def plain(model, batch, key, context):
     return jnp.mean((jax.vmap(model)(batch) - 1) ** 2), {"mean": jnp.mean(batch)}
 
 
@@ -204,7 +203,7 @@ def test_accumulated_parts_draw_different_noise():
     batch = jnp.repeat(BATCH, 2, axis=0)
     losses = []
 
-    def recorded(model, batch, key):
+    def recorded(model, batch, key, context):
         jax.debug.callback(lambda value: losses.append(float(value)), jax.random.normal(key, ()))
         return quadratic(model, batch, key)
 
@@ -293,170 +292,6 @@ def test_clipping_is_of_the_global_norm(norm):
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
                if ".mu" in jax.tree_util.keystr(path)]  # fmt: skip
     assert float(optax.tree.norm(moments)) == pytest.approx(0.1 * min(norm, 1.0), rel=1e-5)
-
-
-def test_labels_are_dropped_at_the_given_rate():
-    n, labels = 10_000, jnp.arange(10_000) % 7
-    dropped = training.drop_labels(labels, jnp.array(7), 0.1, key=KEY)
-    lost = dropped == 7
-    # Five standard deviations of a binomial.
-    assert abs(int(lost.sum()) - 0.1 * n) < 5 * np.sqrt(n * 0.1 * 0.9)
-    np.testing.assert_array_equal(dropped[~lost], labels[~lost])
-    assert dropped.dtype == labels.dtype
-    for probability, expected in ((0.0, labels), (1.0, jnp.full(n, 7))):
-        kept = training.drop_labels(labels, jnp.array(7), probability, key=KEY)
-        np.testing.assert_array_equal(kept, expected)
-    with pytest.raises(ValueError, match=r"probability must lie in \[0, 1\], got 1.5"):
-        training.drop_labels(labels, jnp.array(7), 1.5, key=KEY)
-
-
-class Recorder(eqx.Module):
-    """A denoiser whose output is its label, and whose null label is 9."""
-
-    @property
-    def null(self):
-        return jnp.array(9)
-
-    def __call__(self, x_t, t, label, *, key=None):
-        return jnp.full_like(x_t, label.astype(x_t.dtype)) + t
-
-
-@pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_diffusion_loss_is_the_mean_over_examples(dropout):
-    times = jnp.array([0.2, 0.4, 0.9])
-    x0, labels = jnp.stack([c * jnp.ones((1, 2, 2)) for c in (1.0, 2.0, 3.0)]), jnp.array([0, 1, 2])
-    loss_fn = training.make_diffusion_loss(
-        PATHS["linear"], eqxldm.predict_x0, lambda key, batch: times,
-        weight=lambda at: at.alpha, label_dropout=dropout,
-    )  # fmt: skip
-    loss, metrics = loss_fn(Recorder(), (x0, labels), KEY)
-    seen = np.array([9, 9, 9]) if dropout else np.array([0, 1, 2])
-    times = np.asarray(times)
-    expected = np.mean((1 - times) * (seen + times - np.array([1, 2, 3])) ** 2)
-    assert float(loss) == pytest.approx(expected, rel=1e-5) and metrics == {}
-
-
-def test_diffusion_loss_prepares_its_batch_with_a_key_of_its_own():
-    keys = []
-
-    def prepare(batch, key):
-        keys.append(jax.random.key_data(key).tolist())
-        return batch["x"], batch["y"]
-
-    def sampler(key, batch):
-        keys.append(jax.random.key_data(key).tolist())
-        return jnp.full(batch, 0.5)
-
-    loss_fn = training.make_diffusion_loss(
-        PATHS["linear"], eqxldm.predict_x0, sampler, prepare=prepare, label_dropout=0.0
-    )
-    batch = {"x": jnp.zeros((2, 1, 2, 2)), "y": jnp.array([0, 1])}
-    assert float(loss_fn(Recorder(), batch, KEY)[0]) == pytest.approx((0.5**2 + 1.5**2) / 2)
-    assert keys[0] != keys[1]
-
-
-def test_the_loss_of_an_example_can_be_another_such_as_dits_own():
-    path = eqxldm.DiscreteVP(eqxldm.alpha_bar_from_betas(eqxldm.linear_betas(10, 0.01, 0.5)))
-    prediction = eqxldm.LearnedRange(eqxldm.predict_eps)
-    dit = perturbed(small_dit(learn_sigma=True))
-    x0, labels = jax.random.normal(KEY, (2, *dit.shape)), jnp.array([0, 1])
-    loss_fn = training.make_diffusion_loss(
-        path, prediction, eqxldm.discrete_time(10), example_loss=eqxldm.hybrid_loss,
-        label_dropout=0.0,
-    )  # fmt: skip
-    (loss, _), gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss_fn, has_aux=True))(
-        dit, (x0, labels), KEY
-    )
-    _, time_key, _, noise_key = jax.random.split(KEY, 4)
-    times, keys = eqxldm.discrete_time(10)(time_key, 2), jax.random.split(noise_key, 2)
-    expected = [
-        eqxldm.hybrid_loss(dit, path, prediction, x, t, y, key=k)
-        for x, t, y, k in zip(x0, times, labels, keys, strict=True)
-    ]
-    assert float(loss) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
-    rows = jnp.split(gradient.final_linear.bias.reshape(-1, 2 * dit.shape[0]), 2, axis=1)
-    assert all(jnp.any(part != 0) for part in rows)  # the mean's part and the variance's
-    with pytest.raises(ValueError, match="example_loss has its own weight"):
-        training.make_diffusion_loss(
-            path, prediction, eqxldm.discrete_time(10), example_loss=eqxldm.hybrid_loss,
-            weight=eqxldm.min_snr_weight(eqxldm.predict_eps),
-        )  # fmt: skip
-
-
-def test_a_dit_learns_one_batch():
-    traces = []
-    base = training.make_diffusion_loss(
-        PATHS["discrete"], eqxldm.predict_v, eqxldm.stratified_time, label_dropout=0.1
-    )
-
-    def loss_fn(model, batch, key):
-        traces.append(1)
-        return base(model, batch, key)
-
-    optimizer = training.adamw(1e-2, clip_norm=1.0)
-    state, static = training.init_state(small_dit(depth=2), optimizer, num_emas=1)
-    step = training.make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(0.99),))
-    step = jax.jit(step, donate_argnums=0)
-    x0 = jnp.broadcast_to(jax.random.normal(KEY, (3, 4, 8)), (8, 3, 4, 8))
-    losses = []
-    for _ in range(100):
-        state, metrics = step(state, (x0, jnp.arange(8) % 5), KEY)
-        losses.append(float(metrics["loss"]))
-    assert len(traces) == 1
-    # The untrained output is 0, whose loss is E v^2 = 1 for unit data; one image is easy to learn.
-    assert np.mean(losses[:3]) == pytest.approx(1, abs=0.3)
-    assert np.mean(losses[-10:]) < 0.5
-
-
-def test_bfloat16_training_stays_finite_where_float16_everywhere_does_not():
-    """Deep and narrow, at a high rate: float32 masters, norms, softmax and time carry it."""
-    dit = models.DiT(
-        (3, 4, 8),
-        patch_size=2,
-        depth=16,
-        width=16,
-        num_heads=2,
-        num_classes=5,
-        qk_norm=nn.RMSNorm,
-        key=KEY,
-    )
-    half = jax.tree.map(lambda a: a.astype(jnp.float16) if eqx.is_inexact_array(a) else a, dit)
-    optimizer = training.adamw(1e-2)
-    loss_fn = training.make_diffusion_loss(
-        PATHS["linear"], eqxldm.predict_velocity, eqxldm.stratified_time, dtype=jnp.bfloat16
-    )
-    x0 = jnp.broadcast_to(jax.random.normal(KEY, (3, 4, 8)), (8, 3, 4, 8))
-    batch, losses = (x0, jnp.arange(8) % 5), []
-    state, static = training.init_state(dit, optimizer)
-    step = jax.jit(training.make_train_step(loss_fn, static, optimizer), donate_argnums=0)
-    for _ in range(60):
-        state, metrics = step(state, batch, KEY)
-        losses.append(float(metrics["loss"]))
-    assert int(state.skipped) == 0 and np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
-    assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-
-    state, static = training.init_state(half, optimizer)
-    plain = training.make_diffusion_loss(
-        PATHS["linear"], eqxldm.predict_velocity, eqxldm.stratified_time
-    )
-    step = jax.jit(training.make_train_step(plain, static, optimizer))
-    for _ in range(3):
-        state, _ = step(state, (x0.astype(jnp.float16), batch[1]), KEY)
-    assert not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(state.params))
-
-
-def test_a_network_in_bfloat16_gives_the_loss_to_its_precision():
-    losses = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        loss_fn = training.make_diffusion_loss(
-            PATHS["linear"], eqxldm.predict_velocity, eqxldm.stratified_time, dtype=dtype
-        )
-        x0 = jax.random.normal(KEY, (8, 3, 4, 8))
-        run = eqx.filter_jit(lambda model, x0, f=loss_fn: f(model, (x0, jnp.arange(8) % 5), KEY)[0])
-        losses.append(run(perturbed(small_dit(depth=2)), x0))
-    assert {loss.dtype for loss in losses} == {jnp.dtype("float32")}
-    assert float(losses[1]) != float(losses[0])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2**-7)
 
 
 KL_WEIGHT, GAN_WEIGHT = 1e-2, 0.5

@@ -210,9 +210,14 @@ def test_sampling_and_guidance_take_it_as_they_take_the_dit(solver):
     denoiser = eqxldm.guide(unet, unet.null, 2.0)
     x_T = jax.random.normal(KEY, (2, 4, 4))
     x0 = eqxldm.sample(
-        denoiser, eqxldm.CosineVP(), eqxldm.predict_v, solver, eqxldm.uniform_times(3),
-        x_T, jnp.array(1), key=KEY,
-    )  # fmt: skip
+        denoiser,
+        eqxldm.Diffusion(eqxldm.CosineVP(), eqxldm.predict_v),
+        solver,
+        eqxldm.uniform_times(3),
+        x_T,
+        jnp.array(1),
+        key=KEY,
+    )
     assert x0.shape == x_T.shape and bool(jnp.isfinite(x0).all())
 
 

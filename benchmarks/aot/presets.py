@@ -79,7 +79,7 @@ def diffusion_step(
         lambda: stages.diffusion_state(config, LATENT, CLASSES, remat=remat, attention=attention)
     )
     prepare = latent_sampler([0.0] * LATENT[0], [0.18215] * LATENT[0])
-    step = stages.diffusion_step(config, static, optimizer, prepare, grad_accum_steps)
+    step = stages.diffusion_step(config, CLASSES, static, optimizer, prepare, grad_accum_steps)
     moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
     data = dict(mean=moments, logvar=moments, label=_ints(batch), index=_ints(batch))
     flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))

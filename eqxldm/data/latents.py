@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from ..durable import replacing
 from .decoding import CROP, decode_and_crop
@@ -225,14 +225,14 @@ class Latents:
 
 def latent_sampler(
     shift: Sequence[float], scale: Sequence[float]
-) -> Callable[[Any, Key[Array, ""]], tuple[Float[Array, "b zc zh zw"], Int[Array, " b"]]]:
-    """`prepare(batch, key) -> (z, label)` for `make_diffusion_loss`: a fresh draw, inside jit.
+) -> Callable[[Any, Key[Array, ""]], dict[str, Any]]:
+    """`prepare(batch, key) -> {"x0", "cond"}` for `make_loss`: a fresh draw, inside jit.
 
     `z = (mean + exp(logvar / 2) n - shift) * scale` in float32, `n ~ N(0, I)`.
 
     >>> zeros = jnp.zeros((2, 1, 4, 4), jnp.float16)
     >>> batch = {"mean": zeros + 3, "logvar": zeros - 30, "label": jnp.arange(2)}
-    >>> z, _ = latent_sampler([1.0], [0.5])(batch, jax.random.key(0))
+    >>> z = latent_sampler([1.0], [0.5])(batch, jax.random.key(0))["x0"]
     >>> z.dtype, round(float(z.mean()), 3)
     (dtype('float32'), 1.0)
     """
@@ -241,7 +241,8 @@ def latent_sampler(
     def prepare(batch: Any, key: Key[Array, ""]):
         mean, logvar = (batch[name].astype(jnp.float32) for name in ("mean", "logvar"))
         noise = jax.random.normal(key, mean.shape)
-        return (mean + jnp.exp(0.5 * logvar) * noise - shift_) * scale_, batch["label"]
+        x0 = (mean + jnp.exp(0.5 * logvar) * noise - shift_) * scale_
+        return {"x0": x0, "cond": batch["label"]}
 
     return prepare
 

@@ -8,11 +8,6 @@ from .autoencoder import (
     l2_distance as l2_distance,
     make_autoencoder_step as make_autoencoder_step,
 )
-from .diffusion import (
-    drop_labels as drop_labels,
-    in_dtype as in_dtype,
-    make_diffusion_loss as make_diffusion_loss,
-)
 from .ema import (
     constant as constant,
     exponential as exponential,
@@ -25,6 +20,11 @@ from .ema import (
     update_ema as update_ema,
 )
 from .latents import measure_latents as measure_latents
+from .loss import (
+    drop_condition as drop_condition,
+    in_dtype as in_dtype,
+    make_loss as make_loss,
+)
 from .optimizers import (
     adamw as adamw,
     decay_mask as decay_mask,

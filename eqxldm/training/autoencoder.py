@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from ..losses import hinge_discriminator_loss, hinge_generator_loss, kl_to_standard_normal
 from ..nn.conv import depth_to_space
+from ..objectives import hinge_discriminator_loss, hinge_generator_loss, kl_to_standard_normal
 from ..sharding import batch_vmap
 from .ema import Decay
 from .state import Metrics, TrainState, apply_gradients, check_gradients, counters

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from ..objectives import Context
 from ..sharding import STACKED
 from .ema import Decay, update_ema
 
 Metrics = dict[str, Any]  # scalars, and under "norms" an array for each block of the model
-LossFn = Callable[[Any, Any, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+# (model, batch, key, context) -> the batch's mean loss, and scalars to log
+LossFn = Callable[[Any, Any, Key[Array, ""], Any], tuple[Float[Array, ""], Metrics]]
 
 
 class TrainState(eqx.Module):
@@ -154,8 +156,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """A pure `step(state, batch, key) -> (state, metrics)` for a scalar loss.
 
-    `loss_fn(model, batch, key)` returns the batch's mean loss and a dict of scalars. The loss's
-    own key is `fold_in(key, state.step)`, so a resumed run draws what an unbroken one would have.
+    `loss_fn(model, batch, key, context)` returns the batch's mean loss and a dict of scalars, as
+    `make_loss` makes it of an objective; `context` (`eqxldm.Context`) has the number of steps done
+    and the networks with the averaged parameters, for objectives with a teacher. The loss's own
+    key is `fold_in(key, state.step)`, so a resumed run draws what an unbroken one would have.
     Jit it with the state donated: `jax.jit(step, donate_argnums=0)`.
 
     **Arguments**:
@@ -169,7 +173,8 @@ def make_train_step(
     whose loss or gradient is not finite: it changes nothing but counters), `skipped_in_row`, and
     `norms`, the gradient's `block_norms`.
 
-    >>> loss_fn = lambda model, batch, key: (jnp.mean((jax.vmap(model)(batch) - 1) ** 2), {})
+    >>> def loss_fn(model, batch, key, context):
+    ...     return jnp.mean((jax.vmap(model)(batch) - 1) ** 2), {}
     >>> optimizer = optax.sgd(0.1)
     >>> state, static = init_state(eqx.nn.Linear(2, 1, key=jax.random.key(0)), optimizer)
     >>> step = jax.jit(make_train_step(loss_fn, static, optimizer), donate_argnums=0)
@@ -182,16 +187,18 @@ def make_train_step(
             f"make_train_step: grad_accum_steps must be at least 1, got {grad_accum_steps}."
         )
 
-    def differentiate(params: PyTree, batch: Any, key: Key[Array, ""]):
-        loss = lambda params: loss_fn(eqx.combine(params, static), batch, key)
-        return jax.value_and_grad(loss, has_aux=True)(params)
+    def differentiate(state: TrainState, batch: Any, key: Key[Array, ""]):
+        averaged = tuple(eqx.combine(params, static) for params in state.ema)
+        context = Context(state.step, averaged)
+        loss = lambda params: loss_fn(eqx.combine(params, static), batch, key, context)
+        return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def step(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         if grad_accum_steps == 1:
-            (value, metrics), gradients = differentiate(state.params, batch, key)
+            (value, metrics), gradients = differentiate(state, batch, key)
         else:
-            one = lambda part, key: differentiate(state.params, part, key)
+            one = lambda part, key: differentiate(state, part, key)
             keys = jax.random.split(key, grad_accum_steps)
             (value, metrics), gradients = _mean(one, _parts(batch, grad_accum_steps), keys)
         finite, measured = check_gradients(value, gradients)

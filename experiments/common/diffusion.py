@@ -1,16 +1,14 @@
 """Names of paths, predictions, weights and solvers, and what they stand for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
 import eqxldm as ex
-from eqxldm.losses import TimeSampler, Weight
 from eqxldm.models import DiT, UNet
 from eqxldm.solvers import Variance
-from eqxldm.training.diffusion import in_dtype
+from eqxldm.training import in_dtype
 
 from .options import check
 from .terminal import UserError
@@ -54,13 +52,14 @@ class SamplingConfig:
 class Diffusion(NamedTuple):
     """What a configuration's names stand for, and the names, for messages."""
 
-    path: ex.AbstractPath
-    prediction: ex.Prediction
-    weight: Weight
-    time_sampler: TimeSampler
-    example_loss: Callable[..., Any] | None
+    diffusion: ex.Diffusion
+    objective: ex.AbstractObjective
     variance: Variance  # of ancestral steps
     names: tuple[str, str]
+
+    @property
+    def path(self) -> ex.AbstractPath:
+        return self.diffusion.path
 
     @property
     def timesteps(self) -> int | None:
@@ -88,14 +87,16 @@ def named_diffusion(named: Named, *, learned_range: bool = False) -> Diffusion:
         times = ex.logit_normal_time(named.time_mean, named.time_stddev)
     names = named.path, named.prediction
     if not learned_range:
-        return Diffusion(path, prediction, weight, times, None, ex.fixed_small, names)
+        diffusion = ex.Diffusion(path, prediction)
+        objective = ex.Denoising(diffusion, weight, times)
+        return Diffusion(diffusion, objective, ex.fixed_small, names)
     if not isinstance(path, ex.DiscreteVP) or named.weight != "constant":
         raise UserError(
             "--diffusion.learned-range has the hybrid loss: it needs --diffusion.path ddpm and "
             f"--diffusion.weight constant, got {named.path} and {named.weight}."
         )
-    prediction = ex.LearnedRange(prediction)
-    return Diffusion(path, prediction, weight, times, ex.hybrid_loss, ex.learned_range, names)
+    diffusion = ex.Diffusion(path, ex.LearnedRange(prediction))
+    return Diffusion(diffusion, ex.Hybrid(diffusion), ex.learned_range, names)
 
 
 def _path(name: PathName) -> ex.AbstractPath:
@@ -155,7 +156,7 @@ def check_sampling(diffusion: Diffusion, sampling: SamplingConfig) -> int:
     path, solver = diffusion.path, make_solver(diffusion, sampling)
     times = make_times(diffusion, sampling)
     try:
-        ex.check_combination(path, diffusion.prediction, solver, times)
+        ex.check_combination(diffusion.diffusion, solver, times)
     except ValueError as error:
         raise UserError(
             f"--diffusion.path {diffusion.names[0]}, --diffusion.prediction "

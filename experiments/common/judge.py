@@ -40,7 +40,7 @@ def judge(classifier: ConvClassifier, images: Images) -> Judged:
     return Judged(features, logits.argmax(1))
 
 
-def classifier_loss(model: ConvClassifier, batch: Any, key: Any) -> tuple[Any, dict]:
+def classifier_loss(model: ConvClassifier, batch: Any, key: Any, context: Any) -> tuple[Any, dict]:
     """The cross entropy of a batch with `image`, uint8, and `label`."""
     _, logits = jax.vmap(model)(to_float(batch["image"]))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

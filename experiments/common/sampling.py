@@ -52,9 +52,8 @@ def make_sampler(
 
         def one(label, key):
             noise_key, solver_key = jax.random.split(key)
-            z = jax.random.normal(noise_key, shape)
-            path, prediction = diffusion.path, diffusion.prediction
-            z = ex.sample(denoiser, path, prediction, solver, times, z, label, key=solver_key)
+            z = diffusion.diffusion.sample_prior(shape, key=noise_key)
+            z = ex.sample(denoiser, diffusion.diffusion, solver, times, z, label, key=solver_key)
             return space.decode(z)
 
         return to_uint8(jax.vmap(one)(labels, keys), pad=pad)
@@ -135,11 +134,10 @@ def reverse_process(generator: Generator, labels: Int[np.ndarray, " n"], key: An
     def row(space, network, label, key):
         denoiser = guided(network, sampling, dtype)
         noise_key, solver_key = jax.random.split(key)
-        z = jax.random.normal(noise_key, trained.shape)
+        z = diffusion.diffusion.sample_prior(trained.shape, key=noise_key)
         states, _ = ex.sample_trajectory(
             denoiser,
-            diffusion.path,
-            diffusion.prediction,
+            diffusion.diffusion,
             solver,
             times,
             z,

@@ -25,7 +25,7 @@ from eqxldm.training import (
     adamw,
     exponential,
     init_state,
-    make_diffusion_loss,
+    make_loss,
     make_train_step,
     posthoc_ema,
     posthoc_weights,
@@ -157,6 +157,7 @@ def diffusion_state(
 
 def diffusion_step(
     config: Config,
+    num_classes: int,
     static: Any,
     optimizer: Any,
     prepare: Callable[[Any, Any], Any],
@@ -164,13 +165,10 @@ def diffusion_step(
 ):
     """The train step of the denoiser."""
     options, diffusion = config.diffusion, cfg.make_diffusion(config)
-    loss_fn = make_diffusion_loss(
-        diffusion.path,
-        diffusion.prediction,
-        diffusion.time_sampler,
-        weight=diffusion.weight,
-        example_loss=diffusion.example_loss,
-        label_dropout=options.label_dropout,
+    loss_fn = make_loss(
+        diffusion.objective,
+        null=num_classes,
+        cond_dropout=options.label_dropout,
         prepare=prepare,
         dtype=cfg.DTYPES[options.dtype],
     )
@@ -194,7 +192,9 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
             "that could be read."
         )
     prepare = latent_sampler(autoencoder.shift, autoencoder.scale)
-    step = diffusion_step(config, static, optimizer, prepare, compute.grad_accum_steps)
+    step = diffusion_step(
+        config, job.num_classes, static, optimizer, prepare, compute.grad_accum_steps
+    )
     batches = latent_batches(
         latents,
         options.batch_size,

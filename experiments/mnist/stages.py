@@ -23,7 +23,7 @@ from eqxldm.training import (
     adamw,
     exponential,
     init_state,
-    make_diffusion_loss,
+    make_loss,
     make_train_step,
     measure_latents,
 )
@@ -208,12 +208,10 @@ def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> 
     state, static, optimizer = diffusion_state(job.config, shape, digits.num_classes)
 
     diffusion = cfg.make_diffusion(job.config)
-    loss_fn = make_diffusion_loss(
-        diffusion.path,
-        diffusion.prediction,
-        diffusion.time_sampler,
-        weight=diffusion.weight,
-        label_dropout=options.label_dropout,
+    loss_fn = make_loss(
+        diffusion.objective,
+        null=digits.num_classes,
+        cond_dropout=options.label_dropout,
         prepare=_prepare(space, job.config.autoencoder.pad),
     )
     step = make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(options.ema_decay),))
@@ -223,9 +221,12 @@ def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> 
 
 
 def _prepare(space: AutoencoderKL | Pixels, pad: int) -> Callable[[Any, Any], Any]:
-    """`prepare(batch, key) -> (x0, labels)`: the images, or samples of their posteriors."""
+    """`prepare(batch, key) -> {"x0", "cond"}`: the images, or samples of their posteriors."""
     if isinstance(space, Pixels):
-        return lambda batch, key: (to_float(batch["image"], pad=pad), batch["label"])
+        return lambda batch, key: {
+            "x0": to_float(batch["image"], pad=pad),
+            "cond": batch["label"],
+        }
 
     def draw(mean, logvar, key):
         raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
@@ -233,7 +234,8 @@ def _prepare(space: AutoencoderKL | Pixels, pad: int) -> Callable[[Any, Any], An
 
     def prepare(batch, key):
         keys = jax.random.split(key, len(batch["label"]))
-        return jax.vmap(draw)(batch["mean"], batch["logvar"], keys), batch["label"]
+        x0 = jax.vmap(draw)(batch["mean"], batch["logvar"], keys)
+        return {"x0": x0, "cond": batch["label"]}
 
     return prepare
 

@@ -1,4 +1,4 @@
-"""Losses, one example at a time, their weights, and the samplers of training times.
+"""Weights of the denoising loss.
 
 A weight multiplies the mean square error of what the network outputs. The named ones are defined
 in the literature for one prediction; here each takes the prediction that it is to be used with, and
@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from .paths import AbstractPath, Coefficients, at_least_float32, q_sample
-from .predictions import Denoiser, Prediction, split_output, target
+from .paths import Coefficients
+from .predictions import Prediction
 
 Weight = Callable[[Coefficients], Float[Array, ""]]
-TimeSampler = Callable[[Key[Array, ""], int], Float[Array, " batch"]]
 
 
 def constant_weight(at: Coefficients) -> Float[Array, ""]:
@@ -164,124 +163,3 @@ def convert_weight(weight: Weight, source: Prediction, to: Prediction) -> Weight
 def _check_positive(name: str, argument: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
-
-
-def denoising_loss(
-    denoiser: Denoiser,
-    path: AbstractPath,
-    prediction: Prediction,
-    weight: Weight,
-    x0: Float[Array, "*shape"],
-    t: Float[Array, ""],
-    cond: Any,
-    *,
-    key: Key[Array, ""],
-) -> Float[Array, ""]:
-    """`w(t) mean (denoiser(x_t, t, cond) - target)^2` for one example, float32 at least.
-
-    `eps ~ N(0, I)` is drawn from `key`, `x_t = alpha x0 + sigma eps`, and `target` is what
-    `prediction` says (Ho et al. 2020, eq. 14; Lipman et al. 2023).
-
-    >>> from eqxldm.paths import LinearFlow
-    >>> from eqxldm.predictions import predict_x0
-    >>> denoiser = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
-    >>> loss = denoising_loss(denoiser, LinearFlow(), predict_x0, constant_weight,
-    ...                       2 * jnp.ones(3), jnp.array(0.5), None, key=jax.random.key(0))
-    >>> float(loss)
-    4.0
-    """
-    eps_key, denoiser_key = jax.random.split(key)
-    eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
-    x_t, at = q_sample(path, x0, t, eps), path.coefficients(t)
-    out, _ = split_output(prediction, x_t, denoiser(x_t, t, cond, key=denoiser_key))
-    work = at_least_float32(x0.dtype)
-    error = out.astype(work) - target(prediction, at, x0, eps).astype(work)
-    return jnp.asarray(weight(at), work) * jnp.mean(error * error)
-
-
-def uniform_time(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
-    """`t ~ U(0, 1]`, independent; never exactly 0, where some losses are infinite.
-
-    >>> uniform_time(jax.random.key(0), 3).shape
-    (3,)
-    """
-    return 1 - jax.random.uniform(key, (batch,))
-
-
-def stratified_time(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
-    """`t_i = 1 - (u + i / n) mod 1`: each `U(0, 1]`, together evenly spread (Kingma et al. 2021).
-
-    The batch mean of a loss has a lower variance than with `uniform_time`.
-
-    >>> bool(jnp.ptp(jnp.diff(jnp.sort(stratified_time(jax.random.key(0), 4)))) < 1e-6)
-    True
-    """
-    return 1 - (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
-
-
-def logit_normal_time(mean: float = 0.0, stddev: float = 1.0) -> TimeSampler:
-    """`t = sigmoid(m + s n)`, `n ~ N(0, 1)`: middle times more often (Esser et al. 2024, eq. 19).
-
-    A positive mean favours noisy times. Stratified over the batch: `n` are normal quantiles of
-    stratified uniforms.
-
-    >>> logit_normal_time(0.0, 1.0)(jax.random.key(0), 3).shape
-    (3,)
-    """
-    if not math.isfinite(mean):
-        raise ValueError(f"logit_normal_time: mean must be finite, got {mean}.")
-    if not (stddev > 0 and math.isfinite(stddev)):
-        raise ValueError(f"logit_normal_time: stddev must be positive, got {stddev}.")
-
-    def sampler(key: Key[Array, ""], batch: int) -> Float[Array, " batch"]:
-        # Keep the quantile finite: float32 uniforms can be exactly 0.
-        u = jnp.clip(stratified_time(key, batch), 1e-6, 1 - 1e-6)
-        return jax.nn.sigmoid(mean + stddev * jax.scipy.stats.norm.ppf(u))
-
-    return sampler
-
-
-def discrete_time(timesteps: int) -> TimeSampler:
-    """`t = (i + 1) / T` with `i ~ U{0, ..., T-1}`: DDPM's own times, where `DiscreteVP` is exact.
-
-    >>> discrete_time(1)(jax.random.key(0), 2)
-    Array([1., 1.], dtype=float32)
-    """
-    if timesteps < 1:
-        raise ValueError(f"discrete_time: timesteps must be at least 1, got {timesteps}.")
-    return lambda key, batch: (
-        (jax.random.randint(key, (batch,), 0, timesteps) + 1).astype(jnp.float32) / timesteps
-    )
-
-
-def kl_to_standard_normal(
-    mean: Float[Array, "*shape"], logvar: Float[Array, "*shape"]
-) -> Float[Array, ""]:
-    """`KL(N(mean, exp(logvar)) || N(0, I)) = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar)`, in nats.
-
-    (Kingma & Welling 2014, appendix B)
-
-    >>> float(kl_to_standard_normal(jnp.zeros(3), jnp.zeros(3)))
-    0.0
-    """
-    return 0.5 * jnp.sum(mean**2 + jnp.expm1(logvar) - logvar)
-
-
-def hinge_discriminator_loss(
-    real: Float[Array, "*shape"], fake: Float[Array, "*shape"]
-) -> Float[Array, ""]:
-    """`1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake))` of the logits (Lim & Ye 2017).
-
-    >>> float(hinge_discriminator_loss(jnp.zeros(2), jnp.zeros(2)))
-    1.0
-    """
-    return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
-
-
-def hinge_generator_loss(fake: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """`-mean fake` of the logits (Lim & Ye 2017).
-
-    >>> float(hinge_generator_loss(jnp.ones(2)))
-    -1.0
-    """
-    return -jnp.mean(fake)
