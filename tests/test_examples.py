@@ -1,4 +1,4 @@
-"""The examples run from data to picture, at small sizes; each is one file that fits on some pages."""
+"""The examples run from data to picture at small sizes, each a file that fits on a page."""
 
 import ast
 import importlib.util
