@@ -4,14 +4,9 @@ import contextlib
 import os
 import re
 import secrets
-import socket
-import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-
-_DAY = 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -20,8 +15,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Its content is on the disk before it has the name, so that neither a killed process nor a lost
     machine leaves half a file at `path`. Of two writers at the same time the last one stays. What
-    killed ones have left is removed by the next one on the same host, or on any after a day. Write
-    into the temporary file; one that is put in its place is not known to be in use.
+    killed ones have left is removed by the next one, where the file system has locks. Write into
+    the temporary file; one that is put in its place is not known to be in use.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -35,16 +30,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     for found in path.parent.iterdir():
         if is_temporary(found, path):
             _remove_if_left(found)
-    temporary = path.with_name(f".{path.name}-{_host()}-{secrets.token_hex(4)}{path.suffix}")
-    with open(temporary, "xb") as claim:
-        if not _lock(claim):
-            claim.close()
+    temporary, claim = _claimed(path)
+    with claim:
         try:
             yield temporary
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -52,39 +45,46 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def is_temporary(found: Path, path: Path) -> bool:
     """Whether a file has the name of a temporary one of `path`.
 
-    >>> is_temporary(Path(".a.txt-0f3c9a12-77ab03d5.txt"), Path("a.txt"))
+    >>> is_temporary(Path(".a.txt-77ab03d5.txt"), Path("a.txt"))
     True
     """
-    name = re.escape(f".{path.name}-") + "[0-9a-f]{8}-[0-9a-f]{8}" + re.escape(path.suffix)
+    name = re.escape(f".{path.name}-") + "[0-9a-f]{8}" + re.escape(path.suffix)
     return re.fullmatch(name, found.name) is not None
 
 
-def _host() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _remove_if_left(temporary: Path) -> None:
-    with contextlib.suppress(OSError), open(temporary, "rb") as file:
-        own = f"-{_host()}-" in temporary.name
-        if (own and _lock(file)) or time.time() - os.fstat(file.fileno()).st_mtime > _DAY:
-            temporary.unlink()
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Locks a file for as long as it is open: a sign, on this host, that its writer lives."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # there are no locks here, or another one has it
-        return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _claimed(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary file of `path`, and the handle that locks it while it is open."""
+    while True:
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}{path.suffix}")
+        claim = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        # Before it was locked, another writer could take it for one that was left, and remove it.
+        if not _lock(claim, wait=True) or temporary.exists():
+            return temporary, claim
+        claim.close()
+
+
+def _remove_if_left(temporary: Path) -> None:
+    with contextlib.suppress(OSError), open(temporary, "rb") as file:
+        if _lock(file, wait=False):
+            temporary.unlink()
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> bool:
+    """Locks a file while it is open, a sign that its writer lives; False if that cannot be."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True

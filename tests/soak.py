@@ -8,7 +8,6 @@ autoencoder, cache and samples, to the byte.
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -79,18 +78,20 @@ def results(run):
     for stage in STAGES:
         steps = [int(p.name) for p in (run / "checkpoints" / stage).iterdir() if p.name.isdigit()]
         folder = run / "checkpoints" / stage / str(max(steps))
-        found[f"{stage} at step {max(steps)}"] = fingerprints(folder)
+        found[f"{stage} at step {max(steps)}"] = arrays(folder)
     for folder in (run / "snapshots" / "diffusion").iterdir():
-        found[f"snapshot {folder.name}"] = fingerprints(folder)
-    with np.load(run / "samples.npz") as arrays:
-        found["samples"] = {name: digest(arrays[name].tobytes()) for name in arrays}
+        found[f"snapshot {folder.name}"] = arrays(folder)
+    with np.load(run / "samples.npz") as samples:
+        found["samples"] = {name: digest(samples[name].tobytes()) for name in samples}
     for path in (run / "autoencoder.safetensors", *(run / "latents").iterdir()):
         found[path.name] = digest(path.read_bytes())
     return found
 
 
-def fingerprints(checkpoint):
-    return json.loads((checkpoint / "about.json").read_text())["fingerprints"]
+def arrays(checkpoint):
+    """The bytes of all files but the description, which has the seconds of the run."""
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "about.json")
+    return {str(p.relative_to(checkpoint)): digest(p.read_bytes()) for p in files}
 
 
 def digest(content):

@@ -24,14 +24,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eqxldm.checkpoints import (
-    CheckpointError,
-    CheckpointMismatch,
-    Checkpoints,
-    _about as description,
-)
+from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
 from eqxldm.data.pipelines import training_batches
-from eqxldm.fingerprints import digest, fingerprint
+from eqxldm.digests import digest
 
 from checkpointing import DTYPES, LIKE, names, place, random_array, saved, state
 
@@ -75,7 +70,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
             restored, info = checkpoints.restore(3, jax.tree.map(place, like))
             expected["host"] = np.arange(3.0)
             assert jax.tree.structure(restored) == jax.tree.structure(expected)
-            assert fingerprint(restored) == fingerprint(expected)
+            assert digest(restored) == digest(expected)
             assert info == {"seconds": 1.5, "steps": {"1": 2}}
             assert jax.random.key_impl(restored["keys"]) == "rbg"
             assert isinstance(restored["host"], np.ndarray)
@@ -138,7 +133,7 @@ def test_a_part_of_a_state_can_be_read(tmp_path):
         restored, _ = checkpoints.restore(1, like, part=True)
         assert restored["params"] is None
         np.testing.assert_array_equal(restored["ema"][1]["w"], np.arange(4.0))
-        with pytest.raises(CheckpointMismatch, match="only in the checkpoint"):
+        with pytest.raises(CheckpointMismatch, match="is now not asked for"):
             checkpoints.restore(1, like)
 
 
@@ -146,9 +141,6 @@ def test_a_part_of_a_state_can_be_read(tmp_path):
     ("arguments", "message"),
     [
         (({"a": 3},), r"\['a'\] is a int, not an array"),
-        (({"a": jnp.ones(2, jnp.complex64)},), r"\['a'\] is complex64, needed are real"),
-        (({},), "no array with elements"),
-        (({"a": np.zeros(0)},), "no array with elements"),
         ((LIKE, None, {"f": np.float32(1)}), "info and the data position must be JSON-able"),
     ],
 )
@@ -167,29 +159,21 @@ def test_what_cannot_be_saved_is_refused(tmp_path, arguments, message):
 # Retention
 
 
-def test_the_newest_the_best_and_every_kth_stay(tmp_path):
-    metrics = {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: float("nan"), 6: 0.2, 7: -float("inf")}
+def test_the_newest_and_every_kth_stay(tmp_path):
     with Checkpoints(tmp_path, keep=2, every=4) as checkpoints:
-        assert checkpoints.best() is None
-        for step, metric in metrics.items():
-            checkpoints.save(step, state(step), metric=metric)
+        for step in range(1, 8):
+            checkpoints.save(step, state(step))
         checkpoints.wait()
-        assert checkpoints.steps() == [2, 4, 6, 7] and checkpoints.best() == 2
-    with Checkpoints(tmp_path, keep=1) as checkpoints:  # best is known from the files
-        assert checkpoints.best() == 2
-        checkpoints.save(8, state(8), metric=0.1)
-        checkpoints.wait()
-        assert checkpoints.steps() == [8]
+        assert checkpoints.steps() == [4, 6, 7]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(8, state(8))
     assert names(tmp_path) == ["8"]
 
 
 def test_an_older_checkpoint_goes_after_the_newer_is_complete(tmp_path, monkeypatch):
-    go_on = threading.Event()
-    original = description.described_files
+    go_on, sync = threading.Event(), os.fsync
     saved(tmp_path, 1)
-    monkeypatch.setattr(
-        description, "described_files", lambda folder: go_on.wait(30) and original(folder)
-    )
+    monkeypatch.setattr(os, "fsync", lambda file: go_on.wait(30) and sync(file))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, state(2))  # returns though the write waits
         assert checkpoints.steps() == [1]
@@ -200,7 +184,7 @@ def test_an_older_checkpoint_goes_after_the_newer_is_complete(tmp_path, monkeypa
 
 def test_steps_are_complete_checkpoints_only(tmp_path):
     saved(tmp_path, 0, 10, 9)
-    for name in ("7.damaged", "8.orbax-checkpoint-tmp", "007", "notes"):
+    for name in ("7.damaged", "8.checkpoint-tmp", "007", "notes"):
         (tmp_path / name).mkdir()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [0, 9, 10]
@@ -248,11 +232,13 @@ def read_only(folder):
 
 @contextlib.contextmanager
 def no_space_at_the_end():
-    def fail(folder):
+    """The arrays are written; the system refuses the rest."""
+
+    def fail(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "about.json")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(description, "described_files", fail)
+        patch.setattr(os, "fsync", fail)
         yield
 
 
@@ -284,15 +270,15 @@ def test_a_failed_write_costs_nothing(tmp_path, failure, capfd):
 
 
 def test_the_save_after_a_failed_one_is_made_and_then_raises(tmp_path, monkeypatch):
-    original, calls = description.described_files, []
+    sync, calls = os.fsync, []
 
-    def fail_once(folder):
-        calls.append(folder)
+    def fail_once(file):
+        calls.append(file)
         if len(calls) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(folder)
+        sync(file)
 
-    monkeypatch.setattr(description, "described_files", fail_once)
+    monkeypatch.setattr(os, "fsync", fail_once)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1))
         with pytest.raises(CheckpointError, match=r"/1 was not saved: No space left on device\.$"):
@@ -357,19 +343,19 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from eqxldm.checkpoints import Checkpoints, _about as about
+        from eqxldm.checkpoints import Checkpoints
         with Checkpoints(Path(sys.argv[1])) as checkpoints:
             checkpoints.save(1, {"w": np.zeros((4, 6), np.float32)})
             checkpoints.wait()
-            about.described_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+            os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
             checkpoints.save(2, {"w": np.ones((4, 6), np.float32)})
         """,
         tmp_path,
     )
     output, _ = child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL and output == ""
-    (tmp_path / "0.orbax-checkpoint-tmp-deleted").mkdir()  # killed while it deleted
-    assert any("2.orbax" in name for name in names(tmp_path))
+    (tmp_path / "0.checkpoint-tmp-deleted").mkdir()  # killed while it deleted
+    assert any("2.checkpoint-tmp" in name for name in names(tmp_path))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.steps() == [1]
         assert digest(checkpoints.restore(1, LIKE)[0]) == digest(LIKE)
@@ -381,7 +367,7 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
 # Several processes
 
 TWO = """
-    import resource, sys
+    import os, resource, sys
     from pathlib import Path
     import jax, numpy as np
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -390,8 +376,7 @@ TWO = """
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from jax.experimental import multihost_utils
     from eqxldm.checkpoints import Checkpoints, CheckpointError
-    from eqxldm.checkpoints import _about as about, _writing as writing
-    from eqxldm.fingerprints import fingerprint
+    from eqxldm.digests import digest
 
     def place(array, spec):
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), spec)
@@ -402,7 +387,7 @@ TWO = """
     tree = {"w": place(whole, P("data")), "step": number(3)}
     other = {"w": place(whole * 0, P(None, "data")), "step": number(0)}
     reports = []
-    writing._GRACE = 2
+    assert digest(tree) == digest({"w": whole, "step": np.int32(3)})
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(1, tree)
         checkpoints.wait()
@@ -411,19 +396,19 @@ TWO = """
             raise OSError(28, "No space left on device")
 
         # Process 0 fails when all is written; process 1 fails to write its own part.
-        original, limits = about.described_files, resource.getrlimit(resource.RLIMIT_FSIZE)
+        original, limits = os.fsync, resource.getrlimit(resource.RLIMIT_FSIZE)
         for step, failing in ((20, 0), (21, 1)):
             if own == failing == 0:
-                about.described_files = fail
+                os.fsync = fail
             if own == failing == 1:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
             checkpoints.save(step, tree)
             try:
                 checkpoints.wait()
                 raise SystemExit("no error")
             except CheckpointError as error:
                 print(own, error)
-            about.described_files = original
+            os.fsync = original
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         checkpoints.save(3, tree)
         checkpoints.wait()
@@ -431,10 +416,10 @@ TWO = """
         checkpoints.save(4, tree)
     with Checkpoints(folder, keep=2) as checkpoints:
         if own == 0:
-            (folder / "4" / "_METADATA").unlink()
+            (folder / "4" / "about.json").unlink()
         multihost_utils.sync_global_devices("damaged")
         step, state, _ = checkpoints.restore_newest(other, report=reports.append)
-        assert step == 3 and fingerprint(state) == fingerprint(tree)
+        assert step == 3 and digest(state) == digest(tree)
         assert state["w"].sharding.spec == P(None, "data")
         assert len(reports) == 1 - own, reports
 """
@@ -456,14 +441,10 @@ def test_two_processes_save_fail_fall_back_and_one_goes_on(tmp_path):
         for child in children:
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
-    other = "another process failed or did not answer"
-    for step, own, reason in [
-        (20, 0, "No space left on device"),
-        (20, 1, other),
-        (21, 0, other),
-        (21, 1, "File too large"),
-    ]:
-        assert f"{own} {tmp_path}/{step} was not saved: {reason}." in outputs[own]
+    for step, failing, reason in [(20, 0, "No space left on device"), (21, 1, "File too large")]:
+        for own in (0, 1):
+            line = f"{own} {tmp_path}/{step} was not saved: {reason}. (process {failing})"
+            assert line in outputs[own]
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     like = {"w": jnp.zeros((4, 6)), "step": np.array(0, np.int32)}
     with Checkpoints(tmp_path) as checkpoints:

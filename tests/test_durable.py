@@ -1,12 +1,14 @@
 """Files appear whole or not at all, whoever else writes them."""
 
+import fcntl
 import os
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from eqxldm import durable, pretrained
+from eqxldm import pretrained
 from eqxldm.data.record_files import writing_records
 from eqxldm.durable import replacing
 from experiments.common.figures import save_png
@@ -34,16 +36,9 @@ def test_what_a_killed_writer_left_goes_and_nothing_else_does(tmp_path):
     with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as temporary:
         name = temporary.name
         raise RuntimeError
-    host, other = name.split("-")[1], "0" * 8
-    others = [
-        f".b.txt-{host}-0123abcd.txt", f".a.txt-{other}-0123abcd.txt", ".a.txt-backup",
-        f"a.txt-{host}-0123abcd.txt", ".own-file",
-    ]  # fmt: skip
-    old = tmp_path / f".a.txt-{other}-4567abcd.txt"
-    for left in (name, old.name, *others):
+    others = [".b.txt-0123abcd.txt", ".a.txt-backup", "a.txt-0123abcd.txt", ".own-file"]
+    for left in (name, *others):
         (tmp_path / left).write_text("")
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.write_text("")
     assert names(tmp_path) == sorted(["a.txt", *others])
@@ -58,6 +53,40 @@ def test_writers_at_the_same_time_leave_each_other_alone(tmp_path):
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_comes_between_opening_and_locking_takes_nothing_away(tmp_path, monkeypatch):
+    """It sees a file that nobody has locked yet, as a killed writer leaves one."""
+    path, flock, between = tmp_path / "a.txt", fcntl.flock, []
+
+    def with_another_before(file, how):
+        if not between:
+            between.append(file.name)
+            with replacing(path) as other:
+                other.write_text("other")
+            assert not os.path.exists(between[0])
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", with_another_before)
+    with replacing(path) as temporary:
+        temporary.write_text("own")
+    assert between and path.read_text() == "own" and names(tmp_path) == ["a.txt"]
+
+
+MANY = """
+import sys
+from eqxldm.durable import replacing
+for k in range(100):
+    with replacing(sys.argv[1]) as temporary:
+        temporary.write_text("whole " * 1000)
+"""
+
+
+def test_many_processes_write_one_file(tmp_path):
+    path = tmp_path / "a.txt"
+    writers = [subprocess.Popen([sys.executable, "-c", MANY, path]) for _ in range(4)]
+    assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
+    assert path.read_text() == "whole " * 1000 and names(tmp_path) == ["a.txt"]
 
 
 def libraries():
@@ -91,8 +120,8 @@ def test_libraries_write_into_the_file_that_is_locked(tmp_path, monkeypatch):
         written = []
 
         def replace(temporary, path, written=written, move=os.replace):
-            with open(temporary, "rb") as file:
-                assert not durable._lock(file)
+            with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             written.append(path)
             move(temporary, path)
 

@@ -18,7 +18,7 @@ from eqxldm import pretrained
 from eqxldm.checkpoints import Checkpoints
 from eqxldm.data import pipelines
 from eqxldm.data.latents import open_latents
-from eqxldm.fingerprints import digest
+from eqxldm.digests import digest
 from eqxldm.models import LPIPS
 from eqxldm.sharding import make_mesh
 from experiments.common.loop import open_snapshots

@@ -43,8 +43,8 @@ LAYERS = {
 APART = {"metrics": {"metrics"}}
 OPTIONAL = {
     "PIL", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips", "matplotlib",
-    "orbax", "pandas", "safetensors", "sklearn", "tensorboard", "tensorboardX", "torch",
-    "torchvision", "tqdm", "transformers", "wandb",
+    "orbax", "pandas", "safetensors", "sklearn", "tensorboard", "tensorboardX", "tensorstore",
+    "torch", "torchvision", "tqdm", "transformers", "wandb",
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_modules_import_their_package_relatively_and_nothing_above(path):
 @each_source
 def test_optional_dependencies_are_imported_where_used(path):
     at_import = {name[0] for name, now in imports(path) if now and name}
-    allowed = {"grain", "orbax"} if path.parts[-2] in ("data", "checkpoints") else set()
+    allowed = {"grain", "tensorstore"} if path.parts[-2] in ("data", "checkpoints") else set()
     assert not at_import & (OPTIONAL - allowed)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from eqxldm.checkpoints import Checkpoints
-from eqxldm.fingerprints import digest
+from eqxldm.digests import digest
 from experiments.common.terminal import run_main
 from experiments.mnist import config as cfg, stages
 from experiments.mnist.__main__ import main
@@ -341,6 +341,10 @@ def test_sampling_wants_a_finished_run(copied, tmp_path, capsys):
     assert "--label 10: the classes are 0 to 9" in capsys.readouterr().err
     assert call("sample", "--run-dir", str(copied), "--n", "0") == 2
     assert "--n must be at least 1" in capsys.readouterr().err
+    flip(largest_file(copied / "checkpoints" / "diffusion" / "40"))
+    for _ in range(2):  # nothing older is taken in its place, the second time neither
+        assert call("sample", "--run-dir", str(copied)) == 2
+        assert "diffusion/40: " in capsys.readouterr().err
     shutil.rmtree(copied / "checkpoints" / "diffusion" / "40")
     assert call("sample", "--run-dir", str(copied)) == 2
     assert "diffusion is at step 30 of 40" in capsys.readouterr().err

@@ -1,37 +1,54 @@
-"""What several processes agree on, so that all go the same way."""
+"""How several processes come to one result, also in a background thread."""
 
-from pathlib import Path
+import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+# jax has no public name for its coordinator's key-value store. Its public collectives are programs
+# on the devices, and must not run beside those of a training step.
+from jax._src import distributed
 
 from .errors import CheckpointError, CheckpointMismatch
 
-
-def agreed(ok: bool) -> bool:
-    """What process 0 says."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(ok)))
+_TIMEOUT = 600_000  # milliseconds that a process waits for the others' part of a checkpoint
 
 
-def shared(steps: list[int]) -> list[int]:
-    """The steps that process 0 sees."""
-    if jax.process_count() == 1:
-        return steps
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    ours = np.resize(np.array([*steps, 0], np.int32), count)
-    return multihost_utils.broadcast_one_to_all(ours).tolist() if count else []
+def together(
+    key: str, error: CheckpointError | None, primary: Callable[[], Any] = lambda: None
+) -> Any:
+    """What `primary` returns in process 0, in every process; or an error of any, in every one.
 
-
-def raise_together(folder: Path, error: CheckpointError | None) -> None:
-    """Raises in every process if any has an error, a mismatch before damage."""
-    if jax.process_count() > 1:
-        own = 0 if error is None else 2 if isinstance(error, CheckpointMismatch) else 1
-        codes = np.ravel(multihost_utils.process_allgather(np.int32(own)))
-        if codes.max() > own:
-            kind = CheckpointMismatch if codes.max() == 2 else CheckpointError
-            raise kind(f"{folder}: process {int(codes.argmax())} cannot use it.") from error
-    if error is not None:
-        raise error
+    Process 0 calls `primary` when all are here and none has an error. A mismatch goes before other
+    errors. All processes give the same `key`, each time another one.
+    """
+    client: Any = distributed.global_state.client
+    own, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        if error is not None:
+            raise error
+        return primary()
+    # As JSON: [is it a mismatch, message], or null.
+    report = error and [isinstance(error, CheckpointMismatch), f"{error} (process {own})"]
+    try:
+        if own != 0:
+            client.key_value_set(f"{key}/{own}", json.dumps(report))
+            failed, value = json.loads(client.blocking_key_value_get(f"{key}/0", _TIMEOUT))
+        else:
+            others = [
+                client.blocking_key_value_get(f"{key}/{k}", _TIMEOUT) for k in range(1, count)
+            ]
+            reports = filter(None, [report, *map(json.loads, others)])
+            failed, value = max(reports, key=lambda report: report[0], default=None), None
+            if failed is None:
+                try:
+                    value = primary()
+                except CheckpointError as raised:
+                    failed = [False, f"{raised} (process 0)"]
+            client.key_value_set(f"{key}/0", json.dumps([failed, value]))
+    except jax.errors.JaxRuntimeError as lost:
+        raise error or CheckpointError(f"{key}: another process did not answer.") from lost
+    if failed is not None:
+        raise (CheckpointMismatch if failed[0] else CheckpointError)(failed[1]) from error
+    return value

@@ -1,7 +1,9 @@
 """What goes wrong, in one line with the path and the system's reason."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -13,10 +15,13 @@ class CheckpointMismatch(CheckpointError):
     """A checkpoint of another configuration: undamaged, but not what was asked for."""
 
 
-def not_saved(folder: Path, error: Exception) -> CheckpointError:
-    message = CheckpointError(f"{folder} was not saved: {reason(error)}.")
-    message.__cause__ = error
-    return message
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Whatever is raised inside becomes a `CheckpointError` that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{folder} was not saved: {reason(error)}.") from error
 
 
 def reason(error: BaseException) -> str:

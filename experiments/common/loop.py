@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -39,7 +39,7 @@ class Keep:
     save_every: int = 250
     """Steps between checkpoints."""
     newest: int = 2
-    """How many of the newest checkpoints stay; the one with the lowest loss stays too."""
+    """How many of the newest checkpoints stay."""
     every: int | None = None
     """Every checkpoint whose step is a multiple of this stays."""
     snapshots: Callable[[Any], tuple[PyTree, dict[str, Any]]] | None = None
@@ -57,7 +57,6 @@ class Stage:
     telemetry: Telemetry
     patience: int
     checkpoints: Checkpoints
-    losses: list[float] = field(default_factory=list)  # since the last checkpoint was begun
 
 
 def train_stage(
@@ -134,11 +133,9 @@ def train_stage(
             _collect(this, pending, step)
             if not _all_finite(state):
                 raise LossNotFinite(_not_finite(this, "the state", step))
-            metric = float(np.mean(this.losses)) if this.losses else None
-            this.losses.clear()
             info, failed = {**clock.read(step - start), **about}, None
             try:
-                checkpoints.save(step, state, ahead, info, metric=metric)
+                checkpoints.save(step, state, ahead, info)
             except CheckpointError as error:  # of this save, or of the one before
                 failed = error
                 if not wait:
@@ -286,7 +283,6 @@ def _collect(this: Stage, pending: deque, until: int, speed: dict[str, Any] | No
             f"{steps[-1]}; they were skipped."
         )
         means["skipped"] = skipped
-    this.losses += [float(row["loss"]) for row in good]
     this.telemetry.scalars(this.name, steps[-1], {**means, **(speed or {})})
     return means.get("loss", float("nan"))
 
@@ -316,11 +312,11 @@ def _too_many(this: Stage, step: int, row: dict[str, Any]) -> str:
 
 
 def restore_newest(
-    checkpoints: Checkpoints, like: PyTree, batches: Any = None, *, part: bool = False
+    checkpoints: Checkpoints, like: PyTree, batches: Any = None
 ) -> tuple[int, PyTree, dict[str, Any]]:
     """The newest checkpoint that is not damaged; those that are, are named and set aside."""
     try:
-        return checkpoints.restore_newest(like, batches, part=part, report=console.print)
+        return checkpoints.restore_newest(like, batches, report=console.print)
     except CheckpointMismatch as error:
         raise UserError(f"{error}\nUse another --run-dir, or --overwrite to start anew.") from None
     except CheckpointError as error:

@@ -15,7 +15,7 @@ from eqxldm.durable import is_temporary, replacing
 
 from .terminal import UserError, console
 
-PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "tensorstore", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from eqxldm.checkpoints import Checkpoints
+from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
 from eqxldm.models import AutoencoderKL, ConvClassifier, PatchDiscriminator
 from eqxldm.training import (
     AutoencoderState,
@@ -22,7 +22,6 @@ from eqxldm.training import (
     make_autoencoder_step,
 )
 
-from .loop import restore_newest
 from .run import RunFolder
 from .streams import Seeded, stage_key
 from .terminal import UserError
@@ -213,8 +212,13 @@ def final_average(
     wanted = jax.tree.map(place, average(like))
     nothing = jax.tree.map(lambda _: None, like)
     only = eqx.tree_at(average, nothing, wanted, is_leaf=lambda leaf: leaf is None)
-    with Checkpoints(check_finished(run, stage, steps)) as checkpoints:
-        return average(restore_newest(checkpoints, only, part=True)[1])
+    checkpoints = Checkpoints(check_finished(run, stage, steps))
+    try:
+        return average(checkpoints.restore(checkpoints.steps()[-1], only, part=True)[0])
+    except CheckpointMismatch as error:
+        raise UserError(f"{error}\nUse another --run-dir, or --overwrite to start anew.") from None
+    except CheckpointError as error:  # an older one is of a training that was not finished
+        raise UserError(f"{error}\nRun the train command again: it repeats the end.") from None
 
 
 def averaged(state: Any, static: Any) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from eqxldm import pretrained
 from eqxldm.data.images import to_float
-from eqxldm.fingerprints import digest
+from eqxldm.digests import digest
 from eqxldm.models import LPIPS, AutoencoderKL
 from eqxldm.sharding import batch_sharding, build_placed, place
 from eqxldm.training import MeanDistance, measure_latents

@@ -40,7 +40,7 @@ class Compute:
     """Processes that read and decode images; 0 uses threads."""
     threads: int = 2
     keep_every: int | None = None
-    """Checkpoints whose step is a multiple of this stay; the newest two and the best do anyway."""
+    """Checkpoints whose step is a multiple of this stay; the newest two do anyway."""
     strict: bool = False
     """Stop at an unreadable image. By default it is left out and listed."""
 

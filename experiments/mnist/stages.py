@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from eqxldm.data import Digits, cache_dir
 from eqxldm.data.images import to_float
 from eqxldm.data.pipelines import training_batches
+from eqxldm.digests import digest
 from eqxldm.durable import replacing
-from eqxldm.fingerprints import digest
 from eqxldm.models import AutoencoderKL, ConvClassifier, Posterior
 from eqxldm.training import (
     adamw,
