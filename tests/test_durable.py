@@ -70,6 +70,8 @@ def test_a_writer_that_comes_between_opening_and_locking_takes_nothing_away(tmp_
     monkeypatch.setattr(fcntl, "flock", with_another_before)
     with replacing(path) as temporary:
         temporary.write_text("own")
+        with replacing(path) as third:  # it leaves alone what is locked
+            third.write_text("third")
     assert between and path.read_text() == "own" and names(tmp_path) == ["a.txt"]
 
 
