@@ -29,7 +29,7 @@ class Counted:
         self.traces, self.broken = 0, broken
         self._step = make_train_step(self._loss, static, optimizer, ema_decays=(exponential(0.9),))
 
-    def _loss(self, model, batch, key):
+    def _loss(self, model, batch, key, context):
         noise = jax.random.normal(key, ())
         loss = jnp.mean((batch["x"] @ model["w"] - 1 + 0.1 * noise) ** 2)
         return loss * jnp.where(self.broken(key), jnp.nan, 1), {"noise": noise}
