@@ -1,14 +1,25 @@
 """Latent diffusion models in JAX and Equinox: pure functions and small modules that compose."""
 
-from jaxtyping import install_import_hook as _install_import_hook
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 
 from . import _typecheck as _typecheck
 
-# Every function of the package checks its shapes and dtypes: at trace time under jit, so that a
-# compiled step costs nothing more.
-_install_import_hook("eqxldm", "eqxldm._typecheck.check")
+_typecheck.install()  # before the other modules: their functions check what they are given
 
-from . import nn as nn
+if _TYPE_CHECKING:
+    from . import (
+        checkpoints as checkpoints,
+        data as data,
+        metrics as metrics,
+        models as models,
+        nn as nn,
+        pretrained as pretrained,
+        sharding as sharding,
+        training as training,
+    )
+
+from .argument_errors import ArgumentError as ArgumentError
 from .checks import (
     check_finite as check_finite,
     check_time as check_time,
@@ -145,3 +156,18 @@ from .solvers import (
     log_variance as log_variance,
     one_call_a_step as one_call_a_step,
 )
+
+# Imported when they are first named: many programs need only a few of them.
+_LAZY = ("checkpoints", "data", "metrics", "models", "nn", "pretrained", "sharding", "training")
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "__version__":
+        return _importlib.import_module("importlib.metadata").version(__name__)
+    if name in _LAZY:
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "__version__"})

@@ -1,8 +1,11 @@
 """The import rules of the library, read from its source."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -118,12 +121,75 @@ def test_optional_dependencies_are_imported_where_used(path):
     assert not at_import & (OPTIONAL - allowed)
 
 
-def test_importing_the_library_imports_nothing_optional():
-    code = "import sys, eqxldm; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True
-    )
-    assert not set(done.stdout.split()) & OPTIONAL
+# What `import eqxldm` leaves alone: what only some programs need, and what takes long.
+SLOW = OPTIONAL | {
+    "absl", "array_record", "etils", "fsspec", "optax", "pyarrow", "rich", "scipy", "tensorstore",
+    "tyro",
+}  # fmt: skip
+LATER = {"checkpoints", "data", "metrics", "models", "nn", "pretrained", "sharding", "training"}
+
+
+def loaded_after(code, *before):
+    """The modules that `code` loads in a fresh interpreter which has imported `before`."""
+    lines = ["import sys", *(f"import {name}" for name in before), "old = set(sys.modules)", code]
+    lines.append("print(*(set(sys.modules) - old))")
+    run = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_library_imports_nothing_slow():
+    """What jax and equinox need is loaded already, also where that is on the list."""
+    loaded = loaded_after("import eqxldm", "jax", "jax.numpy", "equinox")
+    assert {"eqxldm", "eqxldm.sampling"} <= loaded
+    assert not {name.split(".")[0] for name in loaded} & SLOW
+    assert not {name.split(".")[1] for name in loaded if name.startswith("eqxldm.")} & LATER
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_a_package_is_imported_when_it_is_named(name):
+    assert name in dir(eqxldm)
+    loaded = loaded_after(f"assert eqxldm.{name}.__name__ == 'eqxldm.{name}'", "eqxldm")
+    assert f"eqxldm.{name}" in loaded
+    assert not {module.split(".")[0] for module in loaded} & {"matplotlib", "pyarrow", "torch"}
+
+
+def test_a_name_that_the_library_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'dataa'"):
+        _ = eqxldm.dataa
+
+
+def test_the_version_is_that_of_the_project():
+    assert eqxldm.__version__ == PROJECT["version"]
+
+
+PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+UNDECLARED = {"torch"}  # reads old checkpoints of others; who has such a file has it
+
+
+def third_party(path):
+    """The top-level modules that a file imports anywhere, but for the standard library and ours."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        tops = {name.split(".")[0] for name in names}
+        yield from tops - {"eqxldm", "experiments", *sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_declared():
+    plain = lambda name: re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", name)[0]).lower()
+    extras = PROJECT["optional-dependencies"]
+    for_users = [extras[name] for name in extras if name not in ("dev", "docs")]
+    declared = {plain(name) for names in (PROJECT["dependencies"], *for_users) for name in names}
+    sources = [*SOURCES, *(ROOT.parent / "experiments").rglob("*.py")]
+    names = {name for path in sources for name in third_party(path)}
+    assert {"jax", "scipy", "PIL", "torch"} <= names
+    packages = packages_distributions()
+    of = lambda name: {plain(package) for package in packages.get(name, [name])}
+    assert {name for name in names if not of(name) & declared} == UNDECLARED
+    imported = set().union(*map(of, names))
+    assert {plain(name) for name in PROJECT["dependencies"]} <= imported
 
 
 def test_public_names_exist_and_have_docstrings():
