@@ -20,9 +20,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eqxldm.data.latents import latent_header, open_latents, write_latents
-from eqxldm.data.pipelines import image_batches, latent_batches
-from eqxldm.data.records import ImageRecord
+from eqxldm.data import (
+    ImageRecord,
+    image_batches,
+    latent_batches,
+    latent_header,
+    open_latents,
+    write_latents,
+)
 
 GOALS = {"latents_per_second": 20_000, "decoding_of_pillow": 0.9}
 SHAPE, LATENTS, SHARDS, BATCH = (4, 32, 32), 16_384, 256, 256
@@ -32,7 +37,7 @@ IMAGES, SIZE, ROUNDS = 64, 256, 9
 class Pictures:
     """`length` records of a few JPEG files, smooth with some noise as photographs are."""
 
-    class_names = ("one", "other")
+    class_names, has_captions = ("one", "other"), False
 
     def __init__(self, length: int, width: int, height: int, files: int):
         rng = np.random.default_rng(0)
@@ -51,7 +56,7 @@ class Pictures:
     def __getitem__(self, index) -> ImageRecord:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return ImageRecord(self.files[index % len(self.files)], index % 2, f"{index}.jpg")
+        return ImageRecord(self.files[index % len(self.files)], f"{index}.jpg", label=index % 2)
 
     def digest(self) -> str:
         return "made here"
@@ -102,7 +107,7 @@ def read_latents(folder: str) -> tuple[float, float]:
 def decoding() -> tuple[float, float]:
     """Images a second, of the pipeline and of Pillow alone: medians."""
     source = Pictures(4096, 500, 375, IMAGES)
-    batches = image_batches(source, SIZE, IMAGES, seed=0, flip=False, threads=0, prefetch=0)
+    batches = image_batches(source, IMAGES, size=SIZE, seed=0, flip=False, threads=0)
     found = next(batches)
     for image, index in zip(found["image"], found["index"], strict=True):
         assert np.array_equal(image, with_pillow(source[index].image))

@@ -105,6 +105,15 @@ class WithNoise(eqxldm.AbstractSolver):
             return self.solver.step(table, x, estimate, carry, key=key)
 
 
+def array_batches(arrays, batch_size, *, seed, **options):
+    """Batches of rows of arrays that share their first axis."""
+    from eqxldm.data import Batches
+
+    n = len(next(iter(arrays.values())))
+    read = lambda indices, epochs: ({name: a[indices] for name, a in arrays.items()}, {})
+    return Batches(n, batch_size, read, seed=seed, **options)
+
+
 def small_dit(*, seed=0, **changes):
     """A DiT of a size for tests, on a latent that is not square."""
     sizes = dict(patch_size=2, depth=3, width=16, num_heads=2, num_classes=5, mlp_ratio=2.0)

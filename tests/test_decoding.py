@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqxldm.data import DataError, center_crop, decode_rgb
-from eqxldm.data.decoding import decode_and_crop, flip_mask
+from eqxldm.data import DataError, center_crop, decode_and_crop, decode_image, flip_mask
 
 
 def pixels(height, width, seed=0):
@@ -72,7 +71,7 @@ def test_the_crop_is_adms(sides):
     np.testing.assert_array_equal(cropped, reference_crop(image, 16))
     content = encoded(Image.fromarray(image), "JPEG")
     np.testing.assert_array_equal(
-        decode_and_crop(content, 16), center_crop(decode_rgb(content), 16)
+        decode_and_crop(content, 16), center_crop(decode_image(content), 16)
     )
 
 
@@ -88,18 +87,18 @@ RGB = Image.fromarray(pixels(6, 5))
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_files_come_back(kind):
-    np.testing.assert_array_equal(decode_rgb(encoded(RGB, kind)), np.array(RGB))
+    np.testing.assert_array_equal(decode_image(encoded(RGB, kind)), np.array(RGB))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
 def test_lossy_files_are_what_pillow_says(kind):
     content = encoded(RGB, kind)
     expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-    np.testing.assert_array_equal(decode_rgb(content), expected)
+    np.testing.assert_array_equal(decode_image(content), expected)
 
 
 def first(image, kind="PNG", **options):
-    return decode_rgb(encoded(image, kind, **options))[0, 0].tolist()
+    return decode_image(encoded(image, kind, **options))[0, 0].tolist()
 
 
 def test_other_modes_are_converted():
@@ -117,13 +116,13 @@ def test_other_modes_are_converted():
 def test_sixteen_bits_keep_the_high_byte():
     deep = Image.fromarray(np.array([[0, 255, 256, 40000, 65535]], np.uint16))
     for kind in ("PNG", "TIFF"):
-        assert decode_rgb(encoded(deep, kind))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+        assert decode_image(encoded(deep, kind))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
 
 
 def test_the_orientation_tag_is_ignored_as_in_adm():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by a quarter
-    assert decode_rgb(encoded(RGB, "JPEG", exif=exif)).shape == (6, 5, 3)
+    assert decode_image(encoded(RGB, "JPEG", exif=exif)).shape == (6, 5, 3)
 
 
 GOOD = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
@@ -142,14 +141,14 @@ GOOD = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
 )
 def test_unreadable_images_are_named(content):
     with pytest.raises(DataError, match=rf"n01/x\.JPEG: cannot be decoded \({len(content)} bytes"):
-        decode_and_crop(content, 8, "n01/x.JPEG")
+        decode_and_crop(content, 8, name="n01/x.JPEG")
 
 
 def test_an_image_that_would_fill_the_memory_is_refused():
     header = encoded(Image.new("1", (8, 8)))
     huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
     with pytest.raises(DataError, match="cannot be decoded"):
-        decode_rgb(huge)
+        decode_image(huge)
 
 
 def test_flips_depend_on_seed_epoch_and_record_alone():

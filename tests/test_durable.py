@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eqxldm import pretrained
-from eqxldm.data.record_files import writing_records
+from eqxldm.data.sources.arrayrecord import writing_records
 from eqxldm.durable import replacing
 from experiments.common.figures import save_png
 from experiments.common.run import write_json

@@ -12,11 +12,18 @@ import pytest
 from PIL import Image
 
 from eqxldm.checkpoints import Checkpoints
-from eqxldm.data import DataError, ImageRecord, open_images, write_array_record
-from eqxldm.data.decoding import flip_mask
-from eqxldm.data.pipelines import image_batches, training_batches
-from eqxldm.data.prefetch import prefetch_to_device
+from eqxldm.data import (
+    DataError,
+    ImageRecord,
+    flip_mask,
+    image_batches,
+    open_images,
+    prefetch_to_device,
+    write_array_record,
+)
 from eqxldm.sharding import batch_sharding, make_mesh
+
+from helpers import array_batches
 
 N, SIZE, SEED = 22, 4, 3  # 22 records divide by no batch size below
 
@@ -24,7 +31,7 @@ N, SIZE, SEED = 22, 4, 3  # 22 records divide by no batch size below
 class Numbered:
     """Record `i` is an image whose left half has the value `i`, the right one 200 + i % 50."""
 
-    class_names = ("even", "odd")
+    class_names, has_captions = ("even", "odd"), False
 
     def __init__(self, damaged=()):
         self.damaged = set(damaged)
@@ -40,14 +47,16 @@ class Numbered:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         content = file.getvalue()[:50] if i in self.damaged else file.getvalue()
-        return ImageRecord(content, i % 2, f"{i}.png")
+        return ImageRecord(content, f"{i}.png", label=i % 2)
 
     def digest(self):
         return "numbered"
 
 
 def batches(batch_size=6, source=None, **options):
-    return image_batches(source or Numbered(), SIZE, batch_size, **{"seed": SEED, **options})
+    return image_batches(
+        source or Numbered(), batch_size, **{"size": SIZE, "seed": SEED, **options}
+    )
 
 
 def take(iterator, count):
@@ -85,10 +94,10 @@ def test_batches_hold_what_they_say():
     for batch in take(batches(), 3):
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
             "image": ((6, SIZE, SIZE, 3), np.dtype("uint8")),
-            "label": ((6,), np.dtype("int32")),
+            "cond": ((6,), np.dtype("int32")),
             "index": ((6,), np.dtype("int32")),
         }
-        np.testing.assert_array_equal(batch["label"], batch["index"] % 2)
+        np.testing.assert_array_equal(batch["cond"], batch["index"] % 2)
         left, right = batch["image"][:, 0, 0, 0], batch["image"][:, 0, -1, 0]
         np.testing.assert_array_equal(np.minimum(left, right), batch["index"])
 
@@ -284,8 +293,8 @@ def test_a_forgotten_prefetcher_ends_its_thread():
 
 def test_prefetching_takes_any_grain_iterator():
     arrays = {"x": np.arange(10), "y": np.arange(10) % 3}
-    plain = training_batches(arrays, 4, seed=0)
-    ahead = prefetch_to_device(training_batches(arrays, 4, seed=0), spec())
+    plain = array_batches(arrays, 4, seed=0)
+    ahead = prefetch_to_device(array_batches(arrays, 4, seed=0), spec())
     for _ in range(4):
         same([jax.device_get(next(ahead))], [next(plain)])
         assert ahead.get_state() == plain.get_state()
@@ -295,7 +304,7 @@ def test_prefetching_takes_any_grain_iterator():
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
     arrays = {"x": np.arange(12)}
     mesh = make_mesh({"data": 2})
-    ahead = prefetch_to_device(training_batches(arrays, 5, seed=0), batch_sharding(mesh))
+    ahead = prefetch_to_device(array_batches(arrays, 5, seed=0), batch_sharding(mesh))
     with pytest.raises(ValueError, match="5 rows do not divide by the 2 parts"):
         next(ahead)
     ahead.close()

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqxldm.data import DataError, open_images
-from eqxldm.data.array_records import ImageArrayRecord, write_array_record
-from eqxldm.data.folders import ImageFolder
-from eqxldm.data.parquet import ImageParquet
-from eqxldm.data.record_files import RecordFiles, writing_records
-from eqxldm.data.records import ImageSource
-from eqxldm.data.tars import ImageTars
+from eqxldm.data import DataError, ImageRecord, ImageSource, open_images, write_array_record
+from eqxldm.data.sources.arrayrecord import ImageArrayRecord, RecordFiles, writing_records
+from eqxldm.data.sources.folder import ImageFolder
+from eqxldm.data.sources.parquet import ImageParquet
+from eqxldm.data.sources.tar import ImageTars
 
 
 def picture(seed, kind="PNG"):
@@ -78,18 +76,15 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EQXLDM_CACHE", str(tmp_path / "cache"))
 
 
-def records(source):
-    return [tuple(record) for record in source]
-
-
 def test_a_folder_lists_as_torchvision_does(tmp_path):
     root = folder_of(tmp_path / "root", CONTENTS)
     folder_of(root, {"cat/notes.txt": b"?", ".hidden/a.png": b"?", "cat/._c.png": b"?"})
     source = open_images(root)
     assert isinstance(source, ImageFolder) and isinstance(source, ImageSource)
     assert source.class_names == ("cat", "dog", "emu") and len(source) == 7
-    expected = zip(CONTENTS.values(), LABELS, CONTENTS, strict=True)
-    assert records(source) == list(expected)
+    found = zip(CONTENTS, CONTENTS.values(), LABELS, strict=True)
+    assert list(source) == [ImageRecord(image, id, label) for id, image, label in found]
+    assert not source.has_captions
 
 
 def test_the_digest_covers_names_sizes_and_labels(tmp_path):
@@ -117,7 +112,7 @@ def test_every_container_gives_the_records_of_the_folder(tmp_path, kind):
         for k, part in enumerate((range(3), range(3, len(folder)))):
             write_array_record(folder, tmp_path / "ar" / f"{k}.arrayrecord", indices=part)
         source = open_images(tmp_path / "ar")
-    assert records(source) == records(folder)
+    assert list(source) == list(folder)
     assert source.class_names == folder.class_names
     assert (source.digest() == folder.digest()) == (kind != "two files")
     copy = pickle.loads(pickle.dumps(source))
@@ -171,10 +166,9 @@ def test_parquet_refusals(tmp_path, monkeypatch):
             list(open_images(tmp_path / "a.parquet"))
 
     image = {"bytes": b"...", "path": None}
-    refused("columns image and label, got image, y", image=[image], y=[1])
+    refused("columns image, label, got picture, label", picture=[image], label=[1])
     refused("got int64 or -1", image=[image] * 2, label=[0, -1])
     refused("with nulls", image=[image] * 2, label=[0, None])
-    refused("at least two classes", image=[image] * 2, label=[0, 0])
     refused("classes have no image: 0, 2", image=[image] * 2, label=[1, 3])
     refused(":1: .*only a path", image=[image, {"bytes": None, "path": "x"}], label=[0, 1])
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
@@ -192,12 +186,11 @@ def test_folders_that_are_refused(tmp_path):
         with pytest.raises(DataError, match=match):
             open_images(folder_of(root, contents))
 
-    refused("one", {"cat/a.png": b"?"}, "at least two classes, got one .cat")
     refused("splits", {"train/cat/a.png": b"?", "val/cat/a.png": b"?"}, "are splits.*splits/train")
-    refused("bare", {"a.png": b"?", "b.png": b"?"}, "2 files and no folder")
+    refused("none", {"a.txt": b"?", "x/b.txt": b"?"}, "expected images in it or in class folders")
     refused("empty", {}, "is empty")
     refused("texts", {"cat/a.txt": b"?", "dog/b.png": b"?"}, "1 of 2 classes have no image: cat")
-    refused("hidden", {"a.png": b"?", ".x/b.png": b"?"}, "1 images, but not in class folders")
+    refused("mixed", {"a.png": b"?", "x/b.png": b"?"}, "1 images lie beside folders .* .x")
     (tmp_path / "notes.txt").write_text("?")
     with pytest.raises(DataError, match="none of the known kinds"):
         open_images(tmp_path / "notes.txt")
@@ -214,16 +207,16 @@ def test_an_image_that_went_away_is_named(tmp_path):
 
 def test_the_index_of_tars_is_kept_and_follows_the_tars(tmp_path, monkeypatch):
     tars = class_tars(tmp_path / "tars", FLAT)
-    expected = records(open_images(tars))
+    expected = list(open_images(tars))
     (kept,) = (tmp_path / "cache" / "tars").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # the second time no tar is opened
-        assert records(open_images(tars)) == expected
+        assert list(open_images(tars)) == expected
     kept.write_bytes(kept.read_bytes()[:100])
-    assert records(open_images(tars)) == expected
+    assert list(open_images(tars)) == expected
     tar_of(tars / "emu.tar", {"new.png": b"new"})
     os.utime(tars / "emu.tar", (1, 1))
-    assert open_images(tars)[5] == (b"new", 2, "emu/new.png")
+    assert open_images(tars)[5] == (b"new", "emu/new.png", 2, None)
     monkeypatch.setenv("EQXLDM_CACHE", str(kept / "below a file"))
     assert len(open_images(tars)) == 6
 
@@ -295,14 +288,14 @@ def test_flipped_bytes_in_an_array_record_are_found(tmp_path):
     folder = open_images(folder_of(tmp_path / "root", FLAT))
     path = tmp_path / "0.arrayrecord"
     write_array_record(folder, path)
-    content, expected, found = path.read_bytes(), records(folder), 0
+    content, expected, found = path.read_bytes(), list(folder), 0
     at = content.index(FLAT["dog/9.png"])
     for position in (at, at + 40, *range(3, len(content), len(content) // 15)):
         path.write_bytes(
             content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
         )
         try:
-            assert records(open_images(path)) == expected
+            assert list(open_images(path)) == expected
         except DataError:
             found += 1
     assert found >= 2

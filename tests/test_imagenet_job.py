@@ -16,8 +16,7 @@ from PIL import Image
 
 from eqxldm import pretrained
 from eqxldm.checkpoints import Checkpoints
-from eqxldm.data import pipelines
-from eqxldm.data.latents import open_latents
+from eqxldm.data import loader, open_latents
 from eqxldm.digests import digest
 from eqxldm.models import LPIPS
 from eqxldm.sharding import make_mesh
@@ -169,11 +168,11 @@ def interrupt(monkeypatch, owner, name: str, call_number: int) -> None:
 def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
     run = tmp_path / "run"
     moments = {
-        "classifier": (pipelines._ReadImages, "__call__", 4),
-        "autoencoder": (pipelines._ReadImages, "__call__", 9),
+        "classifier": (loader._ReadImages, "__call__", 4),
+        "autoencoder": (loader._ReadImages, "__call__", 9),
         "statistics": (ae.Encoder, "__call__", 1),
         "latents": (ae.Encoder, "__call__", 9),
-        "diffusion": (pipelines._ReadLatents, "__call__", 6),
+        "diffusion": (loader._ReadLatents, "__call__", 6),
         "sampling": (ev, "draw", 1),
     }
     for moment in moments.values():
@@ -333,7 +332,7 @@ BAD = {
     "nothing": (["--images", "{tmp}/nowhere"], "there is no such file or folder"),
     "empty": (["--images", "{tmp}/empty"], "is empty"),
     "loose": (["--images", "{images}/cross"], "holds 100 files and no folder"),
-    "one class": (["--images", "{tmp}/one"], "expected at least two classes, got one (cat)"),
+    "one class": (["--images", "{tmp}/one"], "without labels"),
     "hollow": (["--images", "{tmp}/hollow"], "1 of 2 classes have no image: dog"),
 }
 

@@ -11,13 +11,14 @@ import optax
 import pytest
 
 from eqxldm.checkpoints import CheckpointError, Checkpoints
-from eqxldm.data.pipelines import training_batches
 from eqxldm.digests import digest
 from eqxldm.sharding import make_mesh
 from eqxldm.training import exponential, init_state, make_train_step
 from experiments.common import loop
 from experiments.common.run import RunFolder
 from experiments.common.terminal import Interrupted, Signals, UserError, run_main
+
+from helpers import array_batches
 
 ARRAYS = {"x": np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)}
 
@@ -61,7 +62,7 @@ def train(
         "stage",
         functions,
         state,
-        training_batches(ARRAYS, 4, seed=1),
+        array_batches(ARRAYS, 4, seed=1),
         batch_size=4,
         key=jax.random.key(2),
         mesh=make_mesh(devices=jax.devices()[:devices]),
@@ -289,7 +290,7 @@ def test_the_newest_checkpoints_stay(tmp_path, signals):
 
 def test_batches_cover_every_epoch_and_resume_at_the_next(tmp_path):
     arrays = {"i": np.arange(10)}
-    batches = training_batches(arrays, 5, seed=0)
+    batches = array_batches(arrays, 5, seed=0)
     epochs = [np.concatenate([next(batches)["i"] for _ in range(2)]) for _ in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(10))
@@ -298,7 +299,7 @@ def test_batches_cover_every_epoch_and_resume_at_the_next(tmp_path):
         checkpoints.save(1, {"w": np.ones(1)}, batches)
         checkpoints.wait()
         following = [next(batches)["i"] for _ in range(3)]
-        fresh = training_batches(arrays, 5, seed=0)
+        fresh = array_batches(arrays, 5, seed=0)
         checkpoints.restore(1, {"w": np.ones(1)}, fresh)
     for expected in following:
         np.testing.assert_array_equal(next(fresh)["i"], expected)
@@ -314,7 +315,7 @@ def test_batches_cover_every_epoch_and_resume_at_the_next(tmp_path):
 )
 def test_bad_batches_are_refused(arrays, batch, message):
     with pytest.raises(ValueError, match=message):
-        training_batches(arrays, batch, seed=0)
+        array_batches(arrays, batch, seed=0)
 
 
 def test_a_foreign_folder_is_refused(tmp_path):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqxldm import models, sharding
-from eqxldm.data.latents import latent_sampler
 from eqxldm.training import MeanDistance
 from experiments.common.diffusion import check_sampling
 from experiments.common.sampling import make_sampler
+from experiments.common.spaces import posterior_draw
 from experiments.imagenet import autoencoder, config as cfg, stages
 
 from .flops import count_flops
@@ -78,10 +78,10 @@ def diffusion_step(
     state, static, optimizer = eqx.filter_eval_shape(
         lambda: stages.diffusion_state(config, LATENT, CLASSES, remat=remat, attention=attention)
     )
-    prepare = latent_sampler([0.0] * LATENT[0], [0.18215] * LATENT[0])
+    prepare = posterior_draw(eqx.filter_eval_shape(lambda: models.kl_f8(key=jax.random.key(0))))
     step = stages.diffusion_step(config, CLASSES, static, optimizer, prepare, grad_accum_steps)
     moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
-    data = dict(mean=moments, logvar=moments, label=_ints(batch), index=_ints(batch))
+    data = dict(mean=moments, logvar=moments, cond=_ints(batch), index=_ints(batch))
     flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))
     return _training(step, mesh, state, data, flops, state.params)
 
@@ -101,7 +101,7 @@ def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
     perceptual = MeanDistance(lpips, options.perceptual_weight)
     side = options.crop_from or config.size
     images = jax.ShapeDtypeStruct((batch, side, side, cfg.CHANNELS), jnp.uint8)
-    data = dict(image=images, label=_ints(batch), index=_ints(batch))
+    data = dict(image=images, cond=_ints(batch), index=_ints(batch))
     step = phases[-1][1]
     flops = count_flops(jax.make_jaxpr(step)(state, data, KEY, perceptual))
     return _training(step, mesh, state, data, flops, state.autoencoder.params, perceptual)

@@ -71,11 +71,11 @@ def prefetch_to_device(
 
     >>> import numpy as np
     >>> from ..sharding import batch_sharding, make_mesh
-    >>> from .pipelines import training_batches
-    >>> batches = training_batches({"x": np.arange(8)}, 4, seed=0)
+    >>> from .loader import Batches
+    >>> batches = Batches(8, 4, lambda indices, epochs: ({"x0": indices}, {}), seed=0)
     >>> ahead = prefetch_to_device(batches, batch_sharding(make_mesh()))
-    >>> next(ahead)["x"].shape, ahead.get_state()
-    ((4,), {'next_index': 1})
+    >>> next(ahead)["x0"].shape, ahead.get_state()["batches"]
+    ((4,), 1)
     >>> ahead.close()
     """
     if depth < 1:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-Moments = Float[np.ndarray, "n zc zh zw"]
+Moments = Float[np.ndarray, "n zc *spatial"]
 
 
 def measure_latents(mean: Moments, logvar: Moments) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int, UInt8
 
-from eqxldm.data.images import to_float
+from eqxldm.data import to_float
 from eqxldm.durable import replacing
 from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
 from eqxldm.models import ConvClassifier
@@ -43,7 +43,7 @@ def judge(classifier: ConvClassifier, images: Images) -> Judged:
 def classifier_loss(model: ConvClassifier, batch: Any, key: Any, context: Any) -> tuple[Any, dict]:
     """The cross entropy of a batch with `image`, uint8, and `label`."""
     _, logits = jax.vmap(model)(to_float(batch["image"]))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["cond"])
     return jnp.mean(losses), {}
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
-from eqxldm.data.prefetch import prefetch_to_device
+from eqxldm.data import prefetch_to_device
 from eqxldm.devices import one_program_at_a_time
 from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 

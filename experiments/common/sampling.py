@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from jaxtyping import Int, UInt8
 
 import eqxldm as ex
-from eqxldm.data.images import to_float, to_uint8
+from eqxldm.data import to_float, to_uint8
 
 from .batching import BATCH
 from .diffusion import Diffusion, SamplingConfig, guided, make_solver, make_times

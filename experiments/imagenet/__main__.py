@@ -302,7 +302,12 @@ def held(job: Job, *, overwrite: bool | None = None) -> Iterator[None]:
 def open_source(path: Path | None) -> ImageSource:
     if path is None:
         raise UserError(NO_IMAGES)
-    return open_images(path)
+    source = open_images(path)
+    if not source.class_names:
+        raise UserError(
+            f"--images {path}: holds images without labels; needed is one folder for each class."
+        )
+    return source
 
 
 def open_test_images(path: Path | None, source: ImageSource | None) -> ImageSource | None:

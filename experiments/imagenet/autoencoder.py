@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from eqxldm import pretrained
-from eqxldm.data.images import to_float
+from eqxldm.data import to_float
 from eqxldm.digests import digest
 from eqxldm.models import LPIPS, AutoencoderKL
 from eqxldm.sharding import batch_sharding, build_placed, place

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from eqxldm.data import ImageSource
-from eqxldm.data.images import to_float, to_uint8
+from eqxldm.data import ImageSource, to_float, to_uint8
 from eqxldm.durable import replacing
 from eqxldm.models import AutoencoderKL, ConvClassifier
 from eqxldm.sharding import batch_sharding

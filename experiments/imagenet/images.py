@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from eqxldm.data import DataError, ImageSource
-from eqxldm.data.decoding import decode_and_crop
+from eqxldm.data import DataError, ImageSource, decode_and_crop
 
 Images = UInt8[np.ndarray, "n h w c"]
 SHAPES = ("circle", "cross", "square", "triangle")
@@ -59,10 +58,10 @@ def decoded(
     Unreadable ones are left out, or raise `DataError` if `strict`.
     """
 
-    def read(index: int) -> tuple[np.ndarray, int] | None:
+    def read(index: int) -> tuple[np.ndarray, int | None] | None:
         record = source[index]
         try:
-            return decode_and_crop(record.image, size, record.id), record.label
+            return decode_and_crop(record.image, size, name=record.id), record.label
         except DataError:
             if strict:
                 raise

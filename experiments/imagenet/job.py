@@ -7,8 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from eqxldm.data import ImageSource
-from eqxldm.data.pipelines import Batches, image_batches
+from eqxldm.data import Batches, ImageSource, image_batches
 from eqxldm.sharding import own_rows
 
 from ..common.loop import Keep, train_stage
@@ -103,8 +102,8 @@ class Job:
     def images(self, stage: str, size: int, batch_size: int) -> Batches:
         return image_batches(
             self.source,
-            size,
             batch_size,
+            size=size,
             seed=data_seed(self.config, stage),
             skip_unreadable=not self.compute.strict,
             workers=self.compute.workers,

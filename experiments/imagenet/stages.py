@@ -11,14 +11,7 @@ from jax.sharding import Mesh
 
 from eqxldm import models
 from eqxldm.checkpoints import CheckpointError
-from eqxldm.data.latents import (
-    Latents,
-    latent_header,
-    latent_sampler,
-    open_latents,
-    write_latents,
-)
-from eqxldm.data.pipelines import latent_batches
+from eqxldm.data import Latents, latent_batches, latent_header, open_latents, write_latents
 from eqxldm.models import AutoencoderKL, ConvClassifier
 from eqxldm.sharding import build_placed, own_rows, shardings
 from eqxldm.training import (
@@ -36,7 +29,7 @@ from ..common.judge import classifier_loss
 from ..common.loop import open_snapshots
 from ..common.processes import barrier, gathered
 from ..common.run import RunFolder, read_json
-from ..common.spaces import Trained
+from ..common.spaces import Trained, posterior_draw
 from ..common.stages import averaged, read_about
 from ..common.streams import data_seed
 from ..common.terminal import StageBar, UserError, console
@@ -191,7 +184,7 @@ def train_diffusion(job: Job, autoencoder: AutoencoderKL, latents: Latents) -> T
             f"--diffusion.batch-size {options.batch_size} is more than the {len(latents)} images "
             "that could be read."
         )
-    prepare = latent_sampler(autoencoder.shift, autoencoder.scale)
+    prepare = posterior_draw(autoencoder)
     step = diffusion_step(
         config, job.num_classes, static, optimizer, prepare, compute.grad_accum_steps
     )

@@ -13,7 +13,6 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from eqxldm.data import Digits, load_digits
 from eqxldm.sharding import make_mesh
 
 from ..common.diffusion import SamplingConfig, SolverName, check_guidance, check_sampling
@@ -26,6 +25,7 @@ from ..common.streams import sampling_key
 from ..common.terminal import Signals, UserError, console, run_main
 from . import config as cfg, evaluate as ev, stages
 from .config import Config, Dataset, DenoiserName, SpaceName
+from .data import Digits, load_digits
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ def run_stages(command: Train, job: stages.Job) -> None:
     classifier = stages.train_classifier(job)
     measured, spent = {}, 0.0
     if config.space == "pixel":
-        space, arrays = Pixels(job.image_shape[0]), {"image": digits.train_images}
+        space, latents = Pixels(job.image_shape[0]), None
     else:
-        space, arrays = stages.encode_training_set(job, stages.train_autoencoder(job))
+        space, latents = stages.encode_training_set(job, stages.train_autoencoder(job))
         begin = time.monotonic()
         measured["autoencoder"] = ev.measure_autoencoder(config, space, classifier, digits)
         spent = time.monotonic() - begin
-    trained = stages.train_diffusion(job, space, arrays)
+    trained = stages.train_diffusion(job, space, latents)
     results = ev.evaluate(config, sampling, run, trained, classifier, digits, command.samples)
     ev.write_pictures(config, sampling, run, trained, digits)
     timings = {**job.timings, **results["timings"]}

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 
-from eqxldm.data import Digits
 from eqxldm.models import ConvClassifier, DiT, UNet
 
 from ..common import options
@@ -15,6 +14,7 @@ from ..common.spaces import Pixels
 from ..common.stages import make_autoencoder, make_discriminator
 from ..common.streams import stage_key
 from ..common.terminal import UserError
+from .data import Digits
 
 Dataset = Literal["mnist", "fashion-mnist"]
 SpaceName = Literal["latent", "pixel"]

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from eqxldm.data import Digits
-from eqxldm.data.images import to_float, to_uint8
+from eqxldm.data import to_float, to_uint8
 from eqxldm.durable import replacing
 from eqxldm.models import AutoencoderKL, ConvClassifier
 
@@ -29,6 +28,7 @@ from ..common.spaces import Trained
 from ..common.streams import sampling_key, stage_key
 from . import config as cfg
 from .config import Config
+from .data import Digits
 
 Images = UInt8[np.ndarray, "n h w c"]
 

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eqxldm.data import Digits, cache_dir
-from eqxldm.data.images import to_float
-from eqxldm.data.pipelines import training_batches
+from eqxldm.data import Batches, cache_dir, image_batches, to_float
 from eqxldm.digests import digest
 from eqxldm.durable import replacing
-from eqxldm.models import AutoencoderKL, ConvClassifier, Posterior
+from eqxldm.models import AutoencoderKL, ConvClassifier
 from eqxldm.training import (
     adamw,
     exponential,
@@ -33,12 +31,13 @@ from ..common.batching import map_images
 from ..common.judge import classifier_loss, read_judge, write_judge
 from ..common.loop import Keep, train_stage
 from ..common.run import RunFolder, as_dict, write_json
-from ..common.spaces import Pixels, Trained
+from ..common.spaces import Pixels, Trained, posterior_draw
 from ..common.stages import averaged, read_about
 from ..common.streams import data_seed, stage_key
 from ..common.terminal import Signals, StageBar, UserError
 from . import config as cfg
 from .config import Config
+from .data import Digits
 
 DATA, STATS = "data.json", "autoencoder.json"
 MEND = "delete latents.npz and train."
@@ -60,9 +59,18 @@ class Job:
     def image_shape(self) -> tuple[int, int, int]:
         return cfg.image_shape(self.digits)
 
-    def train(self, stage: str, step_fns: Any, state: Any, arrays: dict, options: Any) -> Any:
+    def images(self, stage: str, options: Any) -> Batches:
+        return image_batches(
+            self.digits.train,
+            options.batch_size,
+            size=self.image_shape[1:],
+            channels=self.image_shape[0],
+            seed=data_seed(self.config, stage),
+            flip=False,
+        )
+
+    def train(self, stage: str, step_fns: Any, state: Any, batches: Batches, options: Any) -> Any:
         """`train_stage` with the job's seed, mesh and run folder."""
-        batches = training_batches(arrays, options.batch_size, seed=data_seed(self.config, stage))
         state, self.timings[stage] = train_stage(
             stage,
             step_fns,
@@ -90,7 +98,7 @@ def train_classifier(job: Job) -> ConvClassifier:
     identity = {
         "classifier": as_dict(options),
         "seed": job.config.seed,
-        "data": digest([digits.train_images, digits.train_labels]),
+        "data": digits.train.digest(),
     }
     cached = cache_dir() / "classifiers" / f"{digits.name}-{digest(_encoded(identity))[:16]}.eqx"
     kept = read_judge(cached, averaged(state, static))
@@ -98,8 +106,8 @@ def train_classifier(job: Job) -> ConvClassifier:
         job.timings["classifier"] = {"seconds": 0.0}
         return kept
     step = make_train_step(classifier_loss, static, optimizer, ema_decays=(exponential(0.99),))
-    arrays = {"image": digits.train_images, "label": digits.train_labels}
-    state = job.train("classifier", [(options.steps, step)], state, arrays, options)
+    batches = job.images("classifier", options)
+    state = job.train("classifier", [(options.steps, step)], state, batches, options)
     model = averaged(state, static)
     write_judge(cached, model)
     return model
@@ -119,8 +127,7 @@ def train_autoencoder(job: Job) -> AutoencoderKL:
     state, statics, optimizers = autoencoder_state(job.config, job.image_shape[0])
     prepare = lambda batch, key: to_float(batch["image"], pad=options.pad)
     phases = shared.autoencoder_phases(options, statics, optimizers, prepare)
-    arrays = {"image": job.digits.train_images}
-    state = job.train("autoencoder", phases, state, arrays, options)
+    state = job.train("autoencoder", phases, state, job.images("autoencoder", options), options)
     return averaged(state.autoencoder, statics[0])
 
 
@@ -201,7 +208,18 @@ def padded_shape(
     return space.latent_shape(h + pad, w + pad)
 
 
-def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> Trained:
+def _latent_batches(job: Job, latents: Arrays) -> Batches:
+    labels, batch_size = job.digits.train.labels, job.config.diffusion.batch_size
+    assert labels is not None
+
+    def read(indices, epochs):
+        posteriors = {name: array[indices] for name, array in latents.items()}
+        return {**posteriors, "cond": labels[indices]}, {}
+
+    return Batches(len(labels), batch_size, read, seed=data_seed(job.config, "diffusion"))
+
+
+def train_diffusion(job: Job, space: AutoencoderKL | Pixels, latents: Arrays | None) -> Trained:
     """The averaged network, trained on pixels or on fresh samples of the cached posteriors."""
     options, digits = job.config.diffusion, job.digits
     shape = padded_shape(job.config, space, job.image_shape)
@@ -215,8 +233,9 @@ def train_diffusion(job: Job, space: AutoencoderKL | Pixels, arrays: Arrays) -> 
         prepare=_prepare(space, job.config.autoencoder.pad),
     )
     step = make_train_step(loss_fn, static, optimizer, ema_decays=(exponential(options.ema_decay),))
-    arrays = {**arrays, "label": digits.train_labels}
-    state = job.train("diffusion", [(options.steps, step)], state, arrays, options)
+    pixels = latents is None
+    batches = job.images("diffusion", options) if pixels else _latent_batches(job, latents)
+    state = job.train("diffusion", [(options.steps, step)], state, batches, options)
     return Trained(space, averaged(state, static), shape)
 
 
@@ -225,19 +244,9 @@ def _prepare(space: AutoencoderKL | Pixels, pad: int) -> Callable[[Any, Any], An
     if isinstance(space, Pixels):
         return lambda batch, key: {
             "x0": to_float(batch["image"], pad=pad),
-            "cond": batch["label"],
+            "cond": batch["cond"],
         }
-
-    def draw(mean, logvar, key):
-        raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
-        return space.normalise(raw).sample(key)
-
-    def prepare(batch, key):
-        keys = jax.random.split(key, len(batch["label"]))
-        x0 = jax.vmap(draw)(batch["mean"], batch["logvar"], keys)
-        return {"x0": x0, "cond": batch["label"]}
-
-    return prepare
+    return posterior_draw(space)
 
 
 def load_finished(config: Config, run: RunFolder) -> tuple[Trained, int]:

@@ -1,50 +1,21 @@
-"""Grain pipelines: shuffled, endless batches whose position can be saved and restored."""
+"""Shuffled, endless batches whose position can be saved and restored."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int, UInt8
 
-from .decoding import decode_and_crop, flip_mask
-from .idx import DataError
-from .latents import Latents
-from .records import ImageRecord as ImageRecord, ImageSource
+from .conditions import Condition, example_condition, label_condition, stack_conditions
+from .decode import MAX_PIXELS, Size, as_size, decode_and_crop
+from .errors import DataError
+from .image_source import ImageRecord, ImageSource
+from .latent_cache import Latents
 
-Arrays = Mapping[str, Shaped[np.ndarray, "n ..."]]
-
-
-def training_batches(
-    arrays: Arrays, batch_size: int, *, seed: int, threads: int = 1, prefetch: int = 4
-) -> grain.DatasetIterator:
-    """Endless batches of arrays that share their first axis, as dicts of NumPy arrays.
-
-    Every epoch is one shuffle of all examples, another one each epoch; a batch may span two
-    epochs. Only indices are shuffled, and a batch is gathered at once. The iterator is
-    checkpointable: after restoring it the very next batch follows.
-
-    **Raises** `ValueError` if the arrays differ in length or hold fewer examples than a batch.
-
-    >>> batches = training_batches({"x": np.arange(10)}, 4, seed=0)
-    >>> next(batches)["x"].shape
-    (4,)
-    """
-    lengths = {name: len(array) for name, array in arrays.items()}
-    n = next(iter(lengths.values()), 0)
-    if set(lengths.values()) != {n}:
-        raise ValueError(f"training_batches: arrays must be equally long, got {lengths}.")
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"training_batches: batch_size must lie in 1 .. {n}, got {batch_size}.")
-    gather = lambda indices: {name: array[indices] for name, array in arrays.items()}
-    batches = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size).map(gather)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
-
-
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 # (record indices, their epochs) -> the batch, and what was skipped: reasons by record id.
 Read = Callable[[np.ndarray, np.ndarray], tuple[Batch, dict[str, str]]]
 
@@ -62,7 +33,26 @@ class Batches(grain.DatasetIterator):
     JSON-able and the same in every process, so that any number of processes goes on from it.
     `skipped` has the reasons, by record id, of the images skipped so far in this process.
 
-    `image_batches` and `latent_batches` make it.
+    `image_batches` and `latent_batches` make it; for data of another kind, `read(indices, epochs)`
+    gives the batch of these records, each in its epoch, and the reasons for what it skipped:
+
+    >>> x = np.arange(10.0)
+    >>> batches = Batches(10, 4, lambda indices, epochs: ({"x0": x[indices]}, {}), seed=0)
+    >>> next(batches)["x0"].shape, batches.get_state()["batches"]
+    ((4,), 1)
+
+    **Arguments**:
+
+    - `length`: the number of records; `batch_size`: at most that.
+    - `seed`: of the order.
+    - `rows`: those of each global batch to read, ascending; by default all. With several processes
+      `sharding.own_rows(batch_size, mesh)`, which is what `prefetch_to_device` takes.
+    - `workers`: processes that read ahead; 0 reads in this one. They start fresh interpreters, so a
+      script that asks for them needs its `if __name__ == "__main__":`, and get `read` pickled.
+    - `threads`, `prefetch`: threads, and batches read ahead, in each worker or in this process.
+
+    **Raises** `ValueError` if the batch size exceeds the number of records, or `rows` are not some
+    of the batch's in ascending order.
     """
 
     def __init__(
@@ -73,9 +63,9 @@ class Batches(grain.DatasetIterator):
         *,
         seed: int,
         rows: Sequence[int] | np.ndarray | None = None,
-        workers: int,
-        threads: int,
-        prefetch: int,
+        workers: int = 0,
+        threads: int = 1,
+        prefetch: int = 4,
     ):
         super().__init__()
         self._running: grain.DatasetIterator | None = None
@@ -143,54 +133,59 @@ class Batches(grain.DatasetIterator):
 
 def image_batches(
     source: ImageSource,
-    size: int,
     batch_size: int,
     *,
+    size: Size,
+    channels: int = 3,
+    condition: Condition = label_condition,
     seed: int,
     flip: bool = True,
     skip_unreadable: bool = False,
     rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     threads: int = 2,
-    prefetch: int = 2,
+    max_pixels: int = MAX_PIXELS,
 ) -> Batches:
     """Endless batches of decoded, cropped, flipped images, in the order that `Batches` describes.
 
-    A batch has `image`, uint8 `(b, size, size, 3)`, `label` and `index`, the record's position in
-    the source, both int32 `(b,)`; `b` is the number of `rows`.
+    A batch has `image`, uint8 `(b, height, width, channels)`; `cond`, the conditions of the images
+    as one PyTree with a leading axis of the batch, or `None`; and `index`, the record's position in
+    the source, int32 `(b,)`. `b` is the number of `rows`.
 
     **Arguments**:
 
     - `batch_size`: of all processes together, at most the records.
+    - `size`: the side, or `(height, width)`, of ADM's crop (`center_crop`).
+    - `channels`: 1 for grey, 3 for colours, 4 with opacity; of pixels in memory, what they have.
+    - `condition(record)`: what the network is told: `label_condition`, `caption_bytes(n)`,
+      `no_condition`, or one's own.
     - `seed`: of the order and of the flips; the flip of a record depends on the seed, the epoch and
       the record alone.
     - `skip_unreadable`: an unreadable image gives its place to the next record of the source, and
       `skipped` has its id and the reason. Otherwise it raises `DataError`.
-    - `rows`: those of each global batch to read, ascending; by default all. With several processes
-      `sharding.own_rows(batch_size, mesh)`, which is what `prefetch_to_device` takes.
-    - `workers`: processes that read ahead; 0 reads in this one. They start fresh interpreters, so a
-      script that asks for them needs its `if __name__ == "__main__":`.
-    - `threads`, `prefetch`: threads, and batches read ahead, in each worker or in this process.
+    - `rows`, `workers`: see `Batches`.
+    - `threads`: that read ahead, in each worker or in this process; 0 reads when asked.
+    - `max_pixels`: a file with more is unreadable (`decode_image`).
 
     **Raises** `ValueError` if the batch size exceeds the number of records, or `rows` are not some
-    of the batch's in ascending order.
+    of the batch's in ascending order; `DataError` if the images have not got what the condition
+    needs.
 
-    >>> import io, PIL.Image
-    >>> file = io.BytesIO()
-    >>> PIL.Image.new("RGB", (12, 8)).save(file, "PNG")
-    >>> class Black:
-    ...     class_names = ("black", "white")
-    ...     __len__ = lambda self: 10
-    ...     __getitem__ = lambda self, i: ImageRecord(file.getvalue(), 0, f"{i}.png")
-    ...     digest = lambda self: ""
-    >>> batches = image_batches(Black(), 4, 6, seed=0)
-    >>> next(batches)["image"].shape, batches.get_state()["batches"]
-    ((6, 4, 4, 3), 1)
+    >>> from .sources.arrays import ImageArrays
+    >>> digits = ImageArrays(np.zeros((10, 28, 28, 1), np.uint8), np.arange(10))
+    >>> batches = image_batches(digits, 6, size=32, channels=1, seed=0)
+    >>> batch = next(batches)
+    >>> batch["image"].shape, batch["cond"].shape, batches.get_state()["batches"]
+    ((6, 32, 32, 1), (6,), 1)
     """
+    example_condition(source, condition)  # refuses now what no image would have
+    size = as_size(size)
+    read = _ReadImages(source, size, channels, condition, seed, flip, skip_unreadable, max_pixels)
+    prefetch = 2 if threads else 0
     return Batches(
         len(source),
         batch_size,
-        _ReadImages(source, size, seed, flip, skip_unreadable),
+        read,
         seed=seed,
         rows=rows,
         workers=workers,
@@ -208,13 +203,16 @@ def latent_batches(
     rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     threads: int = 1,
-    prefetch: int = 4,
 ) -> Batches:
     """Endless batches of cached posteriors, in the order that `Batches` describes.
 
-    A batch has `mean` and `logvar`, `(b, zc, zh, zw)` in the cache's dtype, of the image or, by a
-    fair coin for each (seed, epoch, record), of its mirror image, and `label` and `index`, the
-    image's position in the source, both int32 `(b,)`. The arguments are those of `image_batches`.
+    A batch has `mean` and `logvar`, `(b, *latent)` in the cache's dtype, of the image or, by a fair
+    coin for each (seed, epoch, record), of its mirror image; `cond`, as the cache's writer was told
+    to keep it; and `index`, the image's position in the source, int32 `(b,)`. The arguments are
+    those of `image_batches`.
+
+    A latent to train on is a fresh draw: `autoencoder.normalise(Posterior(mean, logvar)).sample(
+    key)`, for each example and inside jit.
     """
     return Batches(
         len(latents),
@@ -224,8 +222,32 @@ def latent_batches(
         rows=rows,
         workers=workers,
         threads=threads,
-        prefetch=prefetch,
+        prefetch=4 if threads else 0,
     )
+
+
+def flip_mask(
+    seed: int, epochs: Int[np.ndarray, " n"], indices: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Which records are flipped, by a fair coin for each (seed, epoch, index).
+
+    A record's coin does not depend on the others, on their order, on processes or on workers.
+
+    >>> flip_mask(0, np.zeros(8, int), np.arange(8)).astype(int)
+    array([0, 0, 1, 0, 0, 0, 0, 1])
+    """
+    bits = np.full(len(indices), seed, np.uint64)
+    for value in (np.uint64(0), epochs.astype(np.uint64), indices.astype(np.uint64)):
+        bits = _mixed(bits ^ value)
+    return (bits >> np.uint64(63)).astype(bool)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea & Flood 2014): each output bit depends on every input bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 # Classes and not closures, because worker processes get them pickled.
@@ -248,30 +270,46 @@ class _Part:
 @dataclass(frozen=True)
 class _ReadImages:
     source: ImageSource
-    size: int
+    size: tuple[int, int]
+    channels: int
+    condition: Condition
     seed: int
     flip: bool
     skip_unreadable: bool
+    max_pixels: int
 
     def __call__(self, indices: np.ndarray, epochs: np.ndarray) -> tuple[Batch, dict[str, str]]:
         n = len(indices)
-        images = np.empty((n, self.size, self.size, 3), np.uint8)
-        labels, used = np.empty(n, np.int32), np.empty(n, np.int32)
+        images = np.empty((n, *self.size, self.channels), np.uint8)
+        used = np.empty(n, np.int32)
+        conditions, ids = [], []
         skipped: dict[str, str] = {}
         for row, index in enumerate(indices.tolist()):
-            used[row], labels[row], images[row] = self._image(index, skipped)
+            used[row], record, images[row] = self._image(index, skipped)
+            conditions.append(self.condition(record))
+            ids.append(record.id)
         if self.flip:
+            # The coin is that of the record that was used, so that a substitute keeps its own.
             flipped = flip_mask(self.seed, epochs, used)
             images[flipped] = images[flipped][:, :, ::-1]
-        return {"image": images, "label": labels, "index": used}, skipped
+        return {"image": images, "cond": stack_conditions(conditions, ids), "index": used}, skipped
 
-    def _image(self, index: int, skipped: dict[str, str]) -> tuple[int, int, np.ndarray]:
+    def _image(
+        self, index: int, skipped: dict[str, str]
+    ) -> tuple[int, ImageRecord, UInt8[np.ndarray, "h w c"]]:
         """The record there or, if it is unreadable and may be skipped, the next that is not."""
         for step in range(_SUBSTITUTES):
             used = (index + step) % len(self.source)
             record = self.source[used]
             try:
-                return used, record.label, decode_and_crop(record.image, self.size, record.id)
+                image = decode_and_crop(
+                    record.image,
+                    self.size,
+                    self.channels,
+                    name=record.id,
+                    max_pixels=self.max_pixels,
+                )
+                return used, record, image
             except DataError as error:
                 if not self.skip_unreadable:
                     raise

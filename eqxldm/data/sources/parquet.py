@@ -8,22 +8,25 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .idx import DataError
-from .records import ImageRecord, check_classes, checked_index
+from ..errors import DataError
+from ..image_source import ImageRecord, Strings, check_classes, checked_index
 
 _GROUPS = 2  # row groups kept decoded: enough to read in order
+_CAPTIONS = ("text", "caption")
 
 
 class ImageParquet:
-    """Parquet files with the columns `image` (`{bytes, path}`) and `label` (an integer).
+    """Parquet files with the column `image` (`{bytes, path}`), and `label`, `text` or none.
 
-    `path` is one file, or a folder with files in it or in its `data/`; of a folder with several
-    splits, `train-*.parquet` is taken. Class names come from the schema's Hugging Face metadata,
-    otherwise they are the labels' numbers. A whole row group is decoded to read one image, so that
-    reading in order is fast and random access is not: `write_array_record` converts.
+    `label` is an integer; labels of one class alone are none. `text`, or `caption`, is a text for
+    each image. `path` is one file, or a folder with files in it or in its `data/`; of a folder with
+    several splits, `train-*.parquet` is taken. Class names come from the schema's Hugging Face
+    metadata, otherwise they are the labels' numbers. A whole row group is decoded to read one
+    image, so that reading in order is fast and random access is not: `write_array_record` converts.
 
-    **Raises** `DataError` without pyarrow, the columns, or labels of two classes, or if a file is
-    damaged.
+    **Raises** `DataError` without pyarrow or the column of images, if the files differ in their
+    columns, for a label that is negative, has no name or leaves classes without an image, for a
+    caption that is null, or if a file is damaged.
 
     >>> import io, tempfile
     >>> import pyarrow as pa, pyarrow.parquet
@@ -32,7 +35,7 @@ class ImageParquet:
     ...     table = pa.table({"image": images, "label": [0, 1]})
     ...     pa.parquet.write_table(table, f"{folder}/train-00000-of-00001.parquet")
     ...     ImageParquet(folder)[1]
-    ImageRecord(image=b'...', label=1, id='train-00000-of-00001.parquet:1')
+    ImageRecord(image=b'...', id='train-00000-of-00001.parquet:1', label=1, caption=None)
     """
 
     def __init__(self, path: str | Path):
@@ -41,40 +44,62 @@ class ImageParquet:
         groups: list[tuple[int, int, int]] = []  # file, row group, its first row in the file
         rows: list[int] = []
         labels: list[np.ndarray] = []
+        captions: list[str] = []
         names: list[str] | None = None
+        columns: set[str] | None = None
         for k, file in enumerate(self._files):
             opened = _open(file)
             schema = opened.schema_arrow
-            missing = {"image", "label"} - set(schema.names)
-            if missing:
+            found = {"image", "label", *_CAPTIONS} & set(schema.names)
+            columns = found if columns is None else columns
+            if "image" not in found or found != columns:
                 raise DataError(
-                    f"{file}: expected the columns image and label, got {', '.join(schema.names)}."
+                    f"{file}: expected the columns {', '.join(sorted(columns | {'image'}))}, got "
+                    f"{', '.join(schema.names)}."
                 )
             names = names or _class_names(schema)
-            labels.append(_labels(file, opened))
+            if "label" in found:
+                labels.append(_labels(file, opened))
+            captions += _captions(file, opened, found)
             first = 0
             for g in range(opened.num_row_groups):
                 groups.append((k, g, first))
                 rows.append(opened.metadata.row_group(g).num_rows)
                 first += rows[-1]
-        self._labels = np.concatenate(labels)
         self._groups = groups
         self._starts = np.cumsum([0, *rows])
-        found = int(self._labels.max(initial=-1)) + 1
-        self._class_names = tuple(names or map(str, range(found)))
-        if found > len(self._class_names):
+        self._captions = Strings.of(captions) if captions else None
+        self._labels: np.ndarray | None = None
+        self._class_names: tuple[str, ...] = ()
+        if labels:
+            self._set_labels(np.concatenate(labels), names)
+
+    def _set_labels(self, labels: np.ndarray, names: list[str] | None) -> None:
+        most = int(labels.max(initial=-1)) + 1
+        count = len(names) if names else most
+        if most > count:
+            raise DataError(f"{self.path}: label {most - 1} has no name: there are {count}.")
+        if not names and count > len(labels) + 1000:  # before as many names are made
             raise DataError(
-                f"{self.path}: label {found - 1} has no name: there are {len(self._class_names)}."
+                f"{self.path}: label {most - 1} among {len(labels)} images: most of the {count} "
+                "classes have no image. Number the classes from 0 without gaps."
             )
-        counts = np.bincount(self._labels, minlength=len(self._class_names)).tolist()
-        check_classes(str(self.path), self._class_names, counts)
+        counts = np.bincount(labels.astype(np.int64), minlength=count).tolist()
+        class_names = tuple(names or map(str, range(count)))
+        check_classes(str(self.path), class_names, counts)
+        if count > 1:
+            self._labels, self._class_names = labels.astype(np.int32), class_names
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._class_names
 
+    @property
+    def has_captions(self) -> bool:
+        return self._captions is not None
+
     def __len__(self) -> int:
-        return len(self._labels)
+        return int(self._starts[-1])
 
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
@@ -89,13 +114,16 @@ class ImageParquet:
                 f"{id}: expected the bytes of an image, got "
                 + ("only a path. Save the dataset with its images embedded." if image else "null.")
             )
-        return ImageRecord(content, int(self._labels[i]), id)
+        label = None if self._labels is None else int(self._labels[i])
+        return ImageRecord(content, id, label, self._captions[i] if self._captions else None)
 
     def digest(self) -> str:
-        """Over the shards' names and sizes and all labels: image sizes would need all images."""
+        """Over the shards' names and sizes, labels and captions: sizes would need all images."""
         shards = [(file.name, file.stat().st_size) for file in self._files]
         sha = hashlib.sha256(repr((self._class_names, shards)).encode())
-        sha.update(self._labels.tobytes())
+        sha.update(b"" if self._labels is None else self._labels.tobytes())
+        if self._captions is not None:
+            sha.update(self._captions.ends.tobytes() + self._captions.joined)
         return sha.hexdigest()
 
 
@@ -141,7 +169,20 @@ def _labels(file: Path, opened: Any) -> np.ndarray:
             f"{file}: expected an integer of at least 0 as every label, got {column.type}"
             f"{' with nulls' if column.null_count else ''} or -1, as unlabelled test splits have."
         ) from None
-    return labels.astype(np.int32)
+    return labels
+
+
+def _captions(file: Path, opened: Any, columns: set[str]) -> list[str]:
+    name = next((name for name in _CAPTIONS if name in columns), None)
+    if name is None:
+        return []
+    captions = opened.read(columns=[name])[name].to_pylist()
+    for row, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise DataError(
+                f"{file}: row {row}: expected a text in the column {name}, got {caption!r}."
+            )
+    return captions
 
 
 @functools.lru_cache(maxsize=_GROUPS)

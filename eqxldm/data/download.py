@@ -1,25 +1,35 @@
-"""Places that published files come from: mirrors, packages, folders."""
+"""Published files, fetched once: the cache, and the mirrors, packages and folders that have them.
 
+Nothing gets its name in the cache before its checksum is right, so that the cache can be filled by
+several processes at once and interrupted at any time.
+"""
+
+import contextlib
+import gzip
 import hashlib
 import http.client
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from .idx import DataError, read_content
+from .errors import DataError
 
 _CONNECT_SECONDS = 10
 _COMMAND_SECONDS = 180
+_STALE_SECONDS = 86400
 
-
+Log = Callable[[str], None]
 NPM_OPTIONS = ("--ignore-scripts", "--fetch-retries=1")
 
 
@@ -180,3 +190,130 @@ def _run(command: Sequence[str], folder: Path) -> None:
         errors = [x for x in lines if x.startswith(("npm err", "npm ERR", "E:"))] or lines[-1:]
         detail = "; ".join(errors[:2])[:300]
         raise DataError(f"{' '.join(command[:2])} failed ({done.returncode}): {detail}")
+
+
+def read_content(path: str | Path) -> bytes:
+    """The bytes of a file, decompressed if they start like gzip.
+
+    **Raises** `DataError` if the file cannot be read or its compressed stream is damaged.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except EOFError as error:
+        raise DataError(
+            f"{path}: expected a complete gzip file, but its {len(content)} bytes end inside the "
+            "compressed data: the file is truncated."
+        ) from error
+    except (OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected a valid gzip file, but its {len(content)} bytes are corrupt "
+            f"({error})."
+        ) from error
+
+
+def cache_dir() -> Path:
+    """The folder for what is fetched or computed once: `$EQXLDM_CACHE`, else the platform's.
+
+    That is `eqxldm` in `$XDG_CACHE_HOME` or `~/.cache`, on macOS in `~/Library/Caches`, on Windows
+    in `%LOCALAPPDATA%`. It need not exist.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, EQXLDM_CACHE="data"):
+    ...     str(cache_dir())
+    'data'
+    """
+    chosen = os.environ.get("EQXLDM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "eqxldm"
+
+
+def fetch(
+    files: Sequence[PublishedFile], sources: Sequence[Source], folder: Path, log: Log
+) -> dict[str, bytes]:
+    """The content of each file, from the cache `folder` or the first source that has it.
+
+    A source is given up at its first failure, so that a host out of reach costs one attempt.
+    `folder` keeps the uncompressed files; their checksums are verified on every call. `log` gets
+    a line on each source tried, each that failed and each file found corrupt.
+
+    **Raises** `DataError` if a file cannot be had, with the reason of each source, or if `folder`
+    cannot be written.
+
+    >>> file = PublishedFile("a", md5_gz="", md5="8d777f385d3dfec8815d20f7496026dc")
+    >>> with tempfile.TemporaryDirectory() as cache:
+    ...     _ = Path(cache, "a").write_bytes(b"data")
+    ...     fetch([file], [], Path(cache), print)
+    {'a': b'data'}
+    """
+    found: dict[str, bytes] = {}
+    absent: list[str] = []
+    failures: list[str] = []
+    for file in files:
+        try:
+            content = (folder / file.name).read_bytes()
+            check_md5(str(folder / file.name), content, file.md5)
+            found[file.name] = content
+        except FileNotFoundError:
+            absent.append(file.name)
+        except (DataError, OSError) as error:
+            failures.append(f"cache: {error}")
+            log(f"In the cache, {error}; fetching it again.")
+    if absent:
+        failures.append(f"cache {folder}: lacks {', '.join(absent)}")
+    for source in sources:
+        missing = [file for file in files if file.name not in found]
+        if not missing:
+            break
+        log(f"Fetching {len(missing)} of {len(files)} files for {folder} from {source}.")
+        with _scratch(folder) as scratch:
+            try:
+                for file, content in source.fetch(missing, scratch):
+                    check_md5(file.name, content, file.md5)
+                    part = scratch / f"{file.name}.part"
+                    part.write_bytes(content)
+                    os.replace(part, folder / file.name)
+                    found[file.name] = content
+            except (DataError, OSError) as error:
+                failures.append(f"{source}: {error}")
+                log(f"Failed: {error}.")
+    missing = [file.name for file in files if file.name not in found]
+    if missing:
+        raise DataError(
+            f"no source has {', '.join(missing)}:\n"
+            + "".join(f"  - {failure.rstrip('.')}\n" for failure in failures)
+            + f"Download {', '.join(file.name for file in files)} (gzip'd or not) into a folder by "
+            "other means and pass it as data_dir (--data-dir)."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`: on its file system, so that a file moves atomically."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".fetch-*"):  # of processes that were killed
+            with contextlib.suppress(FileNotFoundError):  # its owner may remove it right now
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to the cache {folder}: {error.strerror or error}; set EQXLDM_CACHE to a "
+            "folder that can be written."
+        ) from error
+    with made as scratch:
+        yield Path(scratch)

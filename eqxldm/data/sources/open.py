@@ -2,34 +2,37 @@
 
 from pathlib import Path
 
-from .array_records import ImageArrayRecord
-from .folders import ImageFolder
-from .idx import DataError
+from ..errors import DataError
+from ..image_source import ImageSource
+from .arrayrecord import ImageArrayRecord
+from .folder import ImageFolder
 from .parquet import ImageParquet
-from .records import ImageSource
-from .tars import ImageTars
+from .tar import ImageTars
 
 _KINDS = """
-  - a folder with a folder a class, images in each;
+  - a folder of images, or with one folder for each class;
+  - a folder of images with captions.json ({file: caption}) or metadata.jsonl (file_name, text);
   - a folder of class tars (n01440764.tar, ...), or ILSVRC2012_img_train.tar, which holds them;
-  - a .parquet file with the columns image and label, or a folder of such files;
+  - a .parquet file with the column image, and label or text, or a folder of such files;
   - an .arrayrecord file of write_array_record, or a folder of such files."""
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """The images at a path: class folders, ILSVRC tars, parquet or ArrayRecord files.
+    """The images at a path: folders, ILSVRC tars, parquet or ArrayRecord files.
 
-    What the path holds decides; a file is recognised by its ending.
+    What the path holds decides; a file is recognised by its ending. Labels and captions are there
+    if the path has them; images in one folder, or of one class, have no labels.
 
     **Raises** `DataError`, with what was looked for, if it is none of these.
 
     >>> open_images("/nowhere")
     Traceback (most recent call last):
         ...
-    eqxldm.data.idx.DataError: /nowhere: there is no such file or folder. Images can be:
-      - a folder with a folder a class, images in each;
+    eqxldm.data.errors.DataError: /nowhere: there is no such file or folder. Images can be:
+      - a folder of images, or with one folder for each class;
+      - a folder of images with captions.json ({file: caption}) or metadata.jsonl (file_name, text);
       - a folder of class tars (n01440764.tar, ...), or ILSVRC2012_img_train.tar, which holds them;
-      - a .parquet file with the columns image and label, or a folder of such files;
+      - a .parquet file with the column image, and label or text, or a folder of such files;
       - an .arrayrecord file of write_array_record, or a folder of such files.
     """
     path = Path(path)
@@ -42,13 +45,11 @@ def open_images(path: str | Path) -> ImageSource:
                 return ImageParquet(path)
             if any(name.endswith(".tar") for name in names):
                 return ImageTars(path)
-            folders = any(entry.is_dir() for entry in path.iterdir())
         except OSError as error:
             raise DataError(f"{path}: cannot be listed: {error.strerror or error}.") from error
-        if folders:
-            return ImageFolder(path)
-        found = f"holds {len(names)} files and no folder" if names else "is empty"
-        raise DataError(f"{path}: {found}. Images can be:{_KINDS}")
+        if not names:
+            raise DataError(f"{path}: is empty. Images can be:{_KINDS}")
+        return ImageFolder(path)
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder. Images can be:{_KINDS}")
     kinds = {".arrayrecord": ImageArrayRecord, ".parquet": ImageParquet, ".tar": ImageTars}

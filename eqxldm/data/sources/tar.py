@@ -12,9 +12,16 @@ from typing import BinaryIO, SupportsIndex
 
 import numpy as np
 
-from .cache import cache_dir
-from .idx import DataError
-from .records import ImageRecord, Listing, check_classes, checked_index, is_image
+from ..download import cache_dir
+from ..errors import DataError
+from ..image_source import (
+    ImageRecord,
+    Listing,
+    Strings,
+    check_classes,
+    checked_index,
+    is_image,
+)
 
 _BLOCK = 512  # of the tar format
 
@@ -24,7 +31,7 @@ class ImageTars:
 
     The names and positions of all images are read once and kept below `cache_dir()`, as long as
     the tars keep size and time. Records, their order and the digest equal those of an `ImageFolder`
-    of the unpacked files.
+    of the unpacked files; those of a single class tar have no labels.
 
     **Raises** `DataError` if a tar is compressed, damaged or truncated, or holds no class tars.
 
@@ -35,7 +42,7 @@ class ImageTars:
     ...             member.size = 3
     ...             tar.addfile(member, io.BytesIO(b"..."))
     ...     ImageTars(folder, index_dir=folder)[1]
-    ImageRecord(image=b'...', label=1, id='dog/dog_1.JPEG')
+    ImageRecord(image=b'...', id='dog/dog_1.JPEG', label=1, caption=None)
     """
 
     def __init__(self, path: str | Path, *, index_dir: str | Path | None = None):
@@ -52,20 +59,25 @@ class ImageTars:
         if index is None:
             index = _index(self.path, files)
             _save(kept, index)
-        class_names, joined = index["class_names"].tolist(), index["joined"].tobytes()
-        self._listing = Listing(tuple(class_names), index["labels"], index["ends"], joined)
+        names = Strings(index["ends"], index["joined"].tobytes())
+        class_names = tuple(index["class_names"].tolist())
+        self._listing = Listing(class_names, names, index["labels"] if class_names else None, None)
         self._file, self._offset, self._size = (index[n] for n in ("tar", "offset", "size"))
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._listing.class_names
 
+    @property
+    def has_captions(self) -> bool:
+        return False
+
     def __len__(self) -> int:
         return len(self._listing)
 
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
-        path, name, size = self._files[self._file[i]], self._listing.name(i), int(self._size[i])
+        path, name, size = self._files[self._file[i]], self._listing.names[i], int(self._size[i])
         try:
             with open(path, "rb", buffering=0) as file:  # open for one read: no limit on tars
                 file.seek(int(self._offset[i]))
@@ -74,7 +86,7 @@ class ImageTars:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
         if len(content) != size:
             raise DataError(f"{path}: {name} ends after {len(content)} of {size} bytes.")
-        return ImageRecord(content, int(self._listing.labels[i]), name)
+        return self._listing.record(i, content)
 
     def digest(self) -> str:
         return self._listing.digest(self._size.tolist())
@@ -110,12 +122,12 @@ def _index(path: Path, files: list[Path]) -> dict[str, np.ndarray]:
         rows += found
     check_classes(str(path), class_names, counts)
     labels, names, file_of, offsets, sizes = zip(*rows, strict=True)
-    listing = Listing.of(class_names, names, labels)
+    listing = Listing.of(names, class_names, labels)
     return {
-        "class_names": np.array(class_names),
-        "labels": listing.labels,
-        "ends": listing.ends,
-        "joined": np.frombuffer(listing.joined, np.uint8),
+        "class_names": np.array(listing.class_names, np.str_),
+        "labels": np.array(labels, np.int32),
+        "ends": listing.names.ends,
+        "joined": np.frombuffer(listing.names.joined, np.uint8),
         "tar": np.array(file_of, np.int32),
         "offset": np.array(offsets, np.int64),
         "size": np.array(sizes, np.int64),

@@ -1,0 +1,1 @@
+"""Where images can be: folders, tars, parquet and ArrayRecord files, arrays in memory."""
