@@ -308,7 +308,6 @@ def test_batches_cover_every_epoch_and_resume_at_the_next(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "batch", "message"),
     [
-        ({"a": np.zeros(3), "b": np.zeros(4)}, 2, "equally long"),
         ({"a": np.zeros(3)}, 4, "batch_size must lie in 1 .. 3, got 4"),
         ({"a": np.zeros(3)}, 0, "batch_size must lie in 1 .. 3, got 0"),
     ],

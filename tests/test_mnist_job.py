@@ -237,7 +237,7 @@ def test_evaluate_brings_the_run_up_to_date(copied, data):
 def test_pixels_and_the_unet(denoiser, data, tmp_path, capsys):
     where = ["--run-dir", str(tmp_path / "run")]
     which = ["--space", "pixel", "--denoiser", denoiser]
-    options = "--unet.channels 8 8 --unet.groups 4 --unet.heads 2 --diffusion.steps 10".split()
+    options = "--unet.channels 8 8 --unet.groups 4 --unet.num-heads 2 --diffusion.steps 10".split()
     args = [*where, "--data-dir", str(data), *which]
     assert call("train", *SMALL, *args, *options) == 0
     run = tmp_path / "run"
@@ -277,7 +277,7 @@ BAD = {
     "size": (["--autoencoder.pad", "1"], "does not divide by the downsampling factor 4"),
     "patch_size": (["--dit.patch-size", "3"], "does not divide by the patch 3"),
     "groups": (["--autoencoder.groups", "3"], "8 channels do not divide into 3 groups"),
-    "unet": (["--denoiser", "unet", "--unet.heads", "7"], "does not divide into 7 heads"),
+    "unet": (["--denoiser", "unet", "--unet.num-heads", "7"], "does not divide into 7 heads"),
     "unet levels": (
         ["--denoiser", "unet", "--unet.channels", *["16"] * 5],
         "a 8 x 8 input does not divide by 16, as 5 levels need",
