@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def posterior_draw(autoencoder: AutoencoderKL) -> Callable[[Any, Any], dict[str, Any]]:
-    """`prepare(batch, key) -> {"x0", "cond"}`: a fresh draw of each cached posterior, inside jit."""
+    """`prepare(batch, key) -> {"x0", "cond"}`: a fresh draw of each posterior, inside jit."""
 
     def one(mean, logvar, key):
         raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
