@@ -116,8 +116,10 @@ class Checkpoints:
             ) from None
         try:
             self.wait()
-        finally:
+        except CheckpointError:
             self._start(arrays, about)
+            raise
+        self._start(arrays, about)
 
     def _start(self, arrays: dict[str, Any], about: dict[str, Any]) -> None:
         folder = self.folder / str(about["step"])
