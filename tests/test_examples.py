@@ -13,7 +13,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 OPTIONS = {
     "two_moons": "--steps 20 --samples 50 --calls 4",
     "own_loss": "--steps 20",
+    "mnist_ddpm": "--steps 2 --batch-size 4 --width 8 --sampling-steps 2 --columns 1 --data .",
+    "mnist_latent": "--autoencoder-steps 3 --steps 2 --images 40 --data .",
+    "inpaint": "--steps 2 --sampling-steps 4 --resamplings 2 --data .",
 }
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A folder with files like MNIST's, of squares: nothing is fetched."""
+    images, labels = synthetic_digits(60), np.arange(60, dtype=np.uint8) % 10
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
+    return tmp_path
 
 
 def run(name, options, monkeypatch, folder):
