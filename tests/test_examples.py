@@ -2,9 +2,11 @@
 
 import ast
 import importlib.util
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,12 +22,15 @@ OPTIONS = {
 
 
 @pytest.fixture
-def digits(tmp_path):
-    """A folder with files like MNIST's, of squares: nothing is fetched."""
-    images, labels = synthetic_digits(60), np.arange(60, dtype=np.uint8) % 10
+def folder(tmp_path):
+    """A folder with files in MNIST's format, of noise: nothing is fetched."""
+    rng = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
+        images = rng.integers(0, 256, (60, 28, 28), np.uint8)
+        for name, array in (("images", images), ("labels", np.arange(60, dtype=np.uint8) % 10)):
+            head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            path = tmp_path / f"{prefix}-{name}-idx{array.ndim}-ubyte"
+            path.write_bytes(head + array.tobytes())
     return tmp_path
 
 
@@ -39,9 +44,9 @@ def run(name, options, monkeypatch, folder):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_example_leaves_its_picture(name, monkeypatch, tmp_path):
-    run(name, OPTIONS[name], monkeypatch, tmp_path)
-    with Image.open(tmp_path / f"{name}.png") as picture:
+def test_an_example_leaves_its_picture(name, monkeypatch, folder):
+    run(name, OPTIONS[name], monkeypatch, folder)
+    with Image.open(folder / f"{name}.png") as picture:
         low, high = picture.convert("L").getextrema()
     assert low < high  # not one colour
 
