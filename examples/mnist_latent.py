@@ -38,7 +38,7 @@ PAD = 2  # 28 x 28 to 32 x 32, which halves
 
 
 def loop(name, step, state, batches, steps, key):
-    """The state after `steps` steps. Reading a loss waits for the device: only each hundredth is."""
+    """The state after `steps` steps. Reading a loss waits for the device, so few are read."""
     began = time.monotonic()
     for i in range(1, steps + 1):
         state, metrics = step(state, next(batches), key)
