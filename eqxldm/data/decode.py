@@ -34,7 +34,7 @@ def as_size(size: Size) -> tuple[int, int]:
 
 def decode_image(
     image: Image, channels: int = 3, *, name: str = "image", max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w {channels}"]:
+) -> UInt8[np.ndarray, "h w channels"]:
     """The pixels of an image file, converted as in ADM: Pillow's `convert`.
 
     With 3 channels grey is repeated, transparency dropped, CMYK and palettes converted; 1 channel
@@ -88,7 +88,7 @@ def decode_and_crop(
     *,
     name: str = "image",
     max_pixels: int = MAX_PIXELS,
-) -> UInt8[np.ndarray, "H W {channels}"]:
+) -> UInt8[np.ndarray, "H W channels"]:
     """`center_crop(decode_image(...), size)` without the array between them.
 
     >>> import PIL.Image
