@@ -9,23 +9,73 @@ hidden units of the MLPs are divided over `tensor` (Shoeybi et al. 2019, section
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
-
-from .nn.constraints import tensor_axis
+from jaxtyping import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Blocks that a scan runs over have a leading axis, which no device may have a part of.
-STACKED = re.compile(r"(^|\.)blocks\.[a-z_]")
 # Smaller arrays of a layer, biases and norms, are copied: dividing them costs more than it saves.
 SMALLEST_DIVIDED = 2**16
+# The blocks of an `nn.Stack` have a leading axis, which no device may have a part of.
+STACKED = re.compile(r"(^|\.)stacked\.")
+
+
+class Rule(NamedTuple):
+    """What holds for the parameters whose paths end in `pattern`, a regular expression.
+
+    `tensor`: the axis, counted from the last, that is divided over `tensor`; None: none is.
+    `is_weight`: a matrix or a kernel. Weight decay is for these alone, and they are what is cast to
+    the compute dtype and gathered before use (`gather_params`).
+    """
+
+    pattern: str
+    tensor: int | None = None
+    is_weight: bool = False
+
+
+# The first rule that fits counts. A parameter that none fits is copied, and is a weight if it is
+# called so: models of users need no rule. Those of the library have one each (a test holds it), so
+# that a renamed field cannot silently lose what is said here of the old name.
+RULES: tuple[Rule, ...] = (
+    # Attention by heads and MLPs by hidden units: first the layers whose outputs these are, then
+    # those that sum over them.
+    Rule(r"attention\.qkv\.weight", -2, True),  # (3, heads * size, width)
+    Rule(r"attention\.qkv\.bias", -1),
+    Rule(r"attention\.(query|key|value)\.weight", -2, True),  # (heads * size, width)
+    Rule(r"attention\.(query|key|value)\.bias", -1),
+    Rule(r"fc1\.weight", -2, True),  # (hidden, width)
+    Rule(r"fc1\.bias", -1),
+    Rule(r"attention\.proj\.weight", -1, True),  # (width, heads * size)
+    Rule(r"fc2\.weight", -1, True),  # (width, hidden)
+    Rule(r"(attention\.proj|fc2)\.bias"),
+    # Layers that `tensor` does not divide.
+    Rule(r"(patch_embedding|final_linear|pooled|project)\.weight", None, True),
+    Rule(r"(patch_embedding|final_linear|pooled|project)\.bias"),
+    Rule(r"(time|step)_embedding\.linear[12]\.weight", None, True),
+    Rule(r"(time|step)_embedding\.linear[12]\.bias"),
+    Rule(r"modulation\.linear\.weight", None, True),
+    Rule(r"modulation\.linear\.bias"),
+    Rule(r"(attentions|middle|levels)(\.\d+)+\.(query|key|value|out)\.weight", None, True),
+    Rule(r"(attentions|middle|levels)(\.\d+)+\.(query|key|value|out)\.bias"),
+    Rule(r"(stem|head)(\.first|\.second|\.conv)?\.weight", None, True),
+    Rule(r"(stem|head)(\.first|\.second|\.conv)?\.bias"),
+    Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.weight", None, True),
+    Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.bias"),
+    Rule(r"(convs|downs|ups|blocks)(\.\d+)+(\.conv)?\.weight", None, True),
+    Rule(r"(convs|downs|ups|blocks)(\.\d+)+(\.conv)?\.bias"),
+    # Norms, tables and the weights of channels.
+    Rule(r"(\w*norm[12345]?|norms\.\d+)\.(scale|bias)"),
+    Rule(r"table"),
+    Rule(r"positions"),
+    Rule(r"heads\.\d+"),
+)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -90,6 +140,101 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     return Mesh(np.array(found).reshape(shape), AXES, axis_types=auto)
 
 
+def path_name(path: Sequence[Any]) -> str:
+    """A path of JAX's trees as the rules read it, such as `blocks.stacked.fc1.weight`.
+
+    >>> path_name(jax.tree_util.tree_leaves_with_path({"fc1": [0]})[0][0])
+    'fc1.0'
+    """
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+@cache
+def parameter_rule(path: str) -> Rule | None:
+    """The first of `RULES` whose pattern ends the path; None for a parameter of no known layer.
+
+    >>> parameter_rule("blocks.stacked.self_attention.proj.weight").tensor
+    -1
+    """
+    fits = lambda rule: re.search(rf"(^|\.|_){rule.pattern}$", path)
+    return next((rule for rule in RULES if fits(rule)), None)
+
+
+def is_weight(path: str) -> bool:
+    """Whether a parameter is a matrix or a kernel: what is decayed, and gathered before use.
+
+    >>> is_weight("blocks.stacked.fc1.weight"), is_weight("norm.scale")
+    (True, False)
+    """
+    rule = parameter_rule(path)
+    return path.rpartition(".")[2] == "weight" if rule is None else rule.is_weight
+
+
+def stack_name(path: str) -> str | None:
+    """The stack that a parameter belongs to, whose arrays have a leading axis; None if to none.
+
+    >>> stack_name("blocks.stacked.fc1.weight"), stack_name("final_linear.weight")
+    ('blocks', None)
+    """
+    found = STACKED.search(path)
+    return None if found is None else path[: found.start()]
+
+
+def tensor_axis(path: str, shape: tuple[int, ...], size: int) -> int | None:
+    """The axis of a parameter that `size` devices of `tensor` divide, from 0; None if none is.
+
+    >>> tensor_axis("blocks.stacked.fc1.weight", (28, 4608, 1152), 2)
+    1
+    """
+    rule = parameter_rule(path)
+    if rule is None or rule.tensor is None or size < 2:
+        return None
+    first, axis = 0 if stack_name(path) is None else 1, len(shape) + rule.tensor
+    return None if axis < first or shape[axis] % size else axis
+
+
+def constrain(x: Array, spec: Sequence[str | None]) -> Array:
+    """`x`, whose axes the compiler is to divide as `spec` says; None leaves an axis whole.
+
+    The mesh is the one of `jax.set_mesh`; without one, with one of a single device, or with
+    explicit axes, nothing happens.
+
+    >>> constrain(jax.numpy.ones(2), (None,)).shape
+    (2,)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if mesh.size < 2 or not auto:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather_params(params: PyTree, dtype: Any) -> PyTree:
+    """A block's or a layer's weights in `dtype`, whole on each device but for their `tensor` part.
+
+    Called where they are used: cast first, so that half as many bytes travel, and gathered whole,
+    so that the compiler neither divides an activation (a convolution's images by rows and
+    channels) nor splits a product into one for each part of a weight, as it otherwise does on
+    TPUs. Their gradients go back in `dtype` too. All that `is_weight` does not name stays as it is.
+    Without a mesh only the cast is done.
+
+    >>> params = {"weight": jax.numpy.ones((2, 3)), "bias": jax.numpy.ones(2)}
+    >>> gather_params(params, jax.numpy.bfloat16)["weight"].dtype
+    dtype(bfloat16)
+    """
+    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+
+    def gather(path: Any, leaf: Array) -> Array:
+        name = path_name(path)
+        if not is_weight(name):
+            return leaf
+        axis = tensor_axis(name, leaf.shape, tensor)
+        spec = tuple("tensor" if i == axis else None for i in range(leaf.ndim))
+        return constrain(leaf.astype(dtype), spec)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis divided over `data` and `fsdp`.
 
@@ -149,30 +294,26 @@ def check_batch(batch_size: int, mesh: Mesh, grad_accum_steps: int = 1) -> None:
 
 
 def partition_spec(
-    path: str,
-    shape: tuple[int, ...],
-    mesh_shape: Mapping[str, int],
-    *,
-    smallest: int = SMALLEST_DIVIDED,
+    path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
     """Where an array of this path and shape is divided.
 
-    1. Over `tensor` as the first of `nn.constraints.TENSOR_RULES` says whose pattern ends the path,
-       if that axis divides.
+    1. Over `tensor` as the first of `RULES` says whose pattern ends the path, if that axis divides.
     2. Over `fsdp` the largest axis that divides and that rule 1 did not take, the last of equals,
-       if a layer's part has at least `smallest` elements.
-    3. The leading axis of scanned blocks is never divided, and over `data` nothing is.
+       if a layer's part has at least `SMALLEST_DIVIDED` elements.
+    3. The leading axis of a stack is never divided, and over `data` nothing is.
 
-    >>> tuple(partition_spec("blocks.fc1.weight", (28, 4608, 1152), {"fsdp": 4, "tensor": 2}))
+    >>> mesh = {"fsdp": 4, "tensor": 2}
+    >>> tuple(partition_spec("blocks.stacked.fc1.weight", (28, 4608, 1152), mesh))
     (None, 'tensor', 'fsdp')
     """
     axes: list[str | None] = [None] * len(shape)
-    first = 1 if STACKED.search(path) else 0
+    first = 0 if stack_name(path) is None else 1
     tensor, fsdp = mesh_shape.get("tensor", 1), mesh_shape.get("fsdp", 1)
-    divided = tensor_axis(path, shape, tensor, first)
+    divided = tensor_axis(path, shape, tensor)
     if divided is not None:
         axes[divided] = "tensor"
-    if fsdp > 1 and math.prod(shape[first:]) >= smallest:
+    if fsdp > 1 and math.prod(shape[first:]) >= SMALLEST_DIVIDED:
         free = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % fsdp == 0]
         if free:
             axes[max(free, key=lambda i: (shape[i], i))] = "fsdp"
@@ -181,9 +322,7 @@ def partition_spec(
     return PartitionSpec(*axes)
 
 
-def partition_specs(
-    tree: PyTree, mesh_shape: Mapping[str, int], *, smallest: int = SMALLEST_DIVIDED
-) -> PyTree:
+def partition_specs(tree: PyTree, mesh_shape: Mapping[str, int]) -> PyTree:
     """`partition_spec` of every array of a tree; shapes are enough.
 
     A training state's averages and optimizer state end in the paths of the parameters, and so are
@@ -195,24 +334,24 @@ def partition_specs(
     """
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return partition_spec(name, tuple(leaf.shape), mesh_shape, smallest=smallest)
+        name = path_name(path)
+        return partition_spec(name, tuple(leaf.shape), mesh_shape)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def shardings(tree: PyTree, mesh: Mesh, *, smallest: int = SMALLEST_DIVIDED) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """`partition_specs` on a mesh, as `jax.jit` and checkpoints take them.
 
     >>> tuple(shardings({"w": np.ones(3)}, make_mesh())["w"].spec)
     ()
     """
-    specs = partition_specs(tree, mesh.shape, smallest=smallest)
+    specs = partition_specs(tree, mesh.shape)
     named = lambda spec: NamedSharding(mesh, spec)
     return jax.tree.map(named, specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
-def place(tree: PyTree, mesh: Mesh, *, smallest: int = SMALLEST_DIVIDED) -> PyTree:
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """The tree's arrays divided over the mesh; each process must have the same arrays.
 
     Where an array already is on one of the devices the result may share its memory: what donates
@@ -221,7 +360,7 @@ def place(tree: PyTree, mesh: Mesh, *, smallest: int = SMALLEST_DIVIDED) -> PyTr
     >>> place({"w": np.ones(3)}, make_mesh())["w"].shape
     (3,)
     """
-    return jax.tree.map(_put, tree, shardings(tree, mesh, smallest=smallest))
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -233,9 +372,7 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def build_placed(
-    build: Callable[[], PyTree], mesh: Mesh, *, smallest: int = SMALLEST_DIVIDED
-) -> PyTree:
+def build_placed(build: Callable[[], PyTree], mesh: Mesh) -> PyTree:
     """What `build()` gives, its arrays made on the mesh: none is ever whole on one device.
 
     >>> state = build_placed(lambda: {"w": jax.numpy.ones(3), "name": "ones"}, make_mesh())
@@ -244,10 +381,12 @@ def build_placed(
     """
     arrays = lambda: eqx.filter(build(), eqx.is_array)
     static = eqx.filter(eqx.filter_eval_shape(build), lambda a: not _is_shape(a))
-    placed = shardings(jax.eval_shape(arrays), mesh, smallest=smallest)
-    # It runs once, and to optimise it takes XLA:CPU four times as long as not to.
-    hasty = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
-    made = jax.jit(arrays, out_shardings=placed, compiler_options=hasty)()
+    placed = shardings(jax.eval_shape(arrays), mesh)
+    # It runs once: XLA:CPU takes four times as long with its optimisations as without them.
+    options = (
+        {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
+    )
+    made = jax.jit(arrays, out_shardings=placed, compiler_options=options)()
     return eqx.combine(made, static)
 
 
@@ -255,16 +394,14 @@ def _is_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def bytes_per_device(
-    tree: PyTree, mesh_shape: Mapping[str, int], *, smallest: int = SMALLEST_DIVIDED
-) -> int:
+def bytes_per_device(tree: PyTree, mesh_shape: Mapping[str, int]) -> int:
     """The bytes of a tree's arrays on one device of such a mesh; shapes are enough.
 
     >>> tree = {"fc2": {"weight": jax.ShapeDtypeStruct((256, 1024), "float32")}}
     >>> bytes_per_device(tree, {"fsdp": 4})
     262144
     """
-    specs = partition_specs(tree, mesh_shape, smallest=smallest)
+    specs = partition_specs(tree, mesh_shape)
 
     def size(leaf: Any, spec: PartitionSpec) -> int:
         parts = math.prod(mesh_shape[axis] for axis in spec if axis is not None)

@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 import eqxldm
 from eqxldm import models, nn
 from eqxldm.models import DiT, multiply_adds, parameter_count, save_matmuls, save_narrow
-from eqxldm.nn import NormedSelfAttention, RMSNorm, SelfAttention, cudnn_attend
+from eqxldm.nn import RMSNorm, SelfAttention, cudnn_attend
 
 from helpers import filled, named_leaves, relative_error, small_dit, tree_error
 
@@ -78,7 +78,7 @@ def test_published_sizes_have_the_published_counts(name):
     (depth, width, num_heads), patch_size = SIZES[name[:-2]], int(name[-1])
     dit = described(name)
     gflops, millions = PUBLISHED[name]
-    assert dit.patch_size == patch_size and dit.blocks.attention.qkv.num_heads == num_heads
+    assert dit.patch_size == patch_size and dit.blocks.stacked.attention.qkv.num_heads == num_heads
     assert parameter_count(dit) == parameters_of_the_paper(depth, width, patch_size)
     assert round(parameter_count(dit) / 1e6) == millions
     assert round(multiply_adds(dit) / 1e9, 2) == gflops
@@ -108,7 +108,7 @@ def test_sizes_take_the_options_of_dit():
     vector = described("s_2", num_classes=None, embed_cond=cond)
     assert parameter_count(vector) - parameter_count(none) == linear(5, width)
     normed = described("s_2", qk_norm=RMSNorm, remat=None, unroll=2)
-    assert parameter_count(normed) - base == 12 * 2 * 64 and normed.unroll == 2
+    assert parameter_count(normed) - base == 12 * 2 * 64 and normed.blocks.unroll == 2
     tall = described("s_2", (16, 64, 16))
     assert tall.patch_embedding.weight.shape == (width, 64)
 
@@ -161,7 +161,7 @@ def numpy_dit(dit, x_t, t, label, p):
         for j in range(w):
             square = np.float64(x_t[:, p * i : p * i + p, p * j : p * j + p])
             x[i * w + j] = np.einsum("dcpq,cpq->d", kernel, square) + bias
-    x = x + nn.sincos_positions(h, w, d)
+    x = x + nn.sincos_positions((h, w), d)
 
     frequencies = 10_000.0 ** -(np.arange(128) / 128)
     angles = (1000 * float(t) - 1) * frequencies
@@ -169,14 +169,14 @@ def numpy_dit(dit, x_t, t, label, p):
     time = apply(
         silu(apply(time, get(dit.time_embedding.linear1))), get(dit.time_embedding.linear2)
     )
-    c = silu(time + np.float64(dit.label_embedding.table)[label])
+    c = silu(time + np.float64(dit.embed_cond.table)[label])
 
-    num_heads = dit.blocks.attention.qkv.num_heads
-    for k in range(len(dit.blocks.fc1.weight)):
-        modulation = apply(c, get(dit.blocks.modulation.linear, k)).reshape(6, d)
+    num_heads = dit.blocks.stacked.attention.qkv.num_heads
+    for k in range(len(dit.blocks.stacked.fc1.weight)):
+        modulation = apply(c, get(dit.blocks.stacked.modulation.linear, k)).reshape(6, d)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = [
-            apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.attention.qkv, (k, j)))
+            apply(norm(x) * (1 + scale1) + shift1, get(dit.blocks.stacked.attention.qkv, (k, j)))
             for j in range(3)
         ]
         query, key, value = (a.reshape(-1, num_heads, d // num_heads).swapaxes(0, 1) for a in qkv)
@@ -184,10 +184,10 @@ def numpy_dit(dit, x_t, t, label, p):
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ value
         y = y.transpose(1, 0, 2).reshape(-1, d)
-        x = x + gate1 * apply(y, get(dit.blocks.attention.proj, k))
-        y = apply(norm(x) * (1 + scale2) + shift2, get(dit.blocks.fc1, k))
+        x = x + gate1 * apply(y, get(dit.blocks.stacked.attention.proj, k))
+        y = apply(norm(x) * (1 + scale2) + shift2, get(dit.blocks.stacked.fc1, k))
         y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-        x = x + gate2 * apply(y, get(dit.blocks.fc2, k))
+        x = x + gate2 * apply(y, get(dit.blocks.stacked.fc2, k))
 
     shift, scale = apply(c, get(dit.final_modulation.linear)).reshape(2, d)
     x = apply(norm(x) * (1 + scale) + shift, get(dit.final_linear))
@@ -249,8 +249,8 @@ def vector_dit(embed_cond, **changes):
 def test_unconditional_dit_is_the_network_without_the_label():
     dit = filled(lambda: small_dit(num_classes=None))
     silent = filled(small_dit)
-    silent = eqx.tree_at(lambda d: d.label_embedding.table, silent, jnp.zeros((6, 16)))
-    rest = eqx.tree_at(lambda d: d.label_embedding, silent, None)
+    silent = eqx.tree_at(lambda d: d.embed_cond.table, silent, jnp.zeros((6, 16)))
+    rest = eqx.tree_at(lambda d: d.embed_cond, silent, None)
     assert jax.tree.structure(rest) == jax.tree.structure(dit)
     out = run(rest, LATENT, T)
     np.testing.assert_allclose(out, run(silent, LATENT, T, LABEL), atol=1e-6)
@@ -260,8 +260,8 @@ def test_unconditional_dit_is_the_network_without_the_label():
 def test_a_vector_condition_is_added_to_the_time():
     dit = filled(lambda: vector_dit(EMBED, depth=1))
     cond = jnp.linspace(-1, 1, 5)
-    added = dit.label_embedding(cond)
-    rest = eqx.tree_at(lambda d: d.label_embedding, dit, None)
+    added = dit.embed_cond(cond)
+    rest = eqx.tree_at(lambda d: d.embed_cond, dit, None)
     where = lambda d: d.time_embedding.linear2.bias
     moved = eqx.tree_at(where, rest, where(rest) + added)
     out = run(dit, LATENT, T, cond)
@@ -310,18 +310,17 @@ def test_every_condition_runs_under_guidance_and_sampling():
 # Options
 
 
-def test_the_tree_of_parameters_is_that_of_the_first_checkpoints():
-    # Orbax keeps empty nodes too: an optional field that is None would make old files unreadable.
+def test_the_tree_of_parameters():
     tree = eqx.filter(filled(small_dit), eqx.is_array)
-    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    paths = jax.tree_util.tree_leaves_with_path(tree)
     linears = [
         "patch_embedding", "time_embedding.linear1", "time_embedding.linear2",
-        "blocks.attention.qkv", "blocks.attention.proj", "blocks.fc1", "blocks.fc2",
-        "blocks.modulation.linear", "final_modulation.linear", "final_linear",
+        "blocks.stacked.attention.qkv", "blocks.stacked.attention.proj", "blocks.stacked.fc1", "blocks.stacked.fc2",
+        "blocks.stacked.modulation.linear", "final_modulation.linear", "final_linear",
     ]  # fmt: skip
     expected = {f".{name}.{leaf}" for name in linears for leaf in ("weight", "bias")}
     found = {jax.tree_util.keystr(path) for path, _ in paths}
-    assert found == expected | {".label_embedding.table"}
+    assert found == expected | {".embed_cond.table"}
 
 
 def test_rms_norm_equals_its_formula():
@@ -339,7 +338,7 @@ def test_rms_norm_equals_its_formula():
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(key):
-    layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
+    layer = filled(lambda: SelfAttention(16, 2, qk_norm=RMSNorm, key=key))
     plain = filled(lambda: SelfAttention(16, 2, key=key))
     x = jax.random.normal(key, (5, 16))
     factors = jnp.array([[7.0], [3.0], [1.0]])  # of q, k, v
@@ -352,7 +351,7 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(key):
 
 
 def test_qk_norm_of_queries_and_keys_is_applied_to_each_head(key):
-    layer = filled(lambda: NormedSelfAttention(16, 2, qk_norm=RMSNorm, key=key))
+    layer = filled(lambda: SelfAttention(16, 2, qk_norm=RMSNorm, key=key))
     x = jax.random.normal(key, (5, 16))
     q, k, v = map(np.asarray, layer.qkv(x))
     unit = lambda a, norm: np.asarray(norm.scale) * a / np.sqrt((a**2).mean(-1, keepdims=True))
@@ -363,9 +362,12 @@ def test_qk_norm_of_queries_and_keys_is_applied_to_each_head(key):
 
 def test_dit_with_qk_norm_trains_its_scales_and_takes_plain_functions():
     dit = filled(lambda: small_dit(qk_norm=RMSNorm))
-    assert dit.blocks.attention.query_norm.scale.shape == (3, 8)
+    assert dit.blocks.stacked.attention.query_norm.scale.shape == (3, 8)
     out, gradient = value_and_gradient(dit, LATENT, T, LABEL)
-    for norm in (gradient.blocks.attention.query_norm, gradient.blocks.attention.key_norm):
+    for norm in (
+        gradient.blocks.stacked.attention.query_norm,
+        gradient.blocks.stacked.attention.key_norm,
+    ):
         assert jnp.all(jnp.max(jnp.abs(norm.scale), axis=-1) > 1e-5)
     plain = filled(lambda: small_dit(qk_norm=lambda size: nn.layer_norm))
     assert parameter_count(plain) == parameter_count(filled(small_dit))
@@ -377,10 +379,10 @@ def test_attention_is_the_function_that_was_given(key):
     blind = lambda query, key, value: value
     layer = SelfAttention(8, 2, attention=blind, key=key)
     np.testing.assert_allclose(layer(x), layer.proj(layer.qkv(x)[2].reshape(5, 8)), atol=1e-6)
-    normed = NormedSelfAttention(8, 2, qk_norm=RMSNorm, attention=blind, key=key)
+    normed = SelfAttention(8, 2, qk_norm=RMSNorm, attention=blind, key=key)
     np.testing.assert_allclose(normed(x), layer(x), atol=1e-6)
     default, other = (filled(lambda c=c: small_dit(**c)) for c in ({}, {"attention": blind}))
-    assert other.blocks.attention.attention is blind
+    assert other.blocks.stacked.attention.attention is blind
     difference = run(default, LATENT, T, LABEL) - run(other, LATENT, T, LABEL)
     assert jnp.max(jnp.abs(difference)) > 1e-3
 
@@ -425,7 +427,7 @@ def test_cudnn_attend_lowers_to_the_fused_kernel_for_a_batched_training_step():
     "dtype, size, message",
     [
         (jnp.float32, 8, "needs bfloat16 or float16, got float32. Cast the input, or use attend"),
-        (BF16, 12, r"head size that is a multiple of 8, got 12. Change width / heads, or use"),
+        (BF16, 12, r"head size that is a multiple of 8, got 12. Change width / num_heads, or use"),
     ],
 )
 def test_cudnn_attend_says_what_it_cannot_do(dtype, size, message):
@@ -479,7 +481,7 @@ def test_gradients_are_finite_from_the_start_and_with_bfloat16():
         assert all(g.dtype == jnp.float32 for g in arrays_in(gradient))
         gradients.append(gradient)
     assert jnp.any(gradients[0].final_linear.weight != 0)  # zero at the start, but it learns
-    assert jnp.any(gradients[1].label_embedding.weight != 0)
+    assert jnp.any(gradients[1].embed_cond.weight != 0)
 
 
 def equations(jaxpr):
@@ -515,12 +517,12 @@ def test_a_remat_policy_keeps_what_it_says():
         params, static = eqx.partition(dit, eqx.is_inexact_array)
         run = lambda p: jnp.sum(eqx.combine(p, static)(LATENT, T, LABEL))
         _, pull = jax.vjp(run, params)
-        depth = len(dit.blocks.fc1.weight)
+        depth = len(dit.blocks.stacked.fc1.weight)
         return Counter(a.shape for a in jax.tree.leaves(pull) if a.shape[:1] == (depth,))
 
     dit = filled(small_dit)
-    depth, width = dit.blocks.fc1.weight.shape[0], dit.patch_embedding.weight.shape[0]
-    num_heads = dit.blocks.attention.qkv.num_heads
+    depth, width = dit.blocks.stacked.fc1.weight.shape[0], dit.patch_embedding.weight.shape[0]
+    num_heads = dit.blocks.stacked.attention.qkv.num_heads
     tokens = LATENT.shape[1] * LATENT.shape[2] // dit.patch_size**2
     more = kept(save_narrow) - kept(NOTHING)
     assert more == {(depth, tokens, width): 2, (depth, num_heads, tokens, 1): 2}
@@ -529,9 +531,9 @@ def test_a_remat_policy_keeps_what_it_says():
 def test_the_float32_vector_of_time_and_condition_is_rounded_once():
     dit = filled(lambda: vector_dit(EMBED))
     cond = jnp.linspace(-1, 1, 5)
-    time, embed = dit.time_embedding(T), dit.label_embedding
+    time, embed = dit.time_embedding(T), dit.embed_cond
     for c in (cond, cond.astype(BF16)):
-        assert nn.condition_vector("DiT", time, embed, c).dtype == jnp.float32
+        assert nn.embed_condition("DiT", time, embed, c).vector.dtype == jnp.float32
     out = run(dit, LATENT.astype(BF16), T, cond.astype(BF16))
     exact = run(dit, LATENT, T, cond)
     error = jnp.sqrt(jnp.mean((out.astype(jnp.float32) - exact) ** 2) / jnp.mean(exact**2))
@@ -547,12 +549,12 @@ def published_start(d, hidden, token, out):
     return {
         "patch_embedding.weight": xavier(token, d),  # flattened, not as a convolution
         "time_embedding.linear[12].weight": ("normal", 0.02),
-        "label_embedding.table": ("normal", 0.02),
-        "blocks.attention.qkv.weight": xavier(d, 3 * d),  # as one matrix
-        "blocks.attention.proj.weight": xavier(d, d),
-        "blocks.fc1.weight": xavier(d, hidden),
-        "blocks.fc2.weight": xavier(hidden, d),
-        "blocks.modulation.linear.weight": ("zero", 0),
+        "embed_cond.table": ("normal", 0.02),
+        "blocks.stacked.attention.qkv.weight": xavier(d, 3 * d),  # as one matrix
+        "blocks.stacked.attention.proj.weight": xavier(d, d),
+        "blocks.stacked.fc1.weight": xavier(d, hidden),
+        "blocks.stacked.fc2.weight": xavier(hidden, d),
+        "blocks.stacked.modulation.linear.weight": ("zero", 0),
         "final_modulation.linear.weight": ("zero", 0),
         "final_linear.weight": ("zero", 0),
         r".*\.bias": ("zero", 0),
@@ -597,14 +599,14 @@ def test_every_parameter_starts_as_published(seed):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"patch_size": 3}, "a 4 x 8 input does not divide by the patch 3"),
-        ({"patch_size": 8}, "a 4 x 8 input does not divide by the patch 8"),
+        ({"patch_size": 3}, "DiT: 4 x 8 does not divide by the patch size 3"),
+        ({"patch_size": 8}, "DiT: 4 x 8 does not divide by the patch size 8"),
         ({"num_heads": 3}, "width 16 does not divide into 3 heads"),
         ({"num_heads": 3, "qk_norm": RMSNorm}, "width 16 does not divide into 3 heads"),
-        ({"num_heads": 0}, r"every size must be at least 1, got shape \(3, 4, 8\), .* heads 0"),
-        ({"patch_size": 0}, "every size must be at least 1, .* patch 0"),
+        ({"num_heads": 0}, r"every size must be at least 1, got shape \(3, 4, 8\), .* num_heads 0"),
+        ({"patch_size": 0}, "every size must be at least 1, .* patch_size 0"),
         ({"depth": 0}, "every size must be at least 1, .* depth 0"),
-        ({"width": 18}, "width must be a multiple of 4 for 2-D positions, got 18"),
+        ({"width": 2, "num_heads": 1}, "size must be even and at least 4 for 2 axes, got 2"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"embed_cond": jnp.ones_like}, "give num_classes or embed_cond, not both"),
     ],

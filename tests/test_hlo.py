@@ -238,7 +238,7 @@ def test_counted_flops_are_those_of_the_model():
     x, t, label = jnp.zeros((3, 4, 8)), jnp.array(0.5), jnp.array(1)
     params, static = eqx.partition(dit, eqx.is_array)
     program = jax.make_jaxpr(lambda p: eqx.combine(p, static)(x, t, label))(params)
-    norms = 2 * dit.blocks.fc1.weight.shape[0] * 8 * 64  # counted by the convention, no product
+    norms = 2 * dit.config.depth * 8 * 64  # counted by the convention, no product
     assert flops.count_flops(program) == 2 * (multiply_adds(dit) - norms)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from eqxldm.models import AutoencoderKL, ConvClassifier, DiT, Posterior
+from eqxldm.models import AutoencoderKL, DiT, Posterior
 from eqxldm.models.dit import DiTBlock
+from experiments.common.classifier import ConvClassifier
 
 from helpers import (
     named_leaves,
@@ -93,17 +94,17 @@ def dit_block_by_block(dit, x_t, t, label):
     from eqxldm import nn
 
     _, height, width = dit.shape
-    c = dit.time_embedding(t) + dit.label_embedding(label)
+    c = dit.time_embedding(t) + dit.embed_cond(label)
     x = dit.patch_embedding(nn.patchify(x_t, dit.patch_size))
     x = x + nn.sincos_positions(
-        height // dit.patch_size, width // dit.patch_size, x.shape[-1]
+        (height // dit.patch_size, width // dit.patch_size), x.shape[-1]
     ).astype(x.dtype)
-    params, static = eqx.partition(dit.blocks, eqx.is_array)
-    for i in range(len(dit.blocks.fc1.weight)):
+    params, static = eqx.partition(dit.blocks.stacked, eqx.is_array)
+    for i in range(dit.config.depth):
         x = eqx.combine(jax.tree.map(operator.itemgetter(i), params), static)(x, c)
     shift, scale = dit.final_modulation(c)
     x = dit.final_linear(nn.modulate(nn.layer_norm(x), shift, scale))
-    return nn.unpatchify(x, height, width, dit.patch_size)
+    return nn.unpatchify(x, (height, width), dit.patch_size)
 
 
 @pytest.mark.parametrize(

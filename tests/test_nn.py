@@ -151,7 +151,7 @@ def test_patchify_takes_channels_first_and_unpatchify_channels_last():
     assert tokens.shape == (8, 12)
     np.testing.assert_array_equal(tokens[5], x[:, 2:4, 2:4].reshape(-1))  # row 1, column 1
     tokens = normal(8, 12, seed=1)
-    image = nn.unpatchify(tokens, 4, 8, 2)
+    image = nn.unpatchify(tokens, (4, 8), 2)
     patch_size = np.moveaxis(tokens[5].reshape(2, 2, 3), -1, 0)
     np.testing.assert_array_equal(image[:, 2:4, 2:4], patch_size)
 
@@ -166,7 +166,7 @@ def test_sinusoidal_equals_its_formula():
 
 
 def test_positions_equal_their_formula():
-    positions = nn.sincos_positions(2, 3, 8)
+    positions = nn.sincos_positions((2, 3), 8)
     w = np.array([1.0, 10_000.0**-0.5])
     for row in range(2):
         for column in range(3):
@@ -262,7 +262,10 @@ def test_modulation_starts_at_zero_and_modulate_is_affine(key):
         (lambda k: nn.sinusoidal(jnp.array(0.0), 7), "size must be even, got 7"),
         (lambda k: nn.sinusoidal(jnp.array(0.0), 2, freq_shift=1), "size must be above 2 with fre"),
         (lambda k: nn.with_fields(nn.GroupNorm(8, 4), eps=1.0), "GroupNorm has no field eps"),
-        (lambda k: nn.sincos_positions(2, 2, 6), "size must be a multiple of 4, got 6"),
+        (
+            lambda k: nn.sincos_positions((2, 2), 2),
+            "size must be even and at least 4 for 2 axes, got 2",
+        ),
         (lambda k: nn.space_to_depth(jnp.ones((3, 4, 1)), 2), "3 x 4 does not divide by 2"),
         (lambda k: nn.depth_to_space(jnp.ones((3, 4, 6)), 2), "6 channels do not divide by 4"),
         (

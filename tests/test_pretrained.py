@@ -438,7 +438,7 @@ def test_autoencoder_options_that_the_network_does_not_have(change, message, tmp
 
 
 def test_a_position_table_is_compared_and_not_loaded(tmp_path):
-    table = sincos_positions(4, 4, 24).astype(np.float32)[None]
+    table = sincos_positions((4, 4), 24).astype(np.float32)[None]
     with_table = changed(WEIGHTS_OF_DIFFUSERS, **{"pos_embed.pos_embed": table})
     dit = pretrained.load(write_folder(tmp_path / "dit", tensors=with_table))
     assert equal(dit, pretrained.load(write_folder(tmp_path / "without")))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -13,8 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eqxldm import models, sharding, training
-from eqxldm.nn.constraints import TENSOR_RULES
+from eqxldm import models, nn, sharding, training
 
 ROOT = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
@@ -78,16 +78,19 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 @pytest.mark.parametrize(
     "path, spec",
     [
-        ("blocks.attention.qkv.weight", P(None, None, "tensor", "fsdp")),  # (28, 3, 1152, 1152)
-        ("blocks.attention.qkv.bias", P(None, None, "tensor")),
-        ("blocks.attention.proj.weight", P(None, "fsdp", "tensor")),
-        ("blocks.attention.proj.bias", P()),
-        ("blocks.fc1.weight", P(None, "tensor", "fsdp")),
-        ("blocks.fc1.bias", P(None, "tensor")),
-        ("blocks.fc2.weight", P(None, "fsdp", "tensor")),
+        (
+            "blocks.stacked.attention.qkv.weight",
+            P(None, None, "tensor", "fsdp"),
+        ),  # (28, 3, 1152, 1152)
+        ("blocks.stacked.attention.qkv.bias", P(None, None, "tensor")),
+        ("blocks.stacked.attention.proj.weight", P(None, "fsdp", "tensor")),
+        ("blocks.stacked.attention.proj.bias", P()),
+        ("blocks.stacked.fc1.weight", P(None, "tensor", "fsdp")),
+        ("blocks.stacked.fc1.bias", P(None, "tensor")),
+        ("blocks.stacked.fc2.weight", P(None, "fsdp", "tensor")),
         ("blocks.modulation.linear.weight", P(None, "fsdp")),  # (28, 6912, 1152)
         ("blocks.modulation.linear.bias", P()),  # small
-        ("label_embedding.table", P(None, "fsdp")),  # (1001, 1152): 1001 does not divide
+        ("embed_cond.table", P(None, "fsdp")),  # (1001, 1152): 1001 does not divide
         ("patch_embedding.weight", P()),  # small
         ("final_modulation.linear.weight", P("fsdp")),
     ],
@@ -130,18 +133,53 @@ def _is_shape(leaf):
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def test_every_path_of_the_tensor_rules_is_one_of_a_model():
-    unet = eqx.filter_eval_shape(models.unet_sd1, key=jax.random.key(0))
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for model in (XL, unet)
-        for path, _ in jax.tree_util.tree_leaves_with_path(eqx.filter(model, _is_shape))
-    ]
-    for rule, axis in TENSOR_RULES:
-        assert any(
-            "tensor" in sharding.partition_spec(n, (2, 3, 8, 8)[-(4 if "qkv" in n else 3) :], MESH)
-            for n in names
-        ), (rule, axis)
+def parameter_names(model):
+    shapes = eqx.filter(model, _is_shape)
+    return [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+def shipped():
+    """Every model of the library, in each of the forms that have parameters of their own."""
+    sizes = dict(patch_size=2, depth=2, width=16, num_heads=2)
+    text = models.ByteTextConfig(16, 1, 2, 8)
+    deep = dict(channels=(8, 8), blocks=1, groups=4, attention=True, attention_levels=(True, False))
+    unet = dict(channels=(8, 8), blocks=1, attention_levels=(True, False), groups=4)
+    conv = dict(conv=nn.SpectralConv, norm=eqx.nn.Identity)
+    makes = {
+        "dit": partial(models.DiT, (3, 4, 8), **sizes, num_classes=5, qk_norm=nn.RMSNorm),
+        "text dit": partial(
+            models.DiT, (3, 4, 8), **sizes, embed_cond=text, block=models.CrossAttentionDiTBlock,
+            step_embedding=nn.Sinusoid(1.0, 0.0), qk_norm=nn.LayerNorm,
+        ),
+        "unet": partial(models.UNet, 3, **unet, num_classes=5),
+        "text unet": partial(models.UNet, 3, **unet, context_size=6, linear_projection=True),
+        "autoencoder": partial(models.AutoencoderKL, 3, 4, **deep),
+        "quant": partial(models.AutoencoderKL, 3, 4, **deep, quant_convs=True),
+        "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
+        "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),
+        "lpips": partial(models.LPIPS, channels=(4,) * 5),
+    }  # fmt: skip
+    key = jax.random.key(0)
+    return {name: parameter_names(eqx.filter_eval_shape(m, key=key)) for name, m in makes.items()}
+
+
+def test_every_parameter_of_every_model_is_named_by_a_rule():
+    for model, names in shipped().items():
+        assert names
+        assert [n for n in names if sharding.parameter_rule(n) is None] == [], model
+
+
+@pytest.mark.parametrize("field", ["fc1", "qkv", "conv1", "stem", "modulation", "table", "norm2"])
+def test_a_parameter_of_a_renamed_field_has_no_rule(field):
+    """So the test above would fail: no rule takes whatever comes."""
+    paths = [n for names in shipped().values() for n in names if field in n.split(".")]
+    renamed = [n.replace(field, "other") for n in paths]
+    assert paths and all(sharding.parameter_rule(n) is None for n in renamed)
+
+
+def test_every_rule_is_of_a_parameter_of_a_model():
+    used = {sharding.parameter_rule(n) for names in shipped().values() for n in names}
+    assert [rule for rule in sharding.RULES if rule not in used] == []
 
 
 def test_bytes_a_device_are_those_of_the_placed_shards():

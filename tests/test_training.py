@@ -262,7 +262,7 @@ def test_decay_of_stacked_biases_is_zero():
     for path, leaf in named_leaves(new).items():
         expected = 1 - 0.1 * 0.5 if path.endswith("weight") else 1.0
         np.testing.assert_allclose(leaf, expected, rtol=1e-6)
-    assert new.blocks.fc1.bias.ndim == 2
+    assert new.blocks.stacked.fc1.bias.ndim == 2
 
 
 def test_adamw_equals_its_formula():

@@ -11,6 +11,7 @@ import pytest
 import eqxldm
 from eqxldm import nn, pretrained
 from eqxldm.models import UNet, parameter_count, unet_ddpm, unet_sd1
+from eqxldm.models.config import arguments
 from eqxldm.pretrained.files import WEIGHTS, write_safetensors
 
 from helpers import filled, reference, relative_error
@@ -87,13 +88,15 @@ def test_the_published_sizes():
     assert apply(unet_ddpm, (3, 32, 32), None).shape == (3, 32, 32)
 
 
+NO_NULL = nn.Labels(3, 32, has_null=False, stddev=1.0)
+DDPM_TIME = nn.Sinusoid(size=8, freq_shift=1, sin_first=True)
 OPTIONS = {
     "unconditional": dict(),
     "labels": dict(num_classes=3, num_heads=(1, 4), time_width=12),
-    "no null": dict(num_classes=3, has_null=False, middle_attention=False),
+    "no null": dict(embed_cond=NO_NULL, middle_attention=False),
     "context": dict(context_size=6, num_heads=2, transformer_depth=2, linear_projection=True),
     "both": dict(context_size=6, num_classes=3, out_channels=4, attention_levels=(True, False)),
-    "ddpm": dict(freq_shift=1, sin_first=True, downsample_padding=(0, 1), norm_eps=1e-6),
+    "ddpm": dict(time_embedding=DDPM_TIME, downsample_padding=(0, 1), norm_eps=1e-6),
     "no attention": dict(attention_levels=(False, False), middle_attention=False),
     "remat": dict(remat=jax.checkpoint_policies.nothing_saveable),
     "one level": dict(channels=(8,), attention_levels=(True,)),
@@ -102,7 +105,7 @@ each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
 
 
 def cond_of(changes):
-    label = jnp.array(1) if "num_classes" in changes else None
+    label = jnp.array(1) if {"num_classes", "embed_cond"} & changes.keys() else None
     context = jnp.ones((5, 6)) if "context_size" in changes else None
     return (label, context) if "num_classes" in changes and context is not None else (
         label if context is None else context
@@ -115,7 +118,7 @@ def test_our_files_give_back_the_identical_module(changes, tmp_path):
     pretrained.save(unet, tmp_path / "a.safetensors")
     again = pretrained.load(tmp_path / "a.safetensors")
     assert eqx.tree_equal(again, unet)
-    assert pretrained.unet.config(again) == pretrained.unet.config(unet)
+    assert again.config == unet.config
 
 
 @each_option
@@ -127,9 +130,10 @@ def test_diffusers_folders_give_back_the_same_network(changes, tmp_path):
     again = pretrained.load(tmp_path)
     arrays = lambda model: jax.tree.leaves(eqx.filter(model, eqx.is_array))
     assert all((a == b).all() for a, b in zip(arrays(again), arrays(unet), strict=True))
-    found, expected = pretrained.unet.config(again), pretrained.unet.config(unet)
-    if changes.get("num_classes") and changes.get("has_null", True):
-        expected |= dict(num_classes=4, has_null=False)  # nothing says which row is the null one
+    found, expected = (arguments(model.config) for model in (again, unet))
+    if "num_classes" in changes:  # nothing says which row is the null one
+        rows = nn.Labels(4, unet.config.time_width, has_null=False, stddev=1.0)
+        expected |= dict(num_classes=None, embed_cond=rows)
     used = np.array([*expected.pop("attention_levels"), expected.pop("middle_attention")])
     num_heads = [np.array([*c["num_heads"], c["num_heads"][-1]])[used] for c in (found, expected)]
     assert num_heads[0].tolist() == num_heads[1].tolist()
@@ -278,7 +282,7 @@ def test_a_network_without_a_null_label_says_so():
     with pytest.raises(ValueError, match="only a network with num_classes has a null label"):
         _ = small().null
     with pytest.raises(ValueError, match="no row for 'no label'; all its rows are classes"):
-        _ = small(num_classes=3, has_null=False).null
+        _ = small(embed_cond=NO_NULL).null
     assert small(num_classes=3).null == 3
 
 

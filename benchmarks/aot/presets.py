@@ -176,5 +176,5 @@ def _kinds(params: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     stacked, others = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        (stacked if sharding.STACKED.search(name) else others).append(tuple(leaf.shape))
+        (others if sharding.stack_name(name) is None else stacked).append(tuple(leaf.shape))
     return stacked, others

@@ -1,19 +1,24 @@
-"""The networks, one example at a time: autoencoder, discriminator, DiT, U-Net."""
+"""The networks, one example at a time: autoencoder, discriminator, DiT, U-Net, text encoder."""
 
+from ..nn.stack import save_matmuls as save_matmuls, save_narrow as save_narrow
 from .autoencoder import (
+    AutoencoderConfig as AutoencoderConfig,
     AutoencoderKL as AutoencoderKL,
     Posterior as Posterior,
     kl_f4 as kl_f4,
     kl_f8 as kl_f8,
     kl_f16 as kl_f16,
 )
-from .classifier import ConvClassifier as ConvClassifier
+from .byte_text import ByteTextConfig as ByteTextConfig, ByteTextEncoder as ByteTextEncoder
+from .counting import multiply_adds as multiply_adds, parameter_count as parameter_count
 from .discriminator import (
+    DiscriminatorConfig as DiscriminatorConfig,
     PatchDiscriminator as PatchDiscriminator,
     patch_layers as patch_layers,
 )
 from .dit import (
     DiT as DiT,
+    DiTConfig as DiTConfig,
     dit_b_2 as dit_b_2,
     dit_b_4 as dit_b_4,
     dit_b_8 as dit_b_8,
@@ -26,16 +31,22 @@ from .dit import (
     dit_xl_2 as dit_xl_2,
     dit_xl_4 as dit_xl_4,
     dit_xl_8 as dit_xl_8,
-    multiply_adds as multiply_adds,
-    parameter_count as parameter_count,
-    save_matmuls as save_matmuls,
-    save_narrow as save_narrow,
 )
-from .lpips import LPIPS as LPIPS
+from .dit_blocks import (
+    Context as Context,
+    CrossAttentionDiTBlock as CrossAttentionDiTBlock,
+    DiTBlock as DiTBlock,
+)
+from .lpips import LPIPS as LPIPS, LPIPSConfig as LPIPSConfig
 from .tiling import (
     decode_sliced as decode_sliced,
     decode_tiled as decode_tiled,
     encode_sliced as encode_sliced,
     encode_tiled as encode_tiled,
 )
-from .unet import UNet as UNet, unet_ddpm as unet_ddpm, unet_sd1 as unet_sd1
+from .unet import (
+    UNet as UNet,
+    UNetConfig as UNetConfig,
+    unet_ddpm as unet_ddpm,
+    unet_sd1 as unet_sd1,
+)

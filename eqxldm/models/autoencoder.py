@@ -1,5 +1,6 @@
 """AutoencoderKL: a convolutional VAE for latent diffusion (Rombach et al. 2022)."""
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from ..nn.attention import AttentionBlock
 from ..nn.conv import Conv, ConvPair, depth_to_space, space_to_depth, upsample_nearest
 from ..nn.fields import with_fields
 from ..nn.norms import GroupNorm
-from ..nn.resnet import AttentionBlock, ResnetBlock
+from ..nn.resnet import ResnetBlock
+from .config import arguments, make_record
 
 
 class Posterior(eqx.Module):
@@ -35,7 +38,7 @@ class Encoder(eqx.Module):
 
     A `patch x patch` space-to-depth, a convolution, then per level `blocks` residual blocks and,
     but for the last level, a stride-2 convolution; a middle of two residual blocks, with
-    attention between them if asked for. With `quant_conv` the head is two convolutions, the
+    attention between them if asked for. With `quant_convs` the head is two convolutions, the
     second 1 x 1 on the moments.
     """
 
@@ -47,36 +50,25 @@ class Encoder(eqx.Module):
     head: Conv | ConvPair
     patch_size: int = eqx.field(static=True)
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        channels,
-        blocks,
-        patch_size,
-        groups,
-        attention,
-        attention_levels,
-        quant_conv,
-        *,
-        key,
-    ):
+    def __init__(self, config: "AutoencoderConfig", *, key):
+        channels, blocks, groups = config.channels, config.blocks, config.groups
         keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
-        self.patch_size = patch_size
+        patch_size = self.patch_size = config.patch_size
+        in_channels, out_channels = config.in_channels, 2 * config.latent_channels
         self.stem = Conv(in_channels * patch_size * patch_size, channels[0], 3, key=next(keys))
         self.levels, self.downs, width = [], [], channels[0]
         for i, out in enumerate(channels):
             widths = [width] + [out] * blocks
-            self.levels.append(_blocks(widths, groups, attention_levels[i], keys))
+            self.levels.append(_blocks(widths, groups, config.attention_levels[i], keys))
             width = out
             if i < len(channels) - 1:
                 # Padding only below and right, as in the published autoencoders.
                 side = (0, 1)
                 self.downs.append(Conv(out, out, 3, stride=2, padding=(side, side), key=next(keys)))
-        self.middle = _middle(width, groups, attention, keys)
+        self.middle = _middle(width, groups, config.attention, keys)
         self.norm = GroupNorm(width, groups)
         self.head = Conv(width, out_channels, 3, key=next(keys))
-        if quant_conv:
+        if config.quant_convs:
             self.head = ConvPair(self.head, Conv(out_channels, out_channels, 1, key=next(keys)))
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "zh zw zc"]:
@@ -95,7 +87,7 @@ class Decoder(eqx.Module):
     """Latent `(zh, zw, zc)` to image `(h, w, c)`, channels-last; the encoder's mirror.
 
     `features` is everything but the last layer, `head`, whose gradient balances the losses of
-    adversarial training. With `quant_conv` the stem is two convolutions, the first 1 x 1 on the
+    adversarial training. With `quant_convs` the stem is two convolutions, the first 1 x 1 on the
     latent.
     """
 
@@ -107,30 +99,19 @@ class Decoder(eqx.Module):
     head: Conv
     patch_size: int = eqx.field(static=True)
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        channels,
-        blocks,
-        patch_size,
-        groups,
-        attention,
-        attention_levels,
-        quant_conv,
-        *,
-        key,
-    ):
+    def __init__(self, config: "AutoencoderConfig", *, key):
+        channels, blocks, groups = config.channels, config.decoder_blocks, config.groups
         keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
-        self.patch_size = patch_size
+        patch_size = self.patch_size = config.patch_size
+        in_channels, out_channels = config.latent_channels, config.in_channels
         width = channels[-1]
         self.stem = Conv(in_channels, width, 3, key=next(keys))
-        if quant_conv:
+        if config.quant_convs:
             self.stem = ConvPair(Conv(in_channels, in_channels, 1, key=next(keys)), self.stem)
-        self.middle = _middle(width, groups, attention, keys)
+        self.middle = _middle(width, groups, config.attention, keys)
         self.levels, self.ups = [], []
         for i, out in enumerate(reversed(channels)):
-            here = attention_levels[-1 - i]
+            here = config.attention_levels[-1 - i]
             self.levels.append(_blocks([width] + [out] * blocks, groups, here, keys))
             width = out
             if i < len(channels) - 1:
@@ -154,6 +135,35 @@ class Decoder(eqx.Module):
         return depth_to_space(self.head(self.features(z)), self.patch_size)
 
 
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """How an `AutoencoderKL` was made: the arguments of its constructor, explained there.
+
+    `shift` and `scale` are a number a latent channel, `attention_levels` has an entry a level.
+
+    >>> config = AutoencoderConfig(1, 2, channels=(8,), blocks=1, groups=4)
+    >>> config.build(key=jax.random.key(0)).config.scale
+    (1.0, 1.0)
+    """
+
+    in_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    blocks: int
+    decoder_blocks: int | None = None
+    patch_size: int = 1
+    groups: int = 32
+    attention: bool = False
+    attention_levels: tuple[bool, ...] = ()
+    quant_convs: bool = False
+    shift: float | tuple[float, ...] = 0.0
+    scale: float | tuple[float, ...] = 1.0
+
+    def build(self, *, key) -> "AutoencoderKL":
+        """The autoencoder, with random weights."""
+        return AutoencoderKL(**arguments(self), key=key)
+
+
 class AutoencoderKL(eqx.Module):
     """A convolutional variational autoencoder between images in [-1, 1] and unit-variance latents.
 
@@ -167,15 +177,20 @@ class AutoencoderKL(eqx.Module):
     - `in_channels`, `latent_channels`: any; images `(in_channels, h, w)`.
     - `channels`: the width of each level; every further level halves the resolution.
     - `blocks`: residual blocks a level of the encoder.
+
+    `options`, the other fields of `AutoencoderConfig`:
+
     - `decoder_blocks`: those of the decoder; `None` means as many, Stable Diffusion has one more.
     - `patch_size`: a space-to-depth before the first and after the last layer.
     - `groups`: of every GroupNorm; divides every width.
     - `attention`: single-head self-attention in the middle. `attention_levels`: one also after
       each residual block of these levels, a boolean for each; `()` means none.
     - `quant_convs`: a 1 x 1 convolution on the moments and one on the raw latent.
+    - `shift`, `scale`: of the normalised latent, a number or one a latent channel.
 
     The downsampling factor is `patch * 2^(len(channels) - 1)`; image sides must divide by it.
     `kl_f4`, `kl_f8` and `kl_f16` have the published sizes; `kl_f8` is Stable Diffusion's.
+    `config` is its `AutoencoderConfig`.
 
     >>> ae = AutoencoderKL(1, 4, channels=(8, 8), blocks=1, groups=4, key=jax.random.key(0))
     >>> ae.decode(ae.encode(jnp.zeros((1, 8, 8)))).shape
@@ -184,11 +199,7 @@ class AutoencoderKL(eqx.Module):
 
     encoder: Encoder
     decoder: Decoder
-    in_channels: int = eqx.field(static=True)
-    latent_channels: int = eqx.field(static=True)
-    factor: int = eqx.field(static=True)
-    shift: tuple[float, ...] = eqx.field(static=True)
-    scale: tuple[float, ...] = eqx.field(static=True)
+    config: AutoencoderConfig = eqx.field(static=True)
 
     def __init__(
         self,
@@ -197,46 +208,40 @@ class AutoencoderKL(eqx.Module):
         *,
         channels: tuple[int, ...],
         blocks: int,
-        decoder_blocks: int | None = None,
-        patch_size: int = 1,
-        groups: int = 32,
-        attention: bool = False,
-        attention_levels: tuple[bool, ...] = (),
-        quant_convs: bool = False,
         key,
+        **options: Any,
     ):
-        decoder_blocks = blocks if decoder_blocks is None else decoder_blocks
-        numbers = (
-            in_channels,
-            latent_channels,
-            *channels,
-            blocks,
-            decoder_blocks,
-            patch_size,
-            groups,
-        )
-        if not channels or min(numbers) < 1:
-            raise ValueError(
-                "AutoencoderKL: need at least one level and sizes of at least 1, got "
-                f"in_channels={in_channels}, latent_channels={latent_channels}, "
-                f"channels={channels}, blocks={blocks}, decoder_blocks={decoder_blocks}, "
-                f"patch={patch_size}, groups={groups}."
-            )
-        attention_levels = attention_levels or (False,) * len(channels)
-        if len(attention_levels) != len(channels):
-            raise ValueError(
-                f"AutoencoderKL: attention_levels needs one entry for each of the {len(channels)} "
-                f"levels of channels, got {attention_levels}."
-            )
+        sizes = dict(in_channels=in_channels, latent_channels=latent_channels)
+        sizes |= dict(channels=channels, blocks=blocks)
+        config = _completed(make_record(AutoencoderConfig, "AutoencoderKL", sizes | options))
         k1, k2 = jax.random.split(key)
-        options = (patch_size, groups, attention, attention_levels, quant_convs)
-        self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, *options, key=k1)
-        self.decoder = Decoder(
-            latent_channels, in_channels, channels, decoder_blocks, *options, key=k2
-        )
-        self.in_channels, self.latent_channels = in_channels, latent_channels
-        self.factor = patch_size * 2 ** (len(channels) - 1)
-        self.shift, self.scale = (0.0,) * latent_channels, (1.0,) * latent_channels
+        self.encoder, self.decoder = Encoder(config, key=k1), Decoder(config, key=k2)
+        self.config = config
+
+    @property
+    def in_channels(self) -> int:
+        """Of the images."""
+        return self.config.in_channels
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents."""
+        return self.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent's pixel is wide."""
+        return self.config.patch_size * 2 ** (len(self.config.channels) - 1)
+
+    @property
+    def shift(self) -> tuple[float, ...]:
+        """Subtracted from a raw latent, a number a channel."""
+        return _spread(self.config.shift, self.latent_channels)
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """What the difference is multiplied by, a number a channel."""
+        return _spread(self.config.scale, self.latent_channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """The latent's shape for an image of this size; `ValueError` if it does not divide."""
@@ -256,15 +261,7 @@ class AutoencoderKL(eqx.Module):
         >>> ae.with_latent_stats(0, 0.18215).scale
         (0.18215, 0.18215)
         """
-        n = self.latent_channels
-        spread = lambda v: tuple(map(float, v if isinstance(v, tuple) else (v,) * n))
-        shift, scale = spread(shift), spread(scale)
-        if len(shift) != n or len(scale) != n or not all(s > 0 for s in scale):
-            raise ValueError(
-                f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
-                f"channels; got {shift} and {scale}."
-            )
-        return with_fields(self, shift=shift, scale=scale)
+        return with_fields(self, config=_normalised(self.config, shift, scale))
 
     def posterior(self, x: Float[Array, "c h w"]) -> Posterior:
         """`q(z_raw | x)`, the log-variance clamped to [-30, 20]."""
@@ -299,6 +296,44 @@ class AutoencoderKL(eqx.Module):
     def _stats(self, z: Float[Array, "zc zh zw"]) -> tuple[Array, Array]:
         per_channel = lambda v: jnp.asarray(v, z.dtype)[:, None, None]
         return per_channel(self.shift), per_channel(self.scale)
+
+
+def _completed(config: AutoencoderConfig) -> AutoencoderConfig:
+    """The configuration without a default left open, checked."""
+    blocks, levels = config.decoder_blocks, len(config.channels)
+    decoder_blocks = config.blocks if blocks is None else blocks
+    sizes = (config.in_channels, config.latent_channels, *config.channels, config.blocks)
+    if not levels or min(*sizes, decoder_blocks, config.patch_size, config.groups) < 1:
+        raise ValueError(
+            "AutoencoderKL: need at least one level and sizes of at least 1, got "
+            f"in_channels={config.in_channels}, latent_channels={config.latent_channels}, "
+            f"channels={config.channels}, blocks={config.blocks}, decoder_blocks={decoder_blocks}, "
+            f"patch_size={config.patch_size}, groups={config.groups}."
+        )
+    attention_levels = config.attention_levels or (False,) * levels
+    if len(attention_levels) != levels:
+        raise ValueError(
+            f"AutoencoderKL: attention_levels needs one entry for each of the {levels} levels of "
+            f"channels, got {attention_levels}."
+        )
+    config = replace(config, decoder_blocks=decoder_blocks, attention_levels=attention_levels)
+    return _normalised(config, config.shift, config.scale)
+
+
+def _normalised(config: AutoencoderConfig, shift: Any, scale: Any) -> AutoencoderConfig:
+    """The configuration with this shift and scale, spread over the latent channels."""
+    n = config.latent_channels
+    shift, scale = _spread(shift, n), _spread(scale, n)
+    if len(shift) != n or len(scale) != n or not all(s > 0 for s in scale):
+        raise ValueError(
+            f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
+            f"channels; got {shift} and {scale}."
+        )
+    return replace(config, shift=shift, scale=scale)
+
+
+def _spread(value: float | tuple[float, ...], n: int) -> tuple[float, ...]:
+    return tuple(map(float, value if isinstance(value, tuple) else (value,) * n))
 
 
 def kl_f8(in_channels: int = 3, latent_channels: int = 4, *, key, **options) -> AutoencoderKL:

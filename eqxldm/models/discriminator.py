@@ -1,6 +1,7 @@
 """PatchGAN: a discriminator that judges overlapping patches (Isola et al. 2017)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ..nn.conv import Conv
 from ..nn.norms import GroupNorm
+from .config import arguments, make_record
 
 
 def patch_layers(height: int, width: int) -> int:
@@ -30,6 +32,27 @@ def patch_layers(height: int, width: int) -> int:
             f"x {width} image. Enlarge it, or pass layers=1: its patches reach over the border."
         )
     return fitting[0]
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """How a `PatchDiscriminator` was made: the arguments of its constructor, explained there.
+
+    >>> config = DiscriminatorConfig(3, channels=8, layers=1, groups=4)
+    >>> config.build(key=jax.random.key(0)).config == config
+    True
+    """
+
+    in_channels: int
+    channels: int = 64
+    layers: int = 3
+    groups: int = 32
+    norm: Callable[[int], Any] | None = None
+    conv: Callable[..., Any] = Conv
+
+    def build(self, *, key) -> "PatchDiscriminator":
+        """The discriminator, with random weights."""
+        return PatchDiscriminator(**arguments(self), key=key)
 
 
 class PatchDiscriminator(eqx.Module):
@@ -56,6 +79,7 @@ class PatchDiscriminator(eqx.Module):
     convs: list[Any]
     norms: list[Any]
     head: Any
+    config: DiscriminatorConfig = eqx.field(static=True)
 
     def __init__(
         self,
@@ -78,6 +102,9 @@ class PatchDiscriminator(eqx.Module):
             layers = patch_layers(*image_size)
         if layers < 1:
             raise ValueError(f"PatchDiscriminator: layers must be at least 1, got {layers}.")
+        sizes = dict(in_channels=in_channels, channels=channels, layers=layers, groups=groups)
+        sizes |= dict(norm=norm, conv=conv)
+        self.config = make_record(DiscriminatorConfig, "PatchDiscriminator", sizes)
         make_norm = norm or (lambda width: GroupNorm(width, groups))
         keys = jax.random.split(key, layers + 2)
         pad = ((1, 1), (1, 1))

@@ -1,74 +1,60 @@
 """DiT: a diffusion transformer with adaLN-Zero (Peebles & Xie 2023)."""
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..nn.attention import Attention, NormedSelfAttention, SelfAttention, attend
-from ..nn.constraints import fusion_barrier, gather_params, replicate_activation
-from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector, sincos_positions
+from ..nn.attention import Attention, attend
+from ..nn.conditioning import Conditioning, embed_condition, embed_times
+from ..nn.embeddings import LabelEmbedding, Sinusoid, sincos_positions
 from ..nn.linear import Linear, zeros
 from ..nn.modulation import Modulation, modulate
 from ..nn.norms import layer_norm
-from ..nn.patchify import patchify, unpatchify
+from ..nn.patchify import patch_grid, patch_sizes, patchify, unpatchify
+from ..nn.rope import RoPE, Rotation, grid_positions
+from ..nn.stack import Stack, save_matmuls
+from .config import arguments, build_part, make_record
+from .dit_blocks import Context, DiTBlock
 
-# Keep what a matmul against a weight produced; recompute the elementwise rest.
-save_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-# Keep what is as narrow as a token: the outputs of attention and MLP, and the softmax's maxima and
-# sums. On a TPU the least time: what is wider costs more to store than to compute again.
-save_narrow = jax.checkpoint_policies.save_only_these_names("attention", "softmax", "mlp")
+PUBLISHED_TIME = Sinusoid()
 
 
-class DiTBlock(eqx.Module):
-    """One transformer block, conditioned by adaLN-Zero on a vector `c`.
+@dataclass(frozen=True)
+class DiTConfig:
+    """How a `DiT` was made: the arguments of its constructor, all of them explained there.
 
-    `x += g1 attention(modulate(norm(x), b1, a1))`, then
-    `x += g2 mlp(modulate(norm(x), b2, a2))`, with `(b1, a1, g1, b2, a2, g2)` from `c`.
-    `qk_norm`, if given, and `attention` are those of `NormedSelfAttention`.
-
-    >>> block = DiTBlock(16, 2, 4.0, key=jax.random.key(0))
-    >>> block(jnp.ones((5, 16)), jnp.ones(16)).shape
-    (5, 16)
+    >>> config = DiTConfig((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2)
+    >>> config.build(key=jax.random.key(0)).config == config
+    True
     """
 
-    attention: SelfAttention | NormedSelfAttention
-    fc1: Linear
-    fc2: Linear
-    modulation: Modulation
+    shape: tuple[int, ...]
+    patch_size: int | tuple[int, ...]
+    depth: int
+    width: int
+    num_heads: int
+    num_classes: int | None = None
+    embed_cond: Any = None
+    learn_sigma: bool = False
+    mlp_ratio: float = 4.0
+    time_embedding: Any = PUBLISHED_TIME
+    step_embedding: Any = None
+    block: Callable[..., Any] = DiTBlock
+    qk_norm: Callable[[int], Any] | None = None
+    rope: RoPE | None = None
+    attention: Attention = attend
+    remat: Callable[..., Any] | None = save_matmuls
+    unroll: int = 1
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        *,
-        qk_norm: Callable[[int], Any] | None = None,
-        attention: Attention = attend,
-        key,
-    ):
-        k1, k2, k3, k4 = jax.random.split(key, 4)
-        hidden = int(width * mlp_ratio)
-        if qk_norm is None:
-            self.attention = SelfAttention(width, num_heads, attention=attention, key=k1)
-        else:
-            self.attention = NormedSelfAttention(
-                width, num_heads, qk_norm=qk_norm, attention=attention, key=k1
-            )
-        self.fc1 = Linear(width, hidden, key=k2)
-        self.fc2 = Linear(hidden, width, key=k3)
-        self.modulation = Modulation(width, 6, key=k4)
-
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
-        b1, a1, g1, b2, a2, g2 = self.modulation(c)
-        x = x + g1 * self.attention(modulate(layer_norm(x), b1, a1))
-        y = jax.nn.gelu(self.fc1(modulate(layer_norm(x), b2, a2)), approximate=True)
-        return x + g2 * checkpoint_name(self.fc2(fusion_barrier(y)), "mlp")
+    def build(self, *, key) -> "DiT":
+        """The network, with random weights."""
+        return DiT(**arguments(self), key=key)
 
 
 class DiT(eqx.Module):
@@ -76,32 +62,43 @@ class DiT(eqx.Module):
 
     **Arguments**:
 
-    - `shape`: `(channels, height, width)` of the latent; both sides divisible by `patch_size`.
-    - `depth`, `width`, `num_heads`, `mlp_ratio`: the transformer's size.
+    - `shape`: `(channels, height, width)` of the latent, or `(channels, length)` of a sequence, or
+      `(channels, frames, height, width)` of a clip. `patch_size`, one number or one for each axis,
+      must divide them.
+    - `depth`, `width`, `num_heads`: the transformer's size.
     - `num_classes`: `cond` is a label `0 .. num_classes - 1`, or `num_classes` (`DiT.null`) for
       none. None: the network is unconditional and `cond` is None.
-    - `embed_cond`: for any other condition, a function or module from `cond` to a vector of
-      `width`, which is added to the embedding of the time: `nn.Linear(5, width, key=key)` for a
-      vector of five numbers. Instead of `num_classes`.
+    - `embed_cond`: for any other condition, a function or module of `cond`, a PyTree. It gives a
+      vector of `width`, which is added to the embedding of the time: `nn.Linear(5, width, key=key)`
+      for five numbers. Or it gives `nn.Conditioning`, with tokens too: `ByteTextEncoder` for a
+      text. Instead of `num_classes`.
+
+    `options`, the other fields of `DiTConfig`:
+
     - `learn_sigma`: the output has `2 channels`: the prediction, then the variance's part, as
       `eqxldm.LearnedRange` reads it.
+    - `mlp_ratio`: the hidden units of the MLPs, in widths.
+    - `time_embedding`: how `t` is read. `nn.Sinusoid()` is the published one, `nn.Sinusoid(scale=1,
+      offset=0)` for objectives that differentiate in `t`; or any module from `t` to a vector.
+    - `step_embedding`: the same for a second time, the step `h` of a flow map, whose vector is
+      added: `dit(x, t, cond, h=0.5)`. Without `h` it is 0. None: the network has one time.
+    - `block`: `DiTBlock`, where tokens of the condition are joined to the patches,
+      `CrossAttentionDiTBlock`, or any function of their arguments.
     - `qk_norm`: a norm of queries and keys, made from the head size, such as `nn.RMSNorm`.
-    - `freq_shift`: of the timestep's frequencies, see `nn.sinusoidal`; diffusers' DiT has 1.
+    - `rope`: rotates queries and keys by their patch's place, beside the fixed positions: a size
+      for each axis, `nn.RoPE((32, 32))` for heads of 64. Tokens of the condition lie at 0.
     - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
-    - `remat`: a `jax.checkpoint` policy for the blocks. The default keeps the outputs of the
-      linear layers and recomputes the rest; `save_narrow` is best on TPUs; None keeps everything.
-    - `unroll`: how many blocks of the scan to unroll. 1 keeps compile time flat in depth; True
-      unrolls all.
+    - `remat`, `unroll`: those of `nn.Stack`.
 
     Blocks are stacked on a leading axis and scanned. Every inexact array leaf is trainable; the
     fixed positions are computed in the call. Weights start as in DiT: Xavier-uniform with zero
     biases, `N(0, 0.02^2)` for the embeddings of label and time, zero for every modulation and the
     last layer, so the untrained network outputs 0. The network computes in the dtype of `x_t`;
-    the time, the norms' statistics and the softmax are float32.
+    the time, the norms' statistics and the softmax are float32. `config` is its `DiTConfig`.
 
     **Raises** `ValueError` for a size that does not divide, on construction, and for an `x_t` of
-    another shape or a `cond` that the network was not made for. A label outside the table gives
-    NaN; `nn.check_label` raises.
+    another shape, a `cond` or an `h` that the network was not made for. A label outside the table
+    gives NaN; `nn.check_label` raises.
 
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, num_classes=10,
     ...           key=jax.random.key(0))
@@ -110,159 +107,149 @@ class DiT(eqx.Module):
     """
 
     patch_embedding: Linear
-    time_embedding: TimeEmbedding
-    label_embedding: Callable[..., Any] | None  # or `embed_cond`; None: unconditional
-    blocks: DiTBlock
+    time_embedding: Callable[..., Any]
+    step_embedding: Callable[..., Any] | None
+    embed_cond: Callable[..., Any] | None  # a table of labels, or the argument
+    blocks: Stack
     final_modulation: Modulation
     final_linear: Linear
-    shape: tuple[int, int, int] = eqx.field(static=True)
-    patch_size: int = eqx.field(static=True)
-    remat: Callable[..., Any] | None = eqx.field(static=True)
-    unroll: int = eqx.field(static=True)
+    config: DiTConfig = eqx.field(static=True)
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
-        patch_size: int,
+        patch_size: int | tuple[int, ...],
         depth: int,
         width: int,
         num_heads: int,
         num_classes: int | None = None,
-        embed_cond: Callable[..., Any] | None = None,
-        learn_sigma: bool = False,
-        mlp_ratio: float = 4.0,
-        qk_norm: Callable[[int], Any] | None = None,
-        freq_shift: int = 0,
-        attention: Attention = attend,
-        remat: Callable[..., Any] | None = save_matmuls,
-        unroll: int = 1,
+        embed_cond: Callable[..., Any] | Any = None,
         key,
+        **options: Any,
     ):
-        channels, height, wide = shape
-        if min(*shape, patch_size, depth, width, num_heads) < 1:
-            raise ValueError(
-                f"DiT: every size must be at least 1, got shape {shape}, patch {patch_size}, "
-                f"depth {depth}, width {width}, heads {num_heads}."
-            )
-        if height % patch_size or wide % patch_size:
-            raise ValueError(
-                f"DiT: a {height} x {wide} input does not divide by the patch {patch_size}."
-            )
-        if width % 4:
-            raise ValueError(f"DiT: width must be a multiple of 4 for 2-D positions, got {width}.")
-        if num_classes is not None and embed_cond is not None:
-            raise ValueError("DiT: give num_classes or embed_cond, not both.")
+        sizes = dict(shape=shape, patch_size=patch_size, depth=depth, width=width)
+        sizes |= dict(num_heads=num_heads, num_classes=num_classes, embed_cond=embed_cond)
+        config = make_record(DiTConfig, "DiT", sizes | options)
+        _check(config)
         k1, k2, k3, k4, k5, k6 = jax.random.split(key, 6)
-        token = channels * patch_size * patch_size
+        token = shape[0]
+        for side in patch_sizes(patch_size, len(shape) - 1):
+            token *= side
         self.patch_embedding = Linear(token, width, key=k1)
-        self.time_embedding = TimeEmbedding(width, freq_shift=freq_shift, key=k2)
-        self.label_embedding = (
-            embed_cond if num_classes is None else LabelEmbedding(num_classes, width, key=k3)
+        # A part that was given as a module is used as it is; the record only describes it.
+        part = lambda name: options.get(name, getattr(config, name))
+        self.time_embedding = build_part(part("time_embedding"), width, key=k2)
+        step_key = jax.random.fold_in(k2, 1)
+        self.step_embedding = build_part(part("step_embedding"), width, key=step_key)
+        if num_classes is not None:
+            self.embed_cond = LabelEmbedding(num_classes, width, key=k3)
+        else:
+            self.embed_cond = build_part(embed_cond, key=k3)
+        make_block = lambda k: config.block(
+            width,
+            num_heads,
+            config.mlp_ratio,
+            qk_norm=config.qk_norm,
+            attention=config.attention,
+            key=k,
         )
-        make_block = lambda k: DiTBlock(
-            width, num_heads, mlp_ratio, qk_norm=qk_norm, attention=attention, key=k
-        )
-        self.blocks = eqx.filter_vmap(make_block)(jax.random.split(k4, depth))
+        self.blocks = Stack(make_block, depth, remat=config.remat, unroll=config.unroll, key=k4)
         self.final_modulation = Modulation(width, 2, key=k5)
-        self.final_linear = Linear(width, (1 + learn_sigma) * token, init=zeros, key=k6)
-        self.shape, self.patch_size, self.remat, self.unroll = shape, patch_size, remat, unroll
+        self.final_linear = Linear(width, (1 + config.learn_sigma) * token, init=zeros, key=k6)
+        self.config = config
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latent: channels, then the spatial axes."""
+        return self.config.shape
+
+    @property
+    def patch_size(self) -> int | tuple[int, ...]:
+        """The side of a patch, or its sides."""
+        return self.config.patch_size
 
     @property
     def null(self) -> Int[Array, ""]:
         """The label that means "no label"; a `ValueError` if the condition is not a label."""
-        if not isinstance(self.label_embedding, LabelEmbedding):
+        if not isinstance(self.embed_cond, LabelEmbedding):
             raise ValueError("DiT: only a network with num_classes has a null label.")
-        return self.label_embedding.null
+        return self.embed_cond.null
 
     def __call__(
         self,
-        x_t: Float[Array, "c h w"],
+        x_t: Float[Array, "c *spatial"],
         t: Float[Array, ""],
         cond: PyTree = None,
         *,
+        h: Float[Array, ""] | float | None = None,
         key: PyTree | None = None,
-    ) -> Float[Array, "c_out h w"]:
+    ) -> Float[Array, "c_out *spatial"]:
         if x_t.shape != self.shape:
             raise ValueError(f"DiT: x_t must have shape {self.shape}, got {x_t.shape}.")
-        _, height, width = self.shape
-        c = condition_vector("DiT", self.time_embedding(t), self.label_embedding, cond)
-        c = c.astype(x_t.dtype)
+        grid, _ = patch_grid(self.shape[1:], self.patch_size)
+        # Time and condition in float32, rounded once.
+        time = embed_times("DiT", self.time_embedding, self.step_embedding, t, h)
+        conditioning = embed_condition("DiT", time, self.embed_cond, cond)
+        c = conditioning.vector.astype(x_t.dtype)
         x = self.patch_embedding(patchify(x_t, self.patch_size))
-        grid = sincos_positions(height // self.patch_size, width // self.patch_size, x.shape[-1])
-        x = self._run_blocks(x + jnp.asarray(grid, x.dtype), c)
+        x = x + jnp.asarray(sincos_positions(grid, x.shape[-1]), x.dtype)
+        x, context, before = self._joined(x, conditioning, grid)
+        x = self.blocks(x, c, context)[before:]
         shift, scale = self.final_modulation(c)
         x = self.final_linear(modulate(layer_norm(x), shift, scale))
-        return unpatchify(x, height, width, self.patch_size)
+        return unpatchify(x, self.shape[1:], self.patch_size)
 
-    def _run_blocks(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
-        params, static = eqx.partition(self.blocks, eqx.is_array)
-
-        def apply(x, block_params):
-            block = eqx.combine(gather_params(block_params, x.dtype), static)
-            return replicate_activation(block(x, replicate_activation(c))), None
-
-        if self.remat is not None:
-            apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, replicate_activation(x), params, unroll=self.unroll)[0]
-
-
-def parameter_count(model: PyTree) -> int:
-    """The number of trainable parameters: the sizes of all inexact arrays of a model.
-
-    Shapes are enough, so a model too large for the memory can be counted under
-    `eqx.filter_eval_shape`.
-
-    >>> parameter_count(Linear(3, 2, key=jax.random.key(0)))
-    8
-    >>> parameter_count(eqx.filter_eval_shape(dit_xl_2, (4, 32, 32), key=jax.random.key(0)))
-    674834720
-    """
-    leaves = jax.tree.leaves(eqx.filter(model, _is_inexact))
-    return sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def _is_inexact(leaf: Any) -> bool:
-    described = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return described or eqx.is_inexact_array(leaf)
+    def _joined(
+        self, x: Float[Array, "n d"], conditioning: Conditioning, grid: tuple[int, ...]
+    ) -> tuple[Float[Array, "n2 d"], Context, int]:
+        """The sequence that the blocks see, their context, and how many tokens stand before the
+        patches."""
+        rope, tokens, mask = self.config.rope, conditioning.tokens, conditioning.mask
+        joint = tokens is not None and getattr(self.blocks.stacked, "joint", True)
+        before = len(tokens) if joint else 0
+        if tokens is not None:
+            tokens = tokens.astype(x.dtype)
+        if joint:
+            if tokens.shape[1] != x.shape[1]:
+                raise ValueError(
+                    f"DiT: tokens that are joined to the patches must have the width "
+                    f"{x.shape[1]}, got {tokens.shape[1]}. Project them in embed_cond, or use "
+                    "block=CrossAttentionDiTBlock."
+                )
+            if mask is not None:
+                mask = jnp.concatenate([mask, jnp.ones(len(x), bool)])
+            x, tokens = jnp.concatenate([tokens, x]), None
+        rotation: Rotation | None = None
+        if rope is not None:
+            places = grid_positions(grid)
+            rotation = rope(np.concatenate([np.zeros((before, places.shape[1])), places]))
+        return x, Context(tokens, mask, rotation), before
 
 
-def multiply_adds(dit: DiT) -> int:
-    """The multiply-adds of one forward pass of one example; twice as many FLOPs.
-
-    With `n` tokens of width `d` in `L` blocks, an MLP of `4 d`, `k` numbers in a token that comes
-    in and `k'` in one that goes out:
-
-    `L (12 n d^2 + 2 n^2 d + 6 d^2 + 2 n d) + n d (k + k') + 256 d + d^2 + 2 d^2`
-
-    In the blocks: the linear layers, the two matmuls of attention, adaLN, and one for each number
-    that a layer norm sees. Around them: the patch embedding and the last layer, the MLP of the
-    time, the last adaLN. Left out: softmax, activations, biases, gates, sums, `qk_norm`, the
-    lookup of the label, and `embed_cond`. A training step is three times as many, four if
-    everything is recomputed.
-
-    This is the convention of the "Gflops" in the paper of DiT (Peebles & Xie 2023, table 4). All
-    twelve sizes at 256 x 256 and XL/2 at 512 x 512 come out to the last digit, except B/4: 5.57
-    against the 5.56 printed there, which no choice of terms gives together with the others.
-
-    >>> dit = eqx.filter_eval_shape(dit_xl_2, (4, 32, 32), key=jax.random.key(0))
-    >>> print(f"{multiply_adds(dit) / 1e9:.2f} G")
-    118.64 G
-    """
-    _, height, wide = dit.shape
-    n, block = height * wide // dit.patch_size**2, dit.blocks
-    depth, _, d = block.fc1.weight.shape
-    size = lambda *layers: sum(math.prod(layer.weight.shape[-2:]) for layer in layers)
-    per_block = (
-        n * (3 * size(block.attention.qkv) + size(block.attention.proj, block.fc1, block.fc2))
-        + 2 * n * n * d
-        + size(block.modulation.linear)
-        + 2 * n * d
-    )
-    time = dit.time_embedding
-    ends = n * size(dit.patch_embedding, dit.final_linear)
-    vectors = size(time.linear1, time.linear2, dit.final_modulation.linear)
-    return depth * per_block + ends + vectors
+def _check(config: DiTConfig) -> None:
+    patch = config.patch_size if isinstance(config.patch_size, tuple) else (config.patch_size,)
+    numbers = (*config.shape, *patch, config.depth, config.width, config.num_heads)
+    if min(numbers) < 1:
+        raise ValueError(
+            f"DiT: every size must be at least 1, got shape {config.shape}, patch_size "
+            f"{config.patch_size}, depth {config.depth}, width {config.width}, num_heads "
+            f"{config.num_heads}."
+        )
+    axes = len(config.shape) - 1
+    if not 1 <= axes <= 3:
+        raise ValueError(
+            f"DiT: shape must be the channels and one to three spatial axes, got {config.shape}."
+        )
+    patch_grid(config.shape[1:], config.patch_size, "DiT")
+    sincos_positions((1,) * axes, config.width)
+    if config.num_classes is not None and config.embed_cond is not None:
+        raise ValueError("DiT: give num_classes or embed_cond, not both.")
+    if config.rope is not None and len(config.rope.sizes) != axes:
+        raise ValueError(
+            f"DiT: rope needs a size for each of the {axes} axes of {config.shape}, got "
+            f"{config.rope.sizes}."
+        )
 
 
 def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads: int):
@@ -289,7 +276,7 @@ def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads:
     those of `DiT`; for another condition than a class, `num_classes=None, embed_cond=...`.
 
     >>> dit = eqx.filter_eval_shape({make.__name__}, (4, 32, 32), key=jax.random.key(0))
-    >>> dit.patch, dit.blocks.fc1.weight.shape
+    >>> dit.patch_size, dit.blocks.stacked.fc1.weight.shape
     ({patch_size}, ({depth}, {4 * width}, {width}))
     """
     return make

@@ -1,6 +1,7 @@
 """LPIPS: how different two images look, by the features of a VGG16 (Zhang et al. 2018)."""
 
 import math
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -8,12 +9,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..nn.conv import Conv
+from .config import arguments, make_record
 
 # The convolutions of each block of VGG16; a block's last ReLU is compared, and pooled for the next.
 BLOCKS = (2, 2, 3, 3, 3)
 # Mean and standard deviation of ImageNet's channels, in the range [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+
+
+@dataclass(frozen=True)
+class LPIPSConfig:
+    """How an `LPIPS` was made: the widths of its five blocks.
+
+    >>> LPIPSConfig().channels
+    (64, 128, 256, 512, 512)
+    """
+
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+
+    def build(self, *, key) -> "LPIPS":
+        """The network, with random weights."""
+        return LPIPS(**arguments(self), key=key)
 
 
 class LPIPS(eqx.Module):
@@ -41,12 +58,14 @@ class LPIPS(eqx.Module):
 
     blocks: list[list[Conv]]
     heads: list[Float[Array, " c"]]
+    config: LPIPSConfig = eqx.field(static=True)
 
-    def __init__(self, *, channels: tuple[int, ...] = (64, 128, 256, 512, 512), key):
+    def __init__(self, *, channels: tuple[int, ...] = LPIPSConfig.channels, key):
         if len(channels) != len(BLOCKS):
             raise ValueError(
                 f"LPIPS: channels must be the widths of {len(BLOCKS)} blocks, got {channels}."
             )
+        self.config = make_record(LPIPSConfig, "LPIPS", {"channels": channels})
         self.blocks, self.heads, width = [], [], 3
         for out, convs in zip(channels, BLOCKS, strict=True):
             key, head_key, *keys = jax.random.split(key, convs + 2)

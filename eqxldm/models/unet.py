@@ -1,6 +1,7 @@
 """UNet: the convolutional denoiser of DDPM (Ho et al. 2020) and of Stable Diffusion 1."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..nn.attention import Attention, attend
+from ..nn.attention import Attention, AttentionBlock, attend
+from ..nn.conditioning import Conditioning, embed_condition, embed_times
 from ..nn.conv import Conv, upsample_nearest
-from ..nn.embeddings import LabelEmbedding, TimeEmbedding, condition_vector
+from ..nn.embeddings import LabelEmbedding, Sinusoid
 from ..nn.linear import xavier_uniform
 from ..nn.norms import GroupNorm
-from ..nn.resnet import AttentionBlock, ConditionedResnetBlock
+from ..nn.resnet import ConditionedResnetBlock
 from ..nn.spatial_transformer import SpatialTransformer
+from .config import arguments, build_part, make_record
 
 Block = AttentionBlock | SpatialTransformer
 
@@ -28,6 +31,43 @@ class UNetLevel(eqx.Module):
     resample: Conv | None
 
 
+@dataclass(frozen=True)
+class UNetConfig:
+    """How a `UNet` was made: the arguments of its constructor, all of them explained there.
+
+    `num_heads` has an entry a level.
+
+    >>> config = UNetConfig(1, (8, 16), 1, (False, True), groups=4)
+    >>> config.build(key=jax.random.key(0)).config.num_heads
+    (1, 1)
+    """
+
+    in_channels: int
+    channels: tuple[int, ...]
+    blocks: int
+    attention_levels: tuple[bool, ...]
+    num_classes: int | None = None
+    context_size: int | None = None
+    embed_cond: Any = None
+    out_channels: int | None = None
+    middle_attention: bool = True
+    num_heads: int | tuple[int, ...] = 1
+    transformer_depth: int = 1
+    linear_projection: bool = False
+    groups: int = 32
+    norm_eps: float = 1e-5
+    time_width: int | None = None
+    time_embedding: Any = None
+    step_embedding: Any = None
+    downsample_padding: tuple[int, int] = (1, 1)
+    attention: Attention = attend
+    remat: Callable[..., Any] | None = None
+
+    def build(self, *, key) -> "UNet":
+        """The network, with random weights."""
+        return UNet(**arguments(self), key=key)
+
+
 class UNet(eqx.Module):
     """A U-Net `(x_t, t, cond) -> out`, one example at a time; called as `DiT` is.
 
@@ -35,37 +75,43 @@ class UNet(eqx.Module):
 
     - `in_channels`: of the input, whose height and width are any that divide by
       `2^(len(channels) - 1)`.
-    - `out_channels`: None means `in_channels`; `2 in_channels` holds the prediction and then the
-      variance's part, as `eqxldm.LearnedRange` reads it.
     - `channels`: the width of each level; every further level halves the resolution.
     - `blocks`: residual blocks a level on the way down, one more on the way up.
     - `attention_levels`: for each level, whether an attention follows each of its residual blocks.
-      `middle_attention`: the same for the one in the middle.
+    - `num_classes`: a label, whose vector is added to the embedding of the time as in `DiT`.
     - `context_size`: None: attentions are self-attention (`nn.AttentionBlock`). A number: they are
-      transformers (`nn.SpatialTransformer`) with cross-attention to a context, an array
-      `(tokens, context_size)`. `transformer_depth`: blocks in each; `linear_projection`: see there.
-    - `num_heads`: of every attention, or one number a level.
-    - `num_classes` or `embed_cond`: a label or any other condition, added to the embedding of the
-      time as in `DiT`. `has_null=False` leaves out the row for "no label".
+      transformers (`nn.SpatialTransformer`) with cross-attention to the condition's tokens, of so
+      many numbers each.
+    - `embed_cond`: any other condition, as in `DiT`, with tokens where there is a `context_size`.
+
+    `options`, the other fields of `UNetConfig`:
+
+    - `out_channels`: None means `in_channels`; `2 in_channels` holds the prediction and then the
+      variance's part, as `eqxldm.LearnedRange` reads it.
+    - `middle_attention`: whether there is one in the middle too. `num_heads`: of every attention,
+      or one number a level. `transformer_depth`: blocks in each `nn.SpatialTransformer`;
+      `linear_projection`: see there.
     - `groups`, `norm_eps`: of every GroupNorm; `groups` divides every width.
-    - `time_width`: of the embedding of the time; None means `4 channels[0]`. `freq_shift` and
-      `sin_first` are those of `nn.sinusoidal`.
+    - `time_width`: of the embedding of the time; None means `4 channels[0]`. `time_embedding` and
+      `step_embedding` are those of `DiT`; None is `nn.Sinusoid(size=channels[0])` for the time.
     - `downsample_padding`: zeros (before, after) each side at the stride-2 convolutions.
     - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
     - `remat`: a `jax.checkpoint` policy for every residual block with its attention; None keeps
       all their activations.
 
-    `cond` is what the network was made for: a label (`num_classes`), what `embed_cond` takes, a
-    context (`context_size`), the pair `(label, context)` for both, or None for neither.
+    `cond` is what the network was made for: a label (`num_classes`), what `embed_cond` takes, or
+    None. With a `context_size` and without `embed_cond` it is the context: an array `(tokens,
+    context_size)`, or `nn.Conditioning` with a mask; with labels it is the pair `(label, context)`.
 
     On the way down the stem's output and that of every block and downsampling is kept; on the way
     up each block sees one of them, last one first, concatenated to its input. The second
     convolution of a residual block, the last map of an attention and the head start at zero, so
     the untrained network outputs 0; labels start as `N(0, 1)`. Dropout is left out. The network
     computes in the dtype of `x_t`; the time, the norms' statistics and the softmax are float32.
+    `config` is its `UNetConfig`.
 
     **Raises** `ValueError` for sizes that do not divide or lists of another length, on
-    construction, and for an `x_t` that does not fit or a `cond` that it was not made for.
+    construction, and for an `x_t` that does not fit, a `cond` or an `h` that it was not made for.
 
     >>> unet = UNet(1, channels=(8, 16), blocks=1, attention_levels=(False, True),
     ...             num_classes=10, groups=4, key=jax.random.key(0))
@@ -74,51 +120,35 @@ class UNet(eqx.Module):
     """
 
     stem: Conv
-    time_embedding: TimeEmbedding
-    label_embedding: Callable[..., Any] | None  # or `embed_cond`; None: no such condition
+    time_embedding: Callable[..., Any]
+    step_embedding: Callable[..., Any] | None
+    embed_cond: Callable[..., Any] | None  # a table of labels, or the argument
     downs: list[UNetLevel]
     middle: UNetLevel
     ups: list[UNetLevel]
     norm: GroupNorm
     head: Conv
-    context_size: int | None = eqx.field(static=True)
-    remat: Callable[..., Any] | None = eqx.field(static=True)
+    config: UNetConfig = eqx.field(static=True)
 
     def __init__(
         self,
         in_channels: int,
         *,
-        out_channels: int | None = None,
         channels: tuple[int, ...],
         blocks: int,
         attention_levels: tuple[bool, ...],
-        middle_attention: bool = True,
-        context_size: int | None = None,
-        num_heads: int | tuple[int, ...] = 1,
-        transformer_depth: int = 1,
-        linear_projection: bool = False,
         num_classes: int | None = None,
-        has_null: bool = True,
-        embed_cond: Callable[..., Any] | None = None,
-        groups: int = 32,
-        norm_eps: float = 1e-5,
-        time_width: int | None = None,
-        freq_shift: int = 0,
-        sin_first: bool = False,
-        downsample_padding: tuple[int, int] = (1, 1),
-        attention: Attention = attend,
-        remat: Callable[..., Any] | None = None,
+        context_size: int | None = None,
+        embed_cond: Callable[..., Any] | Any = None,
         key,
+        **options: Any,
     ):
-        levels = len(channels)
-        num_heads = (num_heads,) * levels if isinstance(num_heads, int) else num_heads
-        out_channels = in_channels if out_channels is None else out_channels
-        _check(
-            in_channels, out_channels, channels, blocks, attention_levels, num_heads, context_size
-        )
-        if num_classes is not None and embed_cond is not None:
-            raise ValueError("UNet: give num_classes or embed_cond, not both.")
-        d = 4 * channels[0] if time_width is None else time_width
+        sizes = dict(in_channels=in_channels, channels=channels, blocks=blocks)
+        sizes |= dict(attention_levels=attention_levels, num_classes=num_classes)
+        sizes |= dict(context_size=context_size, embed_cond=embed_cond)
+        config = _completed(make_record(UNetConfig, "UNet", sizes | options))
+        levels, groups, norm_eps = len(channels), config.groups, config.norm_eps
+        num_heads, d = config.num_heads, config.time_width
         keys = iter(jax.random.split(key, 16 + 4 * levels * (blocks + 2)))
 
         def resnet(width: int, out: int) -> ConditionedResnetBlock:
@@ -127,10 +157,10 @@ class UNet(eqx.Module):
             )
 
         def attend_at(width: int, n: int) -> Block:
-            common: dict[str, Any] = dict(num_heads=n, groups=groups, attention=attention)
+            common: dict[str, Any] = dict(num_heads=n, groups=groups, attention=config.attention)
             if context_size is None:
                 return AttentionBlock(width, norm_eps=norm_eps, **common, key=next(keys))
-            common |= dict(depth=transformer_depth, linear=linear_projection)
+            common |= dict(depth=config.transformer_depth, linear=config.linear_projection)
             return SpatialTransformer(width, context_size, **common, key=next(keys))
 
         def make_level(widths: list[tuple[int, int]], i: int, resample: Conv | None) -> UNetLevel:
@@ -138,20 +168,17 @@ class UNet(eqx.Module):
             return UNetLevel([resnet(a, b) for a, b in widths], attentions, resample)
 
         self.stem = Conv(in_channels, channels[0], 3, key=next(keys))
-        self.time_embedding = TimeEmbedding(
-            d,
-            frequencies=channels[0],
-            freq_shift=freq_shift,
-            sin_first=sin_first,
-            init=xavier_uniform,
-            key=next(keys),
-        )
-        self.label_embedding = embed_cond
+        time_key = next(keys)
+        # A part that was given as a module is used as it is; the record only describes it.
+        time = options.get("time_embedding") or config.time_embedding
+        step = options.get("step_embedding")
+        self.time_embedding = _times(time, d, time_key)
+        self.step_embedding = _times(step, d, jax.random.fold_in(time_key, 1))
         if num_classes is not None:
-            self.label_embedding = LabelEmbedding(
-                num_classes, d, has_null=has_null, stddev=1.0, key=next(keys)
-            )
-        self.downs, skips, width, side = [], [channels[0]], channels[0], downsample_padding
+            self.embed_cond = LabelEmbedding(num_classes, d, stddev=1.0, key=next(keys))
+        else:
+            self.embed_cond = build_part(embed_cond, key=jax.random.fold_in(time_key, 2))
+        self.downs, skips, width, side = [], [channels[0]], channels[0], config.downsample_padding
         for i, out in enumerate(channels):
             down = None
             if i < levels - 1:
@@ -162,7 +189,7 @@ class UNet(eqx.Module):
             width = out
         self.middle = UNetLevel(
             [resnet(width, width), resnet(width, width)],
-            [attend_at(width, num_heads[-1])] if middle_attention else [],
+            [attend_at(width, num_heads[-1])] if config.middle_attention else [],
             None,
         )
         self.ups = []
@@ -174,8 +201,8 @@ class UNet(eqx.Module):
             up = Conv(out, out, 3, key=next(keys)) if i > 0 else None
             self.ups.append(make_level(widths, i, up))
         self.norm = GroupNorm(width, groups, norm_eps)
-        self.head = Conv(width, out_channels, 3, gain=0.0, key=next(keys))
-        self.context_size, self.remat = context_size, remat
+        self.head = Conv(width, config.out_channels, 3, gain=0.0, key=next(keys))
+        self.config = config
 
     @property
     def null(self) -> Int[Array, ""]:
@@ -184,9 +211,9 @@ class UNet(eqx.Module):
         Where `cond` is a pair `(label, context)`, the null condition is a pair too: this label and
         the context of "no text".
         """
-        if not isinstance(self.label_embedding, LabelEmbedding):
+        if not isinstance(self.embed_cond, LabelEmbedding):
             raise ValueError("UNet: only a network with num_classes has a null label.")
-        return self.label_embedding.null
+        return self.embed_cond.null
 
     def __call__(
         self,
@@ -194,6 +221,7 @@ class UNet(eqx.Module):
         t: Float[Array, ""],
         cond: PyTree = None,
         *,
+        h: Float[Array, ""] | float | None = None,
         key: PyTree | None = None,
     ) -> Float[Array, "c_out h w"]:
         channels, factor = self.stem.weight.shape[2], 2 ** (len(self.downs) - 1)
@@ -204,10 +232,10 @@ class UNet(eqx.Module):
                 f"UNet: a {x_t.shape[1]} x {x_t.shape[2]} input does not divide by {factor}, as "
                 f"{len(self.downs)} levels need."
             )
-        label, context = self._split(cond)
-        c = condition_vector("UNet", self.time_embedding(t), self.label_embedding, label)
-        c = c.astype(x_t.dtype)
-        context = None if context is None else context.astype(x_t.dtype)
+        time = embed_times("UNet", self.time_embedding, self.step_embedding, t, h)
+        conditioning = self._embedded(time, cond)
+        c, tokens = conditioning.vector.astype(x_t.dtype), conditioning.tokens
+        context = (None if tokens is None else tokens.astype(x_t.dtype), conditioning.mask)
 
         x = self.stem(jnp.moveaxis(x_t, 0, -1))
         skips = [x]
@@ -229,22 +257,39 @@ class UNet(eqx.Module):
                 x = level.resample(upsample_nearest(x))
         return jnp.moveaxis(self.head(jax.nn.silu(self.norm(x))), -1, 0)
 
-    def _split(self, cond: PyTree) -> tuple[PyTree, Any]:
-        """The condition that is added to the time, and the context."""
-        if self.context_size is None:
-            return cond, None
-        label, context = None, cond
-        if self.label_embedding is not None:
-            if not isinstance(cond, tuple) or len(cond) != 2:
-                raise ValueError("UNet: cond must be a pair (label, context).")
-            label, context = cond
-        shape = getattr(context, "shape", None)
-        if shape is None or len(shape) != 2 or shape[1] != self.context_size:
+    def _embedded(self, time: Float[Array, " d"], cond: PyTree) -> Conditioning:
+        """The condition as the blocks take it: the time's vector with what is added, the tokens."""
+        if self.config.context_size is None:
+            found = embed_condition("UNet", time, self.embed_cond, cond)
+            if found.tokens is not None:
+                raise ValueError(
+                    "UNet: embed_cond gives tokens, but the network has no cross-attention. Make "
+                    f"it with context_size={found.tokens.shape[-1]}."
+                )
+            return found
+        if self.embed_cond is None or isinstance(self.embed_cond, LabelEmbedding):
+            label, context = None, cond
+            if self.embed_cond is not None:
+                if not isinstance(cond, tuple) or len(cond) != 2:
+                    raise ValueError("UNet: cond must be a pair (label, context).")
+                label, context = cond
+            vector = embed_condition("UNet", time, self.embed_cond, label).vector
+            if not isinstance(context, Conditioning):
+                self._check_context(context)
+                context = Conditioning(tokens=context)
+            found = Conditioning(vector, context.tokens, context.mask)
+        else:
+            found = embed_condition("UNet", time, self.embed_cond, cond)
+        self._check_context(found.tokens)
+        return found
+
+    def _check_context(self, context: Any) -> None:
+        shape, size = getattr(context, "shape", None), self.config.context_size
+        if shape is None or len(shape) != 2 or shape[1] != size:
             raise ValueError(
-                f"UNet: the context must be an array (tokens, {self.context_size}), got "
+                f"UNet: the context must be an array (tokens, {size}), got "
                 f"{type(context).__name__ if shape is None else shape}."
             )
-        return label, context
 
     def _apply(self, resnet, attentions, x, c, context) -> Float[Array, "h w c"]:
         """A residual block and the attention after it, if there is one."""
@@ -253,11 +298,11 @@ class UNet(eqx.Module):
             resnet, attentions = blocks
             x = resnet(x, c)
             for block in attentions:
-                x = block(x) if context is None else block(x, context)
+                x = block(x) if context[0] is None else block(x, *context)
             return x
 
-        if self.remat is not None:
-            run = eqx.filter_checkpoint(run, policy=self.remat)
+        if self.config.remat is not None:
+            run = eqx.filter_checkpoint(run, policy=self.config.remat)
         return run((resnet, attentions), x)
 
 
@@ -267,26 +312,41 @@ def _pairs(level: UNetLevel) -> list[tuple[ConditionedResnetBlock, list[Block]]]
     return list(zip(level.resnets, after, strict=True))
 
 
-def _check(
-    in_channels, out_channels, channels, blocks, attention_levels, num_heads, context_size
-) -> None:
+def _times(part: Any, width: int, key: Any) -> Any:
+    return part.build(width, init=xavier_uniform, key=key) if isinstance(part, Sinusoid) else part
+
+
+def _completed(config: UNetConfig) -> UNetConfig:
+    """The configuration without a default left open, checked."""
+    channels, levels = config.channels, len(config.channels)
+    num_heads = config.num_heads
+    config = replace(
+        config,
+        num_heads=(num_heads,) * levels if isinstance(num_heads, int) else num_heads,
+        out_channels=config.in_channels if config.out_channels is None else config.out_channels,
+    )
     sizes = dict(
-        in_channels=(in_channels,),
-        out_channels=(out_channels,),
+        in_channels=(config.in_channels,),
+        out_channels=(config.out_channels,),
         channels=channels,
-        blocks=(blocks,),
-        num_heads=num_heads,
-        context_size=() if context_size is None else (context_size,),
+        blocks=(config.blocks,),
+        num_heads=config.num_heads,
+        context_size=() if config.context_size is None else (config.context_size,),
     )
     if not channels or min(size for group in sizes.values() for size in group) < 1:
         listed = ", ".join(f"{name} {group}" for name, group in sizes.items())
         raise ValueError(f"UNet: need at least one level and sizes of at least 1, got {listed}.")
-    for name, values in (("attention_levels", attention_levels), ("num_heads", num_heads)):
-        if len(values) != len(channels):
+    for name in ("attention_levels", "num_heads"):
+        if len(getattr(config, name)) != levels:
             raise ValueError(
-                f"UNet: {name} needs one entry for each of the {len(channels)} levels of channels, "
-                f"got {values}."
+                f"UNet: {name} needs one entry for each of the {levels} levels of channels, "
+                f"got {getattr(config, name)}."
             )
+    if config.num_classes is not None and config.embed_cond is not None:
+        raise ValueError("UNet: give num_classes or embed_cond, not both.")
+    time = Sinusoid(size=channels[0]) if config.time_embedding is None else config.time_embedding
+    width = 4 * channels[0] if config.time_width is None else config.time_width
+    return replace(config, time_embedding=time, time_width=width)
 
 
 def unet_sd1(in_channels: int = 4, context_size: int = 768, *, key, **options: Any) -> UNet:
@@ -315,5 +375,5 @@ def unet_ddpm(in_channels: int = 3, *, key, **options: Any) -> UNet:
     """
     sizes: dict[str, Any] = dict(channels=(128, 256, 256, 256), blocks=2, norm_eps=1e-6)
     sizes |= dict(attention_levels=(False, True, False, False), downsample_padding=(0, 1))
-    sizes |= dict(freq_shift=1, sin_first=True)
+    sizes |= dict(time_embedding=Sinusoid(size=128, freq_shift=1, sin_first=True))
     return UNet(in_channels, **{**sizes, **options}, key=key)

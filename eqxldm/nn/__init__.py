@@ -3,12 +3,16 @@
 from .attention import (
     QKV as QKV,
     Attention as Attention,
+    AttentionBlock as AttentionBlock,
     CrossAttention as CrossAttention,
-    NormedSelfAttention as NormedSelfAttention,
-    RMSNorm as RMSNorm,
     SelfAttention as SelfAttention,
     attend as attend,
     cudnn_attend as cudnn_attend,
+)
+from .conditioning import (
+    Conditioning as Conditioning,
+    embed_condition as embed_condition,
+    embed_times as embed_times,
 )
 from .constraints import (
     fusion_barrier as fusion_barrier,
@@ -23,9 +27,10 @@ from .conv import (
 )
 from .embeddings import (
     LabelEmbedding as LabelEmbedding,
+    Labels as Labels,
+    Sinusoid as Sinusoid,
     TimeEmbedding as TimeEmbedding,
     check_label as check_label,
-    condition_vector as condition_vector,
     sincos_positions as sincos_positions,
     sinusoidal as sinusoidal,
 )
@@ -37,15 +42,34 @@ from .linear import (
     zeros as zeros,
 )
 from .modulation import Modulation as Modulation, modulate as modulate
-from .norms import GroupNorm as GroupNorm, LayerNorm as LayerNorm, layer_norm as layer_norm
-from .patchify import patchify as patchify, unpatchify as unpatchify
+from .norms import (
+    GroupNorm as GroupNorm,
+    LayerNorm as LayerNorm,
+    RMSNorm as RMSNorm,
+    layer_norm as layer_norm,
+)
+from .patchify import (
+    patch_grid as patch_grid,
+    patch_sizes as patch_sizes,
+    patchify as patchify,
+    unpatchify as unpatchify,
+)
 from .resnet import (
-    AttentionBlock as AttentionBlock,
     ConditionedResnetBlock as ConditionedResnetBlock,
     ResnetBlock as ResnetBlock,
+)
+from .rope import (
+    RoPE as RoPE,
+    Rotation as Rotation,
+    grid_positions as grid_positions,
 )
 from .spatial_transformer import (
     SpatialTransformer as SpatialTransformer,
     TransformerBlock as TransformerBlock,
 )
 from .spectral import SpectralConv as SpectralConv, spectral_norm as spectral_norm
+from .stack import (
+    Stack as Stack,
+    save_matmuls as save_matmuls,
+    save_narrow as save_narrow,
+)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention and the multi-head layer around it."""
+"""Scaled dot-product attention and the multi-head layers around it."""
 
 import math
 from collections.abc import Callable
@@ -8,66 +8,123 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from .linear import Linear, xavier_uniform
+from ..sharding import gather_params
+from .dtypes import at_least_float32
+from .linear import Linear, xavier_uniform, zeros
+from .norms import GroupNorm
+from .rope import Rotation
 
-# (n, heads, d), (m, heads, d), (m, heads, d) -> (n, heads, d)
-Attention = Callable[[Any, Any, Any], Any]
+# (n, heads, d), (m, heads, d), (m, heads, d) -> (n, heads, d); also called with `mask=` and `bias=`
+# where there are any.
+Attention = Callable[..., Any]
+
+# A score that gets no weight beside any other. Finite: differences of infinities are NaN.
+LOWEST = -1e30
 
 
 def attend(
     query: Float[Array, "n heads d"],
     key: Float[Array, "m heads d"],
     value: Float[Array, "m heads d"],
+    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "n heads d"]:
-    """`softmax(q k^T / sqrt(d)) v` for every head (Vaswani et al. 2017, eq. 1).
+    """`softmax(q k^T / sqrt(d) + bias) v` for every head (Vaswani et al. 2017, eq. 1).
 
-    The softmax is float32 whatever the inputs are.
+    **Arguments**: `mask` is true where a query may look at a key: `(m,)` for all queries alike,
+    `(n, m)`, or `(heads, n, m)`. `bias` is added to the scores, of the same shapes; where it is
+    minus infinity the key is masked. A query without any key gets zeros.
 
-    >>> attend(jnp.ones((4, 2, 8)), jnp.ones((6, 2, 8)), jnp.ones((6, 2, 8))).shape
+    The softmax is float32 whatever the inputs are. Values and gradients are finite under any mask.
+
+    **Raises** `ValueError` for a mask or bias of another shape.
+
+    >>> q, k = jnp.ones((4, 2, 8)), jnp.ones((6, 2, 8))
+    >>> attend(q, k, k, mask=jnp.arange(6) < 3).shape
     (4, 2, 8)
     """
-    return jax.lax.platform_dependent(query, key, value, cpu=_attend_on_cpu, default=_attend)
+    shape = (query.shape[1], query.shape[0], key.shape[0])
+    for name, given in (("mask", mask), ("bias", bias)):
+        if given is not None and not _broadcasts(given.shape, shape):
+            raise ValueError(
+                f"attend: {name} must broadcast to (heads, queries, keys) = {shape}, such as "
+                f"({shape[2]},) or {shape[1:]}; got {given.shape}."
+            )
+    given = query, key, value, mask, bias
+    return jax.lax.platform_dependent(*given, cpu=_attend_on_cpu, default=_attend)
 
 
-def _attend(query: Array, key: Array, value: Array, fixed: Callable[[Array], Array] = lambda a: a):
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    fixed: Callable[[Array], Array] = lambda a: a,
+) -> Array:
     """Heads first, tokens second inside; `fixed` is applied to what is transposed.
 
     `(exp(s - m) v) / l` with the rows' maxima `m` and sums `l`: divided after the product, on `d`
-    columns and not on `m`. Both are named, so that a remat policy can keep them
-    (`models.save_narrow`): they are small, and dear to compute again.
+    columns and not on `m`. Both are named, so that a remat policy can keep them (`save_narrow`):
+    they are small, and much work to compute again.
     """
     q, k, v = (fixed(jnp.swapaxes(a, 0, 1)) for a in (query, key, value))
-    scores = jnp.einsum("hnd,hmd->hnm", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+    precise = at_least_float32(q.dtype)
+    scores = jnp.einsum("hnd,hmd->hnm", q, k).astype(precise) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        allowed = bias != -jnp.inf
+        mask = allowed if mask is None else mask & allowed
+        scores = scores + bias.astype(precise)
+    if mask is not None:
+        scores = jnp.where(mask, scores, LOWEST)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - checkpoint_name(largest, "softmax"))
+    if mask is not None:  # a row without a key has only LOWEST, and so a 1 everywhere
+        weights = jnp.where(mask, weights, 0.0)
     total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "softmax")
-    out = jnp.einsum("hnm,hmd->hnd", weights.astype(v.dtype), v).astype(jnp.float32) / total
+    if mask is not None:
+        total = jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("hnm,hmd->hnd", weights.astype(v.dtype), v).astype(precise) / total
     return jnp.swapaxes(out.astype(v.dtype), 0, 1)
 
 
-def _attend_on_cpu(query: Array, key: Array, value: Array) -> Array:
+def _attend_on_cpu(
+    query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+) -> Array:
     """Without the barriers XLA:CPU moves the transposes into the matmuls, which then take two to
     three times as long."""
-    return _attend(query, key, value, jax.lax.optimization_barrier)
+    return _attend(query, key, value, mask, bias, jax.lax.optimization_barrier)
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 
 
 def cudnn_attend(
     query: Float[Array, "n heads d"],
     key: Float[Array, "m heads d"],
     value: Float[Array, "m heads d"],
+    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "n heads d"]:
     """The same as `attend`, by cuDNN's fused kernel: no `(n, m)` array is ever in memory.
 
-    For NVIDIA GPUs. A batch is made by `jax.vmap` over the leading axis, as everywhere.
+    For NVIDIA GPUs. A batch is made by `jax.vmap` over the leading axis, as everywhere. It has no
+    forward mode: objectives that take a `jax.jvp` of the network need `attend`.
 
-    **Raises** `ValueError` unless the inputs are bfloat16 or float16 and `d` is a multiple of 8.
+    **Raises** `ValueError` unless the inputs are bfloat16 or float16 and `d` is a multiple of 8,
+    and for a mask or a bias, which it does not have.
 
     >>> cudnn_attend(*3 * [jnp.ones((4, 2, 8))])
     Traceback (most recent call last):
     ValueError: cudnn_attend: needs bfloat16 or float16, got float32. Cast the input, or use attend.
     """
+    if mask is not None or bias is not None:
+        name = "bias" if mask is None else "mask"
+        raise ValueError(f"cudnn_attend: takes no {name}. Use attend for this layer.")
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"cudnn_attend: needs bfloat16 or float16, got {query.dtype}. "
@@ -76,7 +133,7 @@ def cudnn_attend(
     if query.shape[-1] % 8:
         raise ValueError(
             f"cudnn_attend: needs a head size that is a multiple of 8, got {query.shape[-1]}. "
-            "Change width / heads, or use attend."
+            "Change width / num_heads, or use attend."
         )
     batched = query[None], key[None], value[None]  # cuDNN's layout: batch, tokens, heads, size
     return jax.nn.dot_product_attention(*batched, implementation="cudnn")[0]
@@ -115,35 +172,20 @@ class QKV(eqx.Module):
         return [jnp.swapaxes(y, 0, 1) for y in parts]
 
 
-class RMSNorm(eqx.Module):
-    """`scale x / sqrt(mean(x^2) + norm_eps)` over the last axis (Zhang & Sennrich 2019).
-
-    `scale` is learned and starts at 1; the statistics are float32. As `qk_norm` of the attention
-    it bounds the scores, which otherwise grow in long bfloat16 runs (Dehghani et al. 2023).
-
-    >>> RMSNorm(2)(jnp.array([3.0, 3.0]))
-    Array([0.99999994, 0.99999994], dtype=float32)
-    """
-
-    scale: Float[Array, " d"]
-    norm_eps: float = eqx.field(static=True)
-
-    def __init__(self, size: int, norm_eps: float = 1e-6):
-        self.scale = jnp.ones(size)
-        self.norm_eps = norm_eps
-
-    def __call__(self, x: Float[Array, "*leading d"]) -> Float[Array, "*leading d"]:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, -1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.norm_eps) * self.scale).astype(x.dtype)
-
-
 class SelfAttention(eqx.Module):
     """Multi-head self-attention over tokens `(n, d)`, with biases (Vaswani et al. 2017).
 
-    **Arguments**: `width` must be a multiple of `num_heads`. `attention` is `attend`,
-    `cudnn_attend`, or any function of such arguments. `qkv_bias`: whether queries, keys
-    and values have one.
+    **Arguments**:
+
+    - `width` must be a multiple of `num_heads`.
+    - `attention`: `attend`, `cudnn_attend`, or any function of such arguments.
+    - `qk_norm`: makes a norm of the queries, and one of the keys, from a size: `RMSNorm`. By
+      default from the head size, one for all heads (Dehghani et al. 2023; SD3.5 and FLUX have
+      it so); with `qk_norm_full_width` from the width, before the heads are split (Wan, LTX).
+    - `qkv_bias`: whether queries, keys and values have one.
+
+    In the call, `mask` and `bias` are those of `attend`, and `rotation` turns queries and keys
+    after their norms (`RoPE`).
 
     >>> SelfAttention(8, 2, key=jax.random.key(0))(jnp.ones((5, 8))).shape
     (5, 8)
@@ -151,6 +193,9 @@ class SelfAttention(eqx.Module):
 
     qkv: QKV
     proj: Linear
+    query_norm: Callable[[Array], Array] | None
+    key_norm: Callable[[Array], Array] | None
+    qk_norm_full_width: bool = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
@@ -158,66 +203,39 @@ class SelfAttention(eqx.Module):
         width: int,
         num_heads: int,
         *,
-        attention: Attention = attend,
+        qk_norm: Callable[[int], Any] | None = None,
+        qk_norm_full_width: bool = False,
         qkv_bias: bool = True,
+        attention: Attention = attend,
         key,
     ):
         k1, k2 = jax.random.split(key)
         self.qkv = QKV(width, num_heads=num_heads, use_bias=qkv_bias, key=k1)
         self.proj = Linear(width, width, key=k2)
-        self.attention = attention
+        self.query_norm, self.key_norm = _qk_norms(qk_norm, width, num_heads, qk_norm_full_width)
+        self.qk_norm_full_width, self.attention = qk_norm_full_width, attention
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = self.qkv(x)
-        y = self.attention(q, k, v).reshape(x.shape)
-        return self.proj(checkpoint_name(y, "attention"))
-
-
-class NormedSelfAttention(eqx.Module):
-    """`SelfAttention` with a norm of the queries and one of the keys before they meet.
-
-    **Arguments**: `qk_norm` makes such a norm from the head size: a module such as `RMSNorm`,
-    shared by the heads. The others are those of `SelfAttention`.
-
-    Its own class, so that a network without these norms has the same tree of parameters as ever:
-    an optional field would be an empty node in its checkpoints.
-
-    >>> layer = NormedSelfAttention(8, 2, qk_norm=RMSNorm, key=jax.random.key(0))
-    >>> layer(jnp.ones((5, 8))).shape
-    (5, 8)
-    """
-
-    qkv: QKV
-    proj: Linear
-    query_norm: Callable[[Array], Array]
-    key_norm: Callable[[Array], Array]
-    attention: Attention = eqx.field(static=True)
-
-    def __init__(
+    def __call__(
         self,
-        width: int,
-        num_heads: int,
+        x: Float[Array, "n d"],
+        mask: Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
         *,
-        qk_norm: Callable[[int], Any],
-        attention: Attention = attend,
-        key,
-    ):
-        k1, k2 = jax.random.split(key)
-        self.qkv, self.proj = QKV(width, num_heads=num_heads, key=k1), Linear(width, width, key=k2)
-        self.query_norm, self.key_norm = qk_norm(width // num_heads), qk_norm(width // num_heads)
-        self.attention = attention
-
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        rotation: Rotation | None = None,
+    ) -> Float[Array, "n d"]:
         q, k, v = self.qkv(x)
-        y = self.attention(self.query_norm(q), self.key_norm(k), v).reshape(x.shape)
+        q = _prepared(q, self.query_norm, self.qk_norm_full_width, rotation)
+        k = _prepared(k, self.key_norm, self.qk_norm_full_width, rotation)
+        y = self.attention(q, k, v, **_present(mask, bias)).reshape(x.shape)
         return self.proj(checkpoint_name(y, "attention"))
 
 
 class CrossAttention(eqx.Module):
     """Multi-head attention of tokens `(n, d)` to a context `(m, context_size)`.
 
-    Queries come from `x`, keys and values from the context, all without biases, as in latent
-    diffusion (Rombach et al. 2022, section 3.3). Arguments as in `SelfAttention`.
+    Queries come from `x`, keys and values from the context, all without biases by default, as in
+    latent diffusion (Rombach et al. 2022, section 3.3). Arguments as in `SelfAttention`; `rotation`
+    turns the queries and `context_rotation` the keys.
 
     >>> layer = CrossAttention(8, 6, num_heads=2, key=jax.random.key(0))
     >>> layer(jnp.ones((5, 8)), jnp.ones((3, 6))).shape
@@ -228,26 +246,117 @@ class CrossAttention(eqx.Module):
     key: Linear
     value: Linear
     proj: Linear
+    query_norm: Callable[[Array], Array] | None
+    key_norm: Callable[[Array], Array] | None
+    num_heads: int = eqx.field(static=True)
+    qk_norm_full_width: bool = eqx.field(static=True)
+    attention: Attention = eqx.field(static=True)
+
+    def __init__(
+        self,
+        width: int,
+        context_size: int,
+        *,
+        num_heads: int,
+        qk_norm: Callable[[int], Any] | None = None,
+        qk_norm_full_width: bool = False,
+        qkv_bias: bool = False,
+        attention: Attention = attend,
+        key,
+    ):
+        check_heads(width, num_heads)
+        kq, kk, kv, ko = jax.random.split(key, 4)
+        self.query = Linear(width, width, use_bias=qkv_bias, key=kq)
+        self.key = Linear(context_size, width, use_bias=qkv_bias, key=kk)
+        self.value = Linear(context_size, width, use_bias=qkv_bias, key=kv)
+        self.proj = Linear(width, width, key=ko)
+        self.query_norm, self.key_norm = _qk_norms(qk_norm, width, num_heads, qk_norm_full_width)
+        self.qk_norm_full_width = qk_norm_full_width
+        self.num_heads, self.attention = num_heads, attention
+
+    def __call__(
+        self,
+        x: Float[Array, "n d"],
+        context: Float[Array, "m context_size"],
+        mask: Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
+        *,
+        rotation: Rotation | None = None,
+        context_rotation: Rotation | None = None,
+    ) -> Float[Array, "n d"]:
+        split = lambda y: y.reshape(len(y), self.num_heads, -1)
+        q, k, v = split(self.query(x)), split(self.key(context)), split(self.value(context))
+        q = _prepared(q, self.query_norm, self.qk_norm_full_width, rotation)
+        k = _prepared(k, self.key_norm, self.qk_norm_full_width, context_rotation)
+        y = self.attention(q, k, v, **_present(mask, bias))
+        return self.proj(y.reshape(x.shape))
+
+
+class AttentionBlock(eqx.Module):
+    """Self-attention over all positions of a feature map, with a residual.
+
+    `channels` must divide by `num_heads`; the autoencoder and DDPM have one.
+
+    >>> import jax.numpy as jnp
+    >>> AttentionBlock(8, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
+    (4, 4, 8)
+    """
+
+    norm: GroupNorm
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
     num_heads: int = eqx.field(static=True)
     attention: Attention = eqx.field(static=True)
 
     def __init__(
-        self, width: int, context_size: int, *, num_heads: int, attention: Attention = attend, key
+        self,
+        channels: int,
+        *,
+        num_heads: int = 1,
+        groups: int = 32,
+        norm_eps: float = 1e-6,
+        attention: Attention = attend,
+        key,
     ):
-        check_heads(width, num_heads)
+        check_heads(channels, num_heads)
         kq, kk, kv, ko = jax.random.split(key, 4)
-        self.query = Linear(width, width, use_bias=False, key=kq)
-        self.key = Linear(context_size, width, use_bias=False, key=kk)
-        self.value = Linear(context_size, width, use_bias=False, key=kv)
-        self.proj = Linear(width, width, key=ko)
+        self.norm = GroupNorm(channels, groups, norm_eps)
+        self.query = Linear(channels, channels, key=kq)
+        self.key = Linear(channels, channels, key=kk)
+        self.value = Linear(channels, channels, key=kv)
+        self.out = Linear(channels, channels, init=zeros, key=ko)
         self.num_heads, self.attention = num_heads, attention
 
-    def __call__(
-        self, x: Float[Array, "n d"], context: Float[Array, "m context_size"]
-    ) -> Float[Array, "n d"]:
-        split = lambda y: y.reshape(len(y), self.num_heads, -1)
-        q, k, v = split(self.query(x)), split(self.key(context)), split(self.value(context))
-        return self.proj(self.attention(q, k, v).reshape(x.shape))
+    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        block = gather_params(self, x.dtype)
+        tokens = self.norm(x).reshape(-1, x.shape[-1])
+        split = lambda y: y.reshape(len(tokens), self.num_heads, -1)
+        q, k, v = (split(layer(tokens)) for layer in (block.query, block.key, block.value))
+        y = self.attention(q, k, v)
+        return x + block.out(y.reshape(tokens.shape)).reshape(x.shape)
+
+
+def _qk_norms(make: Any, width: int, num_heads: int, full_width: bool) -> tuple[Any, Any]:
+    if make is None:
+        return None, None
+    size = width if full_width else width // num_heads
+    return make(size), make(size)
+
+
+def _prepared(
+    x: Float[Array, "n heads size"], norm: Any, full_width: bool, rotation: Rotation | None
+) -> Float[Array, "n heads size"]:
+    """Queries or keys, normed and rotated."""
+    if norm is not None:
+        x = norm(x.reshape(len(x), -1)).reshape(x.shape) if full_width else norm(x)
+    return x if rotation is None else rotation(x)
+
+
+def _present(mask: Array | None, bias: Array | None) -> dict[str, Array]:
+    """Only what there is: an `attention` of three arguments serves where there is neither."""
+    return {k: v for k, v in (("mask", mask), ("bias", bias)) if v is not None}
 
 
 def check_heads(width: int, num_heads: int) -> None:

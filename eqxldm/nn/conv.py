@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .constraints import gather_params
+from ..sharding import gather_params
 
 NO_PADDING = ((0, 0), (0, 0))
 

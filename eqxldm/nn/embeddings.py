@@ -1,16 +1,17 @@
 """Embeddings of time, labels and positions."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
+from .dtypes import at_least_float32
 from .linear import Initializer, Linear, normal
+from .rope import grid_positions
 
 SMALL_NORMAL = normal(0.02)
 
@@ -27,7 +28,7 @@ def sinusoidal(
 
     `k = size / 2`. Cosine first and no shift, the default, is what DiT, guided-diffusion and
     Stable Diffusion do; sine first and a shift of 1 is DDPM's; diffusers' DiT has the shift alone.
-    Always float32: bfloat16 cannot tell timestep 998 from 999.
+    At least float32: bfloat16 cannot tell timestep 998 from 999.
 
     **Raises** `ValueError` for an odd size and for one without two frequencies where `freq_shift`
     needs them.
@@ -47,40 +48,80 @@ def sinusoidal(
     exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
     exponents = exponents / np.float32(half - freq_shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = position.astype(jnp.float32) * frequencies
+    angles = position.astype(at_least_float32(position.dtype)) * frequencies
     waves = [jnp.cos(angles), jnp.sin(angles)]
     return jnp.concatenate(waves[::-1] if sin_first else waves)
 
 
-def sincos_positions(height: int, width: int, size: int) -> Float[np.ndarray, "n size"]:
-    """Fixed 2-D sin-cos positions of a `height x width` grid, row by row.
+def sincos_positions(grid: tuple[int, ...], size: int) -> Float[np.ndarray, "n size"]:
+    """Fixed sin-cos positions of the cells of a grid, the last axis fastest.
 
-    The first half of the features encodes the column, the second half the row; in each half
-    `[sin(p w_i), cos(p w_i)]` with `w_i = 10000^(-i / (size / 4))`, as in MAE and DiT.
+    The features are shared by the axes, the last axis first: in two dimensions the first half
+    encodes the column and the second half the row, as in MAE and DiT. In an axis's part of `2 k`
+    features, `[sin(p w_i), cos(p w_i)]` with `w_i = 10000^(-i / k)`. Where the axes do not divide
+    the pairs of features, the last axes have one pair more.
     A constant of the architecture, computed in float64 in the call; not a parameter.
 
-    >>> sincos_positions(2, 3, 8).shape
-    (6, 8)
+    **Raises** `ValueError` for an odd size, and for one without a pair for each axis.
+
+    >>> sincos_positions((2, 3), 8).shape, sincos_positions((2, 2, 3), 8).shape
+    ((6, 8), (12, 8))
     """
-    if size % 4:
-        raise ValueError(f"sincos_positions: size must be a multiple of 4, got {size}.")
-    frequencies = 10_000.0 ** -(np.arange(size // 4) / (size // 4))
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    axes = len(grid)
+    if size % 2 or size < 2 * axes:
+        raise ValueError(
+            f"sincos_positions: size must be even and at least {2 * axes} for {axes} axes, got "
+            f"{size}."
+        )
     features = []
-    for positions in (columns, rows):
-        angles = positions.reshape(-1, 1) * frequencies
+    for i, positions in enumerate(grid_positions(grid).T[::-1]):
+        pairs = size // 2 // axes + (i < size // 2 % axes)
+        angles = positions[:, None] * 10_000.0 ** -(np.arange(pairs) / pairs)
         features += [np.sin(angles), np.cos(angles)]
     return np.concatenate(features, axis=1)
 
 
-class TimeEmbedding(eqx.Module):
-    """`W2 silu(W1 sinusoidal(1000 t - 1) + b1) + b2` for a time `t` in [0, 1].
+@dataclass(frozen=True)
+class Sinusoid:
+    """How a `TimeEmbedding` reads a time: `sinusoidal(scale t + offset)`.
 
-    `1000 t - 1` is the timestep of a table of 1000 at `t` (`paths.DiscreteVP`), which is what
-    published networks were trained with: timestep `i` lies at `t = (i + 1) / 1000`. On other
-    paths it is a time like any other. Computes in float32. `frequencies` is the size of the
-    sinusoidal part, `freq_shift` and `sin_first` are its options. `init` is of both weights, DiT's
-    by default.
+    `1000 t - 1`, the default, is the timestep of a table of 1000 at `t` (`paths.DiscreteVP`), which
+    is what published networks were trained with: timestep `i` lies at `t = (i + 1) / 1000`. On
+    other paths it is a time like any other. Objectives that differentiate the network in `t` need
+    `Sinusoid(scale=1.0, offset=0.0)`: the scale multiplies `d out / d t` (Geng et al. 2025).
+
+    `size` is the number of features; `freq_shift` and `sin_first` are those of `sinusoidal`.
+
+    >>> Sinusoid(size=4)(jnp.array(0.001))
+    Array([1., 1., 0., 0.], dtype=float32)
+    """
+
+    scale: float = 1000.0
+    offset: float = -1.0
+    size: int = 256
+    freq_shift: int = 0
+    sin_first: bool = False
+
+    def build(self, width: int, *, init: Initializer = SMALL_NORMAL, key) -> "TimeEmbedding":
+        """The embedding that reads its time so.
+
+        >>> Sinusoid().build(8, key=jax.random.key(0))(jnp.array(0.5)).shape
+        (8,)
+        """
+        options = dict(scale=self.scale, offset=self.offset, frequencies=self.size)
+        options |= dict(freq_shift=self.freq_shift, sin_first=self.sin_first)
+        return TimeEmbedding(width, **options, init=init, key=key)
+
+    def __call__(self, t: Float[Array, ""]) -> Float[Array, " size"]:
+        at = self.scale * t.astype(at_least_float32(t.dtype)) + self.offset
+        return sinusoidal(at, self.size, freq_shift=self.freq_shift, sin_first=self.sin_first)
+
+
+class TimeEmbedding(eqx.Module):
+    """`W2 silu(W1 sinusoidal(scale t + offset) + b1) + b2` for a time `t` in [0, 1].
+
+    Computes in float32. Arguments as in `Sinusoid`, which `config` is; `frequencies` is its size.
+    `init` is of both weights, DiT's by default.
 
     >>> TimeEmbedding(16, key=jax.random.key(0))(jnp.array(0.5)).shape
     (16,)
@@ -88,14 +129,14 @@ class TimeEmbedding(eqx.Module):
 
     linear1: Linear
     linear2: Linear
-    frequencies: int = eqx.field(static=True)
-    freq_shift: int = eqx.field(static=True)
-    sin_first: bool = eqx.field(static=True)
+    config: Sinusoid = eqx.field(static=True)
 
     def __init__(
         self,
         width: int,
         *,
+        scale: float = 1000.0,
+        offset: float = -1.0,
         frequencies: int = 256,
         freq_shift: int = 0,
         sin_first: bool = False,
@@ -103,18 +144,31 @@ class TimeEmbedding(eqx.Module):
         key,
     ):
         k1, k2 = jax.random.split(key)
+        self.config = Sinusoid(scale, offset, frequencies, freq_shift, sin_first)
         self.linear1 = Linear(frequencies, width, init=init, key=k1)
         self.linear2 = Linear(width, width, init=init, key=k2)
-        self.frequencies, self.freq_shift, self.sin_first = frequencies, freq_shift, sin_first
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, " d"]:
-        waves = sinusoidal(
-            1000 * t.astype(jnp.float32) - 1,
-            self.frequencies,
-            freq_shift=self.freq_shift,
-            sin_first=self.sin_first,
-        )
-        return self.linear2(jax.nn.silu(self.linear1(waves)))
+        return self.linear2(jax.nn.silu(self.linear1(self.config(t))))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a `LabelEmbedding` was made: its arguments.
+
+    >>> Labels(10, 16).build(key=jax.random.key(0)).table.shape
+    (11, 16)
+    """
+
+    num_classes: int
+    width: int
+    has_null: bool = True
+    stddev: float = 0.02
+
+    def build(self, *, key) -> "LabelEmbedding":
+        """The embedding, with random weights."""
+        options = dict(has_null=self.has_null, stddev=self.stddev)
+        return LabelEmbedding(self.num_classes, self.width, **options, key=key)
 
 
 class LabelEmbedding(eqx.Module):
@@ -131,7 +185,7 @@ class LabelEmbedding(eqx.Module):
     """
 
     table: Float[Array, "rows d"]
-    has_null: bool = eqx.field(static=True)
+    config: Labels = eqx.field(static=True)
 
     def __init__(
         self, num_classes: int, width: int, *, has_null: bool = True, stddev: float = 0.02, key
@@ -139,17 +193,17 @@ class LabelEmbedding(eqx.Module):
         if num_classes < 1:
             raise ValueError(f"LabelEmbedding: num_classes must be at least 1, got {num_classes}.")
         self.table = stddev * jax.random.normal(key, (num_classes + has_null, width))
-        self.has_null = has_null
+        self.config = Labels(num_classes, width, has_null, stddev)
 
     @property
     def num_classes(self) -> int:
         """The number of real classes."""
-        return self.table.shape[0] - self.has_null
+        return self.config.num_classes
 
     @property
     def null(self) -> Int[Array, ""]:
         """The index of the null row: the number of classes. `ValueError` without such a row."""
-        if not self.has_null:
+        if not self.config.has_null:
             raise ValueError(
                 "LabelEmbedding: this table has no row for 'no label'; all its rows are classes. "
                 "If it was trained with one of them as the null label, pass that number yourself."
@@ -159,37 +213,6 @@ class LabelEmbedding(eqx.Module):
     def __call__(self, label: Int[Array, ""]) -> Float[Array, " d"]:
         label = jnp.where(label < 0, self.table.shape[0], label)  # -1 must not wrap around
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan)
-
-
-def condition_vector(
-    name: str,
-    time: Float[Array, " d"],
-    embed: Callable[..., Any] | None,
-    cond: PyTree,
-) -> Float[Array, " d"]:
-    """`time + embed(cond)`; `time` itself where `embed` is None, which needs `cond` None.
-
-    **Raises** `ValueError`, with the network's `name`, for a missing or a needless condition and
-    for a vector of another shape.
-
-    >>> condition_vector("DiT", jnp.zeros(2), None, None)
-    Array([0., 0.], dtype=float32)
-    """
-    if embed is None:
-        if cond is not None:
-            raise ValueError(
-                f"{name}: the network is unconditional, so cond must be None. "
-                "Make it with num_classes or embed_cond."
-            )
-        return time
-    if cond is None:
-        raise ValueError(f"{name}: the network is conditional, but cond is None.")
-    vector = embed(cond)
-    if vector.shape != time.shape:
-        raise ValueError(
-            f"{name}: embed_cond must give a vector of shape {time.shape}, got {vector.shape}."
-        )
-    return time + vector.astype(time.dtype)
 
 
 def check_label(label: Int[Array, "*batch"], num_classes: int) -> Int[Array, "*batch"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .constraints import fusion_barrier
+from .dtypes import at_least_float32
 
 
 def layer_norm(x: Float[Array, "*leading d"], norm_eps: float = 1e-6) -> Float[Array, "*leading d"]:
@@ -37,8 +38,31 @@ class LayerNorm(eqx.Module):
         self.norm_eps = norm_eps
 
     def __call__(self, x: Float[Array, "*leading d"]) -> Float[Array, "*leading d"]:
-        normed = layer_norm(x.astype(jnp.float32), self.norm_eps)
+        normed = layer_norm(x.astype(at_least_float32(x.dtype)), self.norm_eps)
         return (normed * self.scale + self.bias).astype(x.dtype)
+
+
+class RMSNorm(eqx.Module):
+    """`scale x / sqrt(mean(x^2) + norm_eps)` over the last axis (Zhang & Sennrich 2019).
+
+    `scale` is learned and starts at 1; the statistics are float32. As `qk_norm` of the attention
+    it bounds the scores, which otherwise grow in long bfloat16 runs (Dehghani et al. 2023).
+
+    >>> RMSNorm(2)(jnp.array([3.0, 3.0]))
+    Array([0.99999994, 0.99999994], dtype=float32)
+    """
+
+    scale: Float[Array, " d"]
+    norm_eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, norm_eps: float = 1e-6):
+        self.scale = jnp.ones(size)
+        self.norm_eps = norm_eps
+
+    def __call__(self, x: Float[Array, "*leading d"]) -> Float[Array, "*leading d"]:
+        x32 = x.astype(at_least_float32(x.dtype))
+        mean_square = jnp.mean(x32 * x32, -1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.norm_eps) * self.scale).astype(x.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -71,8 +95,8 @@ class GroupNorm(eqx.Module):
         self.norm_eps = norm_eps
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        # Apart from what makes x: a TPU's compiler otherwise makes one operation of a convolution
-        # and this, which takes it long and comes out slower (docs/scaling.md).
+        # A TPU's compiler otherwise fuses a convolution with the norm after it, which takes long to
+        # compile and runs slower (docs/scaling.md).
         centred, variance = _centre(fusion_barrier(x), self._mean)
         scale = jax.lax.rsqrt(variance + self.norm_eps) * self.scale
         return (centred * scale + self.bias).astype(x.dtype)
@@ -89,7 +113,7 @@ def _centre(x: Array, mean: Callable[[Array], Array]) -> tuple[Array, Array]:
     Two passes over float32, one over what is shorter: `mean(x^2) - mean(x)^2` cancels, but `x` was
     rounded sixteen bits earlier, so before the variance has an error that shows, `x` has a larger.
     """
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(at_least_float32(x.dtype))
     centre = mean(x32)
     centred = x32 - centre
     if x.dtype.itemsize < 4:

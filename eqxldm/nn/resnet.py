@@ -1,13 +1,12 @@
-"""Residual and attention blocks of the convolutional networks."""
+"""Residual blocks of the convolutional networks."""
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .attention import Attention, attend, check_heads
-from .constraints import gather_params, replicate_activation
+from .constraints import replicate_activation
 from .conv import Conv
-from .linear import Linear, zeros
+from .linear import Linear
 from .norms import GroupNorm
 
 
@@ -88,49 +87,3 @@ class ConditionedResnetBlock(eqx.Module):
         self, x: Float[Array, "h w c"], c: Float[Array, " cond_size"]
     ) -> Float[Array, "h w c2"]:
         return self.block(x, self.shift(jax.nn.silu(c)))
-
-
-class AttentionBlock(eqx.Module):
-    """Self-attention over all positions of a feature map, with a residual.
-
-    `channels` must divide by `num_heads`; the autoencoder and DDPM have one.
-
-    >>> import jax.numpy as jnp
-    >>> AttentionBlock(8, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
-    (4, 4, 8)
-    """
-
-    norm: GroupNorm
-    query: Linear
-    key: Linear
-    value: Linear
-    out: Linear
-    num_heads: int = eqx.field(static=True)
-    attention: Attention = eqx.field(static=True)
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        num_heads: int = 1,
-        groups: int = 32,
-        norm_eps: float = 1e-6,
-        attention: Attention = attend,
-        key,
-    ):
-        check_heads(channels, num_heads)
-        kq, kk, kv, ko = jax.random.split(key, 4)
-        self.norm = GroupNorm(channels, groups, norm_eps)
-        self.query = Linear(channels, channels, key=kq)
-        self.key = Linear(channels, channels, key=kk)
-        self.value = Linear(channels, channels, key=kv)
-        self.out = Linear(channels, channels, init=zeros, key=ko)
-        self.num_heads, self.attention = num_heads, attention
-
-    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        block = gather_params(self, x.dtype)
-        tokens = self.norm(x).reshape(-1, x.shape[-1])
-        split = lambda y: y.reshape(len(tokens), self.num_heads, -1)
-        q, k, v = (split(layer(tokens)) for layer in (block.query, block.key, block.value))
-        y = self.attention(q, k, v)
-        return x + block.out(y.reshape(tokens.shape)).reshape(x.shape)

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .attention import Attention, CrossAttention, SelfAttention, attend
 from .conv import Conv
@@ -12,7 +12,7 @@ from .norms import GroupNorm, LayerNorm
 
 
 class TransformerBlock(eqx.Module):
-    """`x += self(norm(x))`, `x += cross(norm(x), context)`, `x += mlp(norm(x))`.
+    """`x += self(norm(x))`, `x += cross(norm(x), context, mask)`, `x += mlp(norm(x))`.
 
     The MLP is gated (Shazeer 2020): `W2 (a gelu(g)) + b2` with `(a, g) = W1 x + b1`, both `4 d`.
 
@@ -47,10 +47,13 @@ class TransformerBlock(eqx.Module):
         self.fc2 = Linear(4 * width, width, key=k4)
 
     def __call__(
-        self, x: Float[Array, "n d"], context: Float[Array, "m context_size"]
+        self,
+        x: Float[Array, "n d"],
+        context: Float[Array, "m context_size"],
+        mask: Bool[Array, " m"] | None = None,
     ) -> Float[Array, "n d"]:
         x = x + self.self_attention(self.norm1(x))
-        x = x + self.cross_attention(self.norm2(x), context)
+        x = x + self.cross_attention(self.norm2(x), context, mask)
         y, gate = jnp.split(self.fc1(self.norm3(x)), 2, axis=-1)
         return x + self.fc2(y * jax.nn.gelu(gate, approximate=False))
 
@@ -101,9 +104,12 @@ class SpatialTransformer(eqx.Module):
             self.proj_out = Conv(channels, channels, 1, gain=0.0, key=k3)
 
     def __call__(
-        self, x: Float[Array, "h w c"], context: Float[Array, "m context_size"]
+        self,
+        x: Float[Array, "h w c"],
+        context: Float[Array, "m context_size"],
+        mask: Bool[Array, " m"] | None = None,
     ) -> Float[Array, "h w c"]:
         tokens = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
         for block in self.blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, mask)
         return x + self.proj_out(tokens.reshape(x.shape))

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..models import AutoencoderKL
+from ..nn.attention import AttentionBlock
 from ..nn.conv import ConvPair
-from ..nn.resnet import AttentionBlock, ResnetBlock
+from ..nn.resnet import ResnetBlock
 from .layout import Layout, WeightsError
 from .parts import Leaves, attention_block, conv, norm, old_attention_names, resnet
 
@@ -21,47 +22,6 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
 # Without and with attention.
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-
-
-def config(ae: AutoencoderKL) -> dict[str, Any]:
-    """What `build` needs, as JSON: the arguments of `AutoencoderKL`, and shift and scale.
-
-    >>> import jax
-    >>> ae = AutoencoderKL(1, 4, channels=(8, 16), blocks=1, groups=4, key=jax.random.key(0))
-    >>> config(ae)["channels"]
-    [8, 16]
-    """
-    encoder, decoder = ae.encoder, ae.decoder
-    return dict(
-        in_channels=ae.in_channels,
-        latent_channels=ae.latent_channels,
-        channels=[level[0].conv2.weight.shape[-1] for level in encoder.levels],
-        blocks=_resnets(encoder.levels[0]),
-        decoder_blocks=_resnets(decoder.levels[0]),
-        patch_size=encoder.patch_size,
-        groups=encoder.norm.groups,
-        attention=len(encoder.middle) == 3,
-        attention_levels=[len(level) > _resnets(level) for level in encoder.levels],
-        quant_convs=isinstance(encoder.head, ConvPair),
-        shift=list(ae.shift),
-        scale=list(ae.scale),
-    )
-
-
-def build(config: dict[str, Any], *, key) -> AutoencoderKL:
-    """The module that `config` describes, with random weights.
-
-    >>> import jax
-    >>> ae = AutoencoderKL(1, 4, channels=(8, 16), blocks=1, groups=4, key=jax.random.key(0))
-    >>> jax.tree.structure(build(config(ae), key=jax.random.key(0))) == jax.tree.structure(ae)
-    True
-    """
-    options = dict(config)
-    shift, scale = tuple(options.pop("shift")), tuple(options.pop("scale"))
-    sizes = options.pop("in_channels"), options.pop("latent_channels")
-    for name in ("channels", "attention_levels"):
-        options[name] = tuple(options[name])
-    return AutoencoderKL(*sizes, **options, key=key).with_latent_stats(shift, scale)
 
 
 def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
@@ -123,10 +83,10 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
     >>> diffusers_config(ae)["block_out_channels"]
     [32]
     """
-    ours = config(ae)
-    blocks, decoder_blocks = ours["blocks"], ours["decoder_blocks"]
+    ours = ae.config
+    blocks, decoder_blocks = ours.blocks, ours.decoder_blocks
     reasons = {
-        f"its patch is {ours['patch_size']}, not 1": ours["patch_size"] != 1,
+        f"its patch_size is {ours.patch_size}, not 1": ours.patch_size != 1,
         f"its decoder has {decoder_blocks} blocks a level, not {blocks + 1}": (
             decoder_blocks != blocks + 1
         ),
@@ -142,17 +102,17 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
         latents = dict(scaling_factor=1.0, latents_mean=list(ae.shift), latents_std=stds)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="AutoencoderKL",
-        in_channels=ours["in_channels"],
-        out_channels=ours["in_channels"],
-        down_block_types=[DOWN_BLOCKS[at] for at in ours["attention_levels"]],
-        up_block_types=[UP_BLOCKS[at] for at in reversed(ours["attention_levels"])],
-        block_out_channels=ours["channels"],
+        in_channels=ours.in_channels,
+        out_channels=ours.in_channels,
+        down_block_types=[DOWN_BLOCKS[at] for at in ours.attention_levels],
+        up_block_types=[UP_BLOCKS[at] for at in reversed(ours.attention_levels)],
+        block_out_channels=list(ours.channels),
         layers_per_block=blocks,
-        latent_channels=ours["latent_channels"],
-        norm_num_groups=ours["groups"],
-        mid_block_add_attention=ours["attention"],
-        use_quant_conv=ours["quant_convs"],
-        use_post_quant_conv=ours["quant_convs"],
+        latent_channels=ours.latent_channels,
+        norm_num_groups=ours.groups,
+        mid_block_add_attention=ours.attention,
+        use_quant_conv=ours.quant_convs,
+        use_post_quant_conv=ours.quant_convs,
         **latents,
     )
 
@@ -185,10 +145,6 @@ def diffusers_layout(ae: AutoencoderKL) -> Layout:
         for _, theirs, block in _blocks(name, half):
             aliases |= old_attention_names(theirs) if isinstance(block, AttentionBlock) else {}
     return Layout(leaves, {}, aliases)
-
-
-def _resnets(level: list) -> int:
-    return sum(isinstance(block, ResnetBlock) for block in level)
 
 
 def _blocks(half: str, model: Any) -> Iterator[tuple[str, str, ResnetBlock | AttentionBlock]]:

@@ -8,20 +8,18 @@ at the official 1e-6: it changes outputs by parts in a million.)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 
-from ..models import DiT
-from ..nn.attention import NormedSelfAttention, RMSNorm
-from ..nn.embeddings import LabelEmbedding, sincos_positions
-from ..nn.fields import with_fields
+from .. import nn
+from ..models import DiT, DiTBlock
+from ..nn import LabelEmbedding, patch_grid, patch_sizes, sincos_positions, with_fields
 from .layout import Layout, Part, Transform, WeightsError, identity
-from .options import ATTENTION, label_table, name_of, policies
 from .parts import Leaves, linear
 
-QK_NORM = {None: None, "RMSNorm": RMSNorm}
+DIFFUSERS_TIME = nn.Sinusoid(freq_shift=1)
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=None,
@@ -43,55 +41,13 @@ def with_diffusers_time(dit: DiT) -> DiT:
 
     >>> import jax
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
-    >>> with_diffusers_time(dit).time_embedding.freq_shift
+    >>> with_diffusers_time(dit).config.time_embedding.freq_shift
     1
     """
-    time = with_fields(dit.time_embedding, freq_shift=1)
-    return eqx.tree_at(lambda d: d.time_embedding, dit, time)
-
-
-def config(dit: DiT) -> dict[str, Any]:
-    """What `build` needs, as JSON: the arguments of `DiT`.
-
-    **Raises** `WeightsError` for a function that has no name here.
-
-    >>> import jax
-    >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
-    >>> config(dit)["width"], config(dit)["remat"]
-    (16, 'dots_with_no_batch_dims_saveable')
-    """
-    depth, hidden, width = dit.blocks.fc1.weight.shape
-    table, attention = label_table(dit.label_embedding, "DiT"), dit.blocks.attention
-    norm = type(attention.query_norm) if isinstance(attention, NormedSelfAttention) else None
-    return dict(
-        shape=list(dit.shape),
-        patch_size=dit.patch_size,
-        depth=depth,
-        width=width,
-        num_heads=attention.qkv.num_heads,
-        num_classes=None if table is None else table.num_classes,
-        learn_sigma=_learns_sigma(dit),
-        mlp_ratio=_ratio(width, hidden),
-        qk_norm=name_of(norm, QK_NORM, "DiT: qk_norm"),
-        attention=name_of(attention.attention, ATTENTION, "DiT: attention"),
-        remat=name_of(dit.remat, policies(), "DiT: remat"),
-        unroll=dit.unroll,
-        freq_shift=dit.time_embedding.freq_shift,
-    )
-
-
-def build(config: dict[str, Any], *, key) -> DiT:
-    """The module that `config` describes, with random weights.
-
-    >>> import jax
-    >>> dit = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
-    >>> jax.tree.structure(build(config(dit), key=jax.random.key(0))) == jax.tree.structure(dit)
-    True
-    """
-    options = dict(config)
-    for option, table in (("qk_norm", QK_NORM), ("attention", ATTENTION), ("remat", policies())):
-        options[option] = table[options[option]]
-    return DiT(tuple(options.pop("shape")), **options, key=key)
+    sinusoid = replace(dit.config.time_embedding, freq_shift=1)
+    time = with_fields(dit.time_embedding, config=sinusoid)
+    config = replace(dit.config, time_embedding=sinusoid)
+    return with_fields(dit, time_embedding=time, config=config)
 
 
 def from_diffusers(config: dict[str, Any], *, key) -> DiT:
@@ -126,7 +82,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
         num_heads=num_heads,
         num_classes=given["num_embeds_ada_norm"],
         learn_sigma=out == 2 * channels,
-        freq_shift=1,
+        time_embedding=DIFFUSERS_TIME,
         key=key,
     )
 
@@ -141,28 +97,35 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
     >>> diffusers_config(from_diffusers(sizes, key=jax.random.key(0)))["num_layers"]
     1
     """
-    ours = config(dit)
-    channels, height, wide = ours["shape"]
+    ours, shape = dit.config, dit.shape
     reasons = {
-        "its latent is not square": height != wide,
-        "it has no labels": ours["num_classes"] is None,
-        "it has a QK-norm": ours["qk_norm"] is not None,
-        f"its mlp_ratio is {ours['mlp_ratio']}, not 4": ours["mlp_ratio"] != 4,
+        f"its latent has {len(shape) - 1} spatial axes": len(shape) != 3,
+        "its latent is not square": len(set(shape[1:])) > 1,
+        "its patches are not square": not isinstance(ours.patch_size, int),
+        "it has no labels": ours.num_classes is None,
+        "it has a QK-norm": ours.qk_norm is not None,
+        "it has a rope": ours.rope is not None,
+        "it has a step_embedding": ours.step_embedding is not None,
+        "its blocks are not DiTBlock": ours.block is not DiTBlock,
+        f"its mlp_ratio is {ours.mlp_ratio}, not 4": ours.mlp_ratio != 4,
         "its timestep frequencies are the official ones; pretrained.with_diffusers_time(model) has "
-        "diffusers', with slightly other outputs": ours["freq_shift"] != 1,
+        "diffusers', with slightly other outputs": ours.time_embedding == nn.Sinusoid(),
+        f"it reads the time as {ours.time_embedding}": (
+            ours.time_embedding not in (nn.Sinusoid(), DIFFUSERS_TIME)
+        ),
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         raise WeightsError("DiT: diffusers cannot hold this network: " + "; ".join(why) + ".")
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="DiTTransformer2DModel",
-        num_attention_heads=ours["num_heads"],
-        attention_head_dim=ours["width"] // ours["num_heads"],
-        in_channels=channels,
-        out_channels=channels * (1 + ours["learn_sigma"]),
-        num_layers=ours["depth"],
-        sample_size=height,
-        patch_size=ours["patch_size"],
-        num_embeds_ada_norm=ours["num_classes"],
+        num_attention_heads=ours.num_heads,
+        attention_head_dim=ours.width // ours.num_heads,
+        in_channels=shape[0],
+        out_channels=shape[0] * (1 + ours.learn_sigma),
+        num_layers=ours.depth,
+        sample_size=shape[1],
+        patch_size=ours.patch_size,
+        num_embeds_ada_norm=ours.num_classes,
         norm_eps=1e-6,
     )
 
@@ -172,15 +135,15 @@ def official_layout(dit: DiT) -> Layout:
 
     >>> import jax
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, key=jax.random.key(0))
-    >>> [part.name for part in official_layout(dit).leaves[".blocks.fc1.bias"]]
+    >>> [part.name for part in official_layout(dit).leaves[".blocks.stacked.fc1.bias"]]
     ['blocks.0.mlp.fc1.bias', 'blocks.1.mlp.fc1.bias']
     """
     leaves = linear("patch_embedding", "x_embedder.proj", _patch_conv(dit))
     leaves |= linear("time_embedding.linear1", "t_embedder.mlp.0")
     leaves |= linear("time_embedding.linear2", "t_embedder.mlp.2")
-    if isinstance(dit.label_embedding, LabelEmbedding):
+    if isinstance(dit.embed_cond, LabelEmbedding):
         table = Part("y_embedder.embedding_table.weight")
-        leaves[".label_embedding.table"] = (table,)
+        leaves[".embed_cond.table"] = (table,)
     for ours, theirs in {
         "attention.proj": "attn.proj",
         "fc1": "mlp.fc1",
@@ -193,7 +156,7 @@ def official_layout(dit: DiT) -> Layout:
     leaves |= _qk_norms(dit)
     leaves |= linear("final_modulation.linear", "final_layer.adaLN_modulation.1")
     leaves |= linear("final_linear", "final_layer.linear")
-    return Layout(leaves, {"pos_embed": lambda: _positions(dit)})
+    return Layout(leaves, {"pos_embed": lambda: _positions(dit)}, writes_fixed=True)
 
 
 def diffusers_layout(dit: DiT) -> Layout:
@@ -204,10 +167,10 @@ def diffusers_layout(dit: DiT) -> Layout:
 
     >>> import jax
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, key=jax.random.key(0))
-    >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.attention.qkv.bias"]][:2]
+    >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.stacked.attention.qkv.bias"]][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
     """
-    depth = dit.blocks.fc1.weight.shape[0]
+    depth = dit.config.depth
 
     def copied(theirs: str) -> Part:
         names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
@@ -218,8 +181,8 @@ def diffusers_layout(dit: DiT) -> Layout:
         for kind in ("weight", "bias"):
             part = copied(f"timestep_embedder.linear_{n}.{kind}")
             leaves[f".time_embedding.linear{n}.{kind}"] = (part,)
-    if isinstance(dit.label_embedding, LabelEmbedding):
-        leaves[".label_embedding.table"] = (copied("class_embedder.embedding_table.weight"),)
+    if isinstance(dit.embed_cond, LabelEmbedding):
+        leaves[".embed_cond.table"] = (copied("class_embedder.embedding_table.weight"),)
     for ours, theirs in {
         "attention.proj": "attn1.to_out.0",
         "fc1": "ff.net.0.proj",
@@ -228,7 +191,7 @@ def diffusers_layout(dit: DiT) -> Layout:
     }.items():
         leaves |= _stacked(dit, ours, f"transformer_blocks.{{}}.{theirs}")
     for kind in ("weight", "bias"):
-        leaves[f".blocks.attention.qkv.{kind}"] = tuple(
+        leaves[f".blocks.stacked.attention.qkv.{kind}"] = tuple(
             Part(
                 f"transformer_blocks.{i}.attn1.to_{letter}.{kind}",
                 (i, k),
@@ -246,9 +209,9 @@ def _stacked(
     dit: DiT, ours: str, theirs: str, read: Transform = identity, write: Transform = identity
 ) -> Leaves:
     """A linear layer of every block; `theirs` has a place for the block's number."""
-    depth = dit.blocks.fc1.weight.shape[0]
+    depth = dit.config.depth
     return {
-        f".blocks.{ours}.{kind}": tuple(
+        f".blocks.stacked.{ours}.{kind}": tuple(
             Part(f"{theirs.format(i)}.{kind}", (i,), read, write) for i in range(depth)
         )
         for kind in ("weight", "bias")
@@ -257,11 +220,11 @@ def _stacked(
 
 def _qk_norms(dit: DiT) -> Leaves:
     """timm's names, as later DiT code bases have them; the published models have no QK-norm."""
-    if not isinstance(dit.blocks.attention, NormedSelfAttention):
+    if dit.config.qk_norm is None:
         return {}
-    depth = dit.blocks.fc1.weight.shape[0]
+    depth = dit.config.depth
     return {
-        f".blocks.attention.{ours}.scale": tuple(
+        f".blocks.stacked.attention.{ours}.scale": tuple(
             Part(f"blocks.{i}.attn.{theirs}.weight", (i,)) for i in range(depth)
         )
         for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm"))
@@ -270,25 +233,13 @@ def _qk_norms(dit: DiT) -> Leaves:
 
 def _patch_conv(dit: DiT) -> tuple[Callable, Callable]:
     """A strided convolution `(d, c, p, q)` to the matrix on patchify's `(c p q)` and back."""
-    channels, patch_size = dit.shape[0], dit.patch_size
+    inside = (dit.shape[0], *patch_sizes(dit.patch_size, len(dit.shape) - 1))
     return (
         lambda conv: conv.reshape(conv.shape[0], -1),
-        lambda matrix: matrix.reshape(-1, channels, patch_size, patch_size),
+        lambda matrix: matrix.reshape(-1, *inside),
     )
 
 
 def _positions(dit: DiT) -> np.ndarray:
-    _, height, wide = dit.shape
-    width = dit.blocks.fc1.weight.shape[-1]
-    table = sincos_positions(height // dit.patch_size, wide // dit.patch_size, width)
-    return table.astype(np.float32)[None]
-
-
-def _learns_sigma(dit: DiT) -> bool:
-    return dit.final_linear.weight.shape[0] == 2 * dit.patch_embedding.weight.shape[1]
-
-
-def _ratio(width: int, hidden: int) -> float:
-    """A ratio that `int(width * ratio)` takes back to `hidden`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
+    grid, _ = patch_grid(dit.shape[1:], dit.patch_size)
+    return sincos_positions(grid, dit.config.width).astype(np.float32)[None]

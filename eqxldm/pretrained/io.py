@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..models import LPIPS, AutoencoderKL, DiT, UNet
+from ..models import LPIPS, AutoencoderKL, ByteTextEncoder, DiT, PatchDiscriminator, UNet
 from . import autoencoder, dit, lpips, unet
 from .files import (
     WEIGHTS,
@@ -32,58 +32,34 @@ from .layout import (
     own_layout,
     unfill,
 )
+from .records import from_json, to_json
 
-HEADER = "eqxldm"
+HEADER = "eqxldm"  # of our files: the model's configuration, in the format's own header
 
 
-class Architecture(NamedTuple):
-    """All that is known of one class of models: its configurations and its names in files.
-
-    `config` and `build` are our own, inverses of each other. `export_config` and `from_config`
-    are diffusers'. `layouts` are the ways its tensors are named, `export_layout` is diffusers'.
-    """
+class Diffusers(NamedTuple):
+    """What is known of diffusers' form of a model: its configuration both ways, and its names."""
 
     config: Callable[..., dict[str, Any]]
-    build: Callable[..., Any]
-    export_config: Callable[..., dict[str, Any]]
     from_config: Callable[..., Any]
-    export_layout: Callable[..., Layout]
-    layouts: tuple[Callable[..., Layout], ...]
+    layout: Callable[..., Layout]
 
 
-ARCHITECTURES: dict[type, Architecture] = {
-    DiT: Architecture(
-        dit.config,
-        dit.build,
-        dit.diffusers_config,
-        dit.from_diffusers,
-        dit.diffusers_layout,
-        (own_layout, dit.official_layout, dit.diffusers_layout),
+# The ways in which the tensors of a model are named in files, besides our own.
+LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
+    AutoencoderKL: (autoencoder.diffusers_layout,),
+    ByteTextEncoder: (),
+    DiT: (dit.official_layout, dit.diffusers_layout),
+    LPIPS: (lpips.published_layout,),
+    PatchDiscriminator: (),
+    UNet: (unet.diffusers_layout,),
+}
+DIFFUSERS: dict[type, Diffusers] = {
+    AutoencoderKL: Diffusers(
+        autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
     ),
-    AutoencoderKL: Architecture(
-        autoencoder.config,
-        autoencoder.build,
-        autoencoder.diffusers_config,
-        autoencoder.from_diffusers,
-        autoencoder.diffusers_layout,
-        (own_layout, autoencoder.diffusers_layout),
-    ),
-    UNet: Architecture(
-        unet.config,
-        unet.build,
-        unet.diffusers_config,
-        unet.from_diffusers,
-        unet.diffusers_layout,
-        (own_layout, unet.diffusers_layout),
-    ),
-    LPIPS: Architecture(
-        lpips.config,
-        lpips.build,
-        lpips.not_in_diffusers,
-        lpips.not_in_diffusers,
-        lpips.published_layout,
-        (own_layout, lpips.published_layout),
-    ),
+    DiT: Diffusers(dit.diffusers_config, dit.from_diffusers, dit.diffusers_layout),
+    UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
 }
 # The `_class_name` of a config.json. Transformer2DModel is the old name of diffusers' DiT.
 CLASS_NAMES: dict[str, type] = {
@@ -212,9 +188,7 @@ def to_state(model: PyTree, layout: Callable[[Any], Layout] = own_layout) -> dic
     >>> to_state(model, dit.official_layout)["pos_embed"].shape
     (1, 16, 16)
     """
-    table = layout(model)
-    fixed = table.fixed if layout is dit.official_layout else {}
-    return unfill(model, table) | {name: value() for name, value in fixed.items()}
+    return unfill(model, layout(model))
 
 
 def save(model: PyTree, path: str | Path) -> None:
@@ -231,17 +205,16 @@ def save(model: PyTree, path: str | Path) -> None:
     >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> save(model, Path(tempfile.mkdtemp()) / "dit.safetensors")
     """
-    known = _architecture(model)
-    config = known.config(model)
-    again = eqx.filter_eval_shape(known.build, config, key=jax.random.key(0))
+    _check_known(model)
+    config = to_json(model.config)
+    again = eqx.filter_eval_shape(from_json(config).build, key=jax.random.key(0))
     if _described(again) != _described(model):
         raise WeightsError(
             f"pretrained.save: the configuration of {type(model).__name__} does not describe this "
             "one, which was changed after it was made. Write its arrays with "
             "equinox.tree_serialise_leaves."
         )
-    header = {"class": type(model).__name__, "config": config}
-    write_safetensors(Path(path), to_state(model), {HEADER: json.dumps(header)})
+    write_safetensors(Path(path), to_state(model), {HEADER: json.dumps(config)})
 
 
 def export(model: PyTree, folder: str | Path) -> None:
@@ -258,10 +231,15 @@ def export(model: PyTree, folder: str | Path) -> None:
     >>> sorted(path.name for path in folder.iterdir())
     ['config.json', 'diffusion_pytorch_model.safetensors']
     """
-    folder, known = Path(folder), _architecture(model)
-    config = known.export_config(model)
+    _check_known(model)
+    if type(model) not in DIFFUSERS:
+        raise WeightsError(
+            f"diffusers has no {type(model).__name__}; write it with pretrained.save."
+        )
+    folder, known = Path(folder), DIFFUSERS[type(model)]
+    config = known.config(model)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = unfill(model, known.export_layout(model))
+    tensors = unfill(model, known.layout(model))
     write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -277,9 +255,9 @@ def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, 
         raise WeightsError(
             f"{folder}: unknown architecture {name!r}; known are {', '.join(CLASS_NAMES)}."
         )
-    known = ARCHITECTURES[CLASS_NAMES[name]]
+    known = DIFFUSERS[CLASS_NAMES[name]]
     make = lambda *, key: known.from_config(config, key=key)
-    return make, known.export_layout, open_folder(folder)
+    return make, known.layout, open_folder(folder)
 
 
 def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tensor]]:
@@ -292,30 +270,27 @@ def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tens
             "config.json, or make the model first: pretrained.load_into(model, path)."
         )
     try:
-        about = dict(json.loads(header[HEADER]))
-    except (TypeError, ValueError) as error:
+        written = json.loads(header[HEADER])
+    except ValueError as error:
         raise WeightsError(f"{path}: the configuration in its header is damaged.") from error
-    names = {kind.__name__: known for kind, known in ARCHITECTURES.items()}
-    if about.get("class") not in names:
-        raise WeightsError(
-            f"{path}: unknown architecture {about.get('class')!r}; known are {', '.join(names)}."
-        )
-    known = names[about["class"]]
-    make = lambda *, key: known.build(about.get("config", {}), key=key)
-    return make, own_layout, tensors
+    try:
+        config = from_json(written)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return config.build, own_layout, tensors
 
 
 def _recognised(model: PyTree, tensors: Mapping[str, Tensor]) -> Layout:
     """The layout of which the file has most names."""
-    layouts = [layout(model) for layout in _architecture(model).layouts]
+    _check_known(model)
+    layouts = [layout(model) for layout in (own_layout, *LAYOUTS[type(model)])]
     return max(layouts, key=lambda layout: sum(name in tensors for name in layout.names()))
 
 
-def _architecture(model: PyTree) -> Architecture:
-    if type(model) not in ARCHITECTURES:
-        known = ", ".join(kind.__name__ for kind in ARCHITECTURES)
-        raise WeightsError(f"weights: unknown model {type(model).__name__}; known are {known}.")
-    return ARCHITECTURES[type(model)]
+def _check_known(model: PyTree) -> None:
+    if type(model) not in LAYOUTS:
+        known = ", ".join(kind.__name__ for kind in LAYOUTS)
+        raise WeightsError(f"pretrained: unknown model {type(model).__name__}; known are {known}.")
 
 
 def _described(model: PyTree) -> tuple[Any, dict[str, tuple[int, ...]]]:

@@ -59,13 +59,14 @@ class Layout(NamedTuple):
     """`leaves`: the parts of each array leaf, by its path (`jax.tree_util.keystr`).
 
     `fixed`: tensors that are no parameters, with what they must hold. A file may lack them; where
-    it has them they are compared and not loaded. `aliases`: other names that files have for some
-    tensors, `{alias: name}`.
+    it has them they are compared and not loaded; `writes_fixed`: files of this layout have them.
+    `aliases`: other names that files have for some tensors, `{alias: name}`.
     """
 
     leaves: dict[str, tuple[Part, ...]]
     fixed: dict[str, Callable[[], np.ndarray]]
     aliases: Mapping[str, str] = MappingProxyType({})
+    writes_fixed: bool = False
 
     def names(self) -> list[str]:
         """The tensors of all leaves, copies included."""
@@ -180,6 +181,8 @@ def fill(
 def unfill(model: PyTree, layout: Layout) -> dict[str, np.ndarray]:
     """The tensors of a model in a layout, by name, on the host: `fill`'s inverse.
 
+    With the fixed ones, if `layout.writes_fixed`.
+
     >>> from eqxldm.nn import Linear
     >>> linear = Linear(2, 3, key=jax.random.key(0))
     >>> unfill(linear, own_layout(linear))["bias"].tolist()
@@ -192,7 +195,8 @@ def unfill(model: PyTree, layout: Layout) -> dict[str, np.ndarray]:
         for part in layout.leaves[path]:
             value = np.ascontiguousarray(part.write(array[part.where]))
             tensors |= dict.fromkeys((part.name, *part.copies), value)
-    return tensors
+    fixed = layout.fixed if layout.writes_fixed else {}
+    return tensors | {name: value() for name, value in fixed.items()}
 
 
 def _is_array(leaf: Any) -> bool:

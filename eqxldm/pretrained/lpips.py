@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -66,25 +66,6 @@ def load_lpips(folder: str | Path) -> LPIPS:
     return _load(Path(folder), eqx.filter_eval_shape(LPIPS, key=jax.random.key(0)), VGG16, HEADS)
 
 
-def config(lpips: LPIPS) -> dict[str, Any]:
-    """What `build` needs, as JSON.
-
-    >>> config(eqx.filter_eval_shape(LPIPS, key=jax.random.key(0)))
-    {'channels': [64, 128, 256, 512, 512]}
-    """
-    return dict(channels=[head.shape[0] for head in lpips.heads])
-
-
-def build(config: dict[str, Any], *, key) -> LPIPS:
-    """The module that `config` describes, with random weights.
-
-    >>> config(build({"channels": [2, 2, 2, 2, 2]}, key=jax.random.key(0)))
-    {'channels': [2, 2, 2, 2, 2]}
-    """
-    options = dict(config)
-    return LPIPS(channels=tuple(options.pop("channels")), **options, key=key)
-
-
 def published_layout(lpips: LPIPS) -> Layout:
     """The names of the published files: VGG16's features and LPIPS's heads.
 
@@ -102,17 +83,6 @@ def published_layout(lpips: LPIPS) -> Layout:
     for i in range(len(lpips.heads)):
         leaves[f".heads[{i}]"] = (Part(f"lin{i}.model.1.weight", (), np.ravel, _to_1c11),)
     return Layout(leaves, {})
-
-
-def not_in_diffusers(*_: Any, **__: Any) -> Any:
-    """Raises `WeightsError`: there is no such model in diffusers.
-
-    >>> not_in_diffusers()
-    Traceback (most recent call last):
-    ...
-    eqxldm.pretrained.layout.WeightsError: diffusers has no LPIPS; write it with pretrained.save.
-    """
-    raise WeightsError("diffusers has no LPIPS; write it with pretrained.save.")
 
 
 def _load(folder: Path, like: LPIPS, vgg16: PublishedFile, heads: PublishedFile) -> LPIPS:

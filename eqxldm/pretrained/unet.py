@@ -3,15 +3,20 @@
 The two differ in their attention: with a `context_size` ours is the first, without the second.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from ..models import UNet
 from ..models.unet import UNetLevel
-from ..nn.linear import Linear
-from ..nn.resnet import AttentionBlock
-from ..nn.spatial_transformer import SpatialTransformer, TransformerBlock
+from ..nn import (
+    AttentionBlock,
+    LabelEmbedding,
+    Labels,
+    Sinusoid,
+    SpatialTransformer,
+    TransformerBlock,
+)
 from .layout import Layout, Part, WeightsError
-from .options import ATTENTION, label_table, name_of, policies
 from .parts import (
     Leaves,
     attention_block,
@@ -60,66 +65,6 @@ FREE = {
 PLAIN_DOWN, PLAIN_UP = "DownBlock2D", "UpBlock2D"
 
 
-def config(unet: UNet) -> dict[str, Any]:
-    """What `build` needs, as JSON: the arguments of `UNet`.
-
-    **Raises** `WeightsError` for a function that has no name here.
-
-    >>> import jax
-    >>> unet = UNet(1, channels=(8, 16), blocks=1, attention_levels=(False, True), groups=4,
-    ...             key=jax.random.key(0))
-    >>> config(unet)["channels"], config(unet)["attention_levels"]
-    ([8, 16], [False, True])
-    """
-    levels = unet.downs
-    attentions = [block for level in (*levels, unet.middle) for block in level.attentions]
-    transformer = next((b for b in attentions if isinstance(b, SpatialTransformer)), None)
-    functions = [_attention_function(block) for block in attentions]
-    attention = functions[0] if functions else ATTENTION["attend"]
-    middle = _heads(unet.middle.attentions[0]) if unet.middle.attentions else 1
-    time, table = unet.time_embedding, label_table(unet.label_embedding, "UNet")
-    padding = levels[0].resample.padding[0] if levels[0].resample is not None else (1, 1)
-    return dict(
-        in_channels=unet.stem.weight.shape[2],
-        out_channels=unet.head.weight.shape[3],
-        channels=[_width(level) for level in levels],
-        blocks=len(levels[0].resnets),
-        attention_levels=[bool(level.attentions) for level in levels],
-        middle_attention=bool(unet.middle.attentions),
-        context_size=unet.context_size,
-        num_heads=[_heads(level.attentions[0]) if level.attentions else middle for level in levels],
-        transformer_depth=len(transformer.blocks) if transformer else 1,
-        linear_projection=isinstance(transformer.proj_in, Linear) if transformer else False,
-        num_classes=None if table is None else table.num_classes,
-        has_null=True if table is None else table.has_null,
-        groups=unet.norm.groups,
-        norm_eps=unet.norm.norm_eps,
-        time_width=time.linear2.weight.shape[0],
-        freq_shift=time.freq_shift,
-        sin_first=time.sin_first,
-        downsample_padding=list(padding),
-        attention=name_of(attention, ATTENTION, "UNet: attention"),
-        remat=name_of(unet.remat, policies(), "UNet: remat"),
-    )
-
-
-def build(config: dict[str, Any], *, key) -> UNet:
-    """The module that `config` describes, with random weights.
-
-    >>> import jax
-    >>> unet = UNet(1, channels=(8, 16), blocks=1, attention_levels=(False, True), groups=4,
-    ...             key=jax.random.key(0))
-    >>> jax.tree.structure(build(config(unet), key=jax.random.key(0))) == jax.tree.structure(unet)
-    True
-    """
-    options = dict(config)
-    for name in ("channels", "attention_levels", "num_heads", "downsample_padding"):
-        options[name] = tuple(options[name])
-    options["attention"] = ATTENTION[options["attention"]]
-    options["remat"] = policies()[options["remat"]]
-    return UNet(options.pop("in_channels"), **options, key=key)
-
-
 def from_diffusers(config: dict[str, Any], *, key) -> UNet:
     """The module of a diffusers `config.json`, with random weights.
 
@@ -131,7 +76,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
     >>> import jax
     >>> sizes = dict(_class_name="UNet2DModel", block_out_channels=[8], norm_num_groups=4,
     ...              down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
-    >>> from_diffusers(sizes, key=jax.random.key(0)).time_embedding.frequencies
+    >>> from_diffusers(sizes, key=jax.random.key(0)).config.time_embedding.size
     8
     """
     crossed = config.get("_class_name") != "UNet2DModel"
@@ -161,6 +106,8 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
         raise WeightsError(
             "UNet: config.json has what UNet has not (in brackets): " + ", ".join(wrong)
         )
+    width = given["time_embedding_dim"] or 4 * channels[0]
+    rows = given["num_class_embeds"]
     return UNet(
         given["in_channels"],
         out_channels=given["out_channels"],
@@ -172,13 +119,15 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
         num_heads=_given_heads(given["attention_head_dim"], channels, crossed),
         transformer_depth=given["transformer_layers_per_block"] if crossed else 1,
         linear_projection=crossed and given["use_linear_projection"],
-        num_classes=given["num_class_embeds"],
-        has_null=False,
+        embed_cond=None if rows is None else Labels(rows, width, has_null=False, stddev=1.0),
         groups=given["norm_num_groups"],
         norm_eps=given["norm_eps"],
-        time_width=given["time_embedding_dim"],
-        freq_shift=given["freq_shift"],
-        sin_first=not given["flip_sin_to_cos"],
+        time_width=width,
+        time_embedding=Sinusoid(
+            size=channels[0],
+            freq_shift=given["freq_shift"],
+            sin_first=not given["flip_sin_to_cos"],
+        ),
         downsample_padding=(1, 1) if given["downsample_padding"] else (0, 1),
         key=key,
     )
@@ -197,61 +146,61 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
     >>> diffusers_config(unet)["down_block_types"]
     ['DownBlock2D', 'AttnDownBlock2D']
     """
-    ours = config(unet)
-    crossed, num_heads, channels = (
-        ours["context_size"] is not None,
-        ours["num_heads"],
-        ours["channels"],
-    )
-    levels = zip(channels, num_heads, ours["attention_levels"], strict=True)
+    ours, time = unet.config, unet.config.time_embedding
+    crossed, num_heads, channels = ours.context_size is not None, ours.num_heads, ours.channels
+    levels = zip(channels, num_heads, ours.attention_levels, strict=True)
     sizes = {width // n for width, n, at in levels if at}
-    sizes |= {channels[-1] // num_heads[-1]} if ours["middle_attention"] else set()
+    sizes |= {channels[-1] // num_heads[-1]} if ours.middle_attention else set()
     sizes = (
         set() if len(sizes) > 1 and set(num_heads) == {1} else sizes
     )  # None there: one head each
-    padding = tuple(ours["downsample_padding"])
+    padding = ours.downsample_padding
+    plain = Sinusoid(size=channels[0])
     reasons = {
+        "it has a step_embedding": ours.step_embedding is not None,
+        "its condition is not a label": not isinstance(unet.embed_cond, LabelEmbedding | None),
+        f"it reads the time as {time}": (
+            not isinstance(time, Sinusoid) or replace(time, freq_shift=0, sin_first=False) != plain
+        ),
         f"its downsample_padding is {padding}, not (1, 1) or (0, 1)": (
             padding not in ((1, 1), (0, 1))
         ),
-        "it has a context but no attention in the middle": (
-            crossed and not ours["middle_attention"]
-        ),
+        "it has a context but no attention in the middle": (crossed and not ours.middle_attention),
         f"its heads have different sizes: {sorted(sizes)}": not crossed and len(sizes) > 1,
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         raise WeightsError("UNet: diffusers cannot hold this network: " + "; ".join(why) + ".")
     kind = "CrossAttn" if crossed else "Attn"
     name = lambda plain, at: kind + plain if at else plain
-    table = label_table(unet.label_embedding, "UNet")
+    table = unet.embed_cond
     common = dict(
-        in_channels=ours["in_channels"],
-        out_channels=ours["out_channels"],
-        block_out_channels=channels,
-        layers_per_block=ours["blocks"],
-        down_block_types=[name(PLAIN_DOWN, at) for at in ours["attention_levels"]],
-        up_block_types=[name(PLAIN_UP, at) for at in reversed(ours["attention_levels"])],
+        in_channels=ours.in_channels,
+        out_channels=ours.out_channels,
+        block_out_channels=list(channels),
+        layers_per_block=ours.blocks,
+        down_block_types=[name(PLAIN_DOWN, at) for at in ours.attention_levels],
+        up_block_types=[name(PLAIN_UP, at) for at in reversed(ours.attention_levels)],
         downsample_padding=int(padding == (1, 1)),
-        flip_sin_to_cos=not ours["sin_first"],
-        freq_shift=ours["freq_shift"],
-        norm_eps=ours["norm_eps"],
-        norm_num_groups=ours["groups"],
+        flip_sin_to_cos=not time.sin_first,
+        freq_shift=time.freq_shift,
+        norm_eps=ours.norm_eps,
+        norm_num_groups=ours.groups,
         num_class_embeds=None if table is None else table.table.shape[0],
-        time_embedding_dim=ours["time_width"],
+        time_embedding_dim=ours.time_width,
     )
     if not crossed:
         return PLAIN_DEFAULTS | dict(
             _class_name="UNet2DModel",
-            add_attention=ours["middle_attention"],
+            add_attention=ours.middle_attention,
             attention_head_dim=next(iter(sizes), None),
             **common,
         )
     return CONDITION_DEFAULTS | dict(
         _class_name="UNet2DConditionModel",
-        attention_head_dim=num_heads,  # the number of heads, in spite of its name
-        cross_attention_dim=ours["context_size"],
-        transformer_layers_per_block=ours["transformer_depth"],
-        use_linear_projection=ours["linear_projection"],
+        attention_head_dim=list(num_heads),  # the number of heads, in spite of its name
+        cross_attention_dim=ours.context_size,
+        transformer_layers_per_block=ours.transformer_depth,
+        use_linear_projection=ours.linear_projection,
         **common,
     )
 
@@ -268,8 +217,8 @@ def diffusers_layout(unet: UNet) -> Layout:
     leaves = conv("stem", "conv_in")
     for n in (1, 2):
         leaves |= linear(f"time_embedding.linear{n}", f"time_embedding.linear_{n}")
-    if label_table(unet.label_embedding, "UNet") is not None:
-        leaves[".label_embedding.table"] = (Part("class_embedding.weight"),)
+    if isinstance(unet.embed_cond, LabelEmbedding):
+        leaves[".embed_cond.table"] = (Part("class_embedding.weight"),)
     sides = {
         "downs": (unet.downs, "down_blocks.{}", "downsamplers"),
         "ups": (unet.ups, "up_blocks.{}", "upsamplers"),
@@ -329,24 +278,6 @@ def _transformer(block: TransformerBlock, ours: str, theirs: str) -> Leaves:
     leaves |= linear(f"{ours}.fc1", f"{theirs}.ff.net.0.proj")
     leaves |= linear(f"{ours}.fc2", f"{theirs}.ff.net.2")
     return leaves
-
-
-def _width(level: UNetLevel) -> int:
-    return level.resnets[0].block.conv2.weight.shape[-1]
-
-
-def _heads(block: AttentionBlock | SpatialTransformer) -> int:
-    return (
-        block.num_heads
-        if isinstance(block, AttentionBlock)
-        else block.blocks[0].self_attention.qkv.num_heads
-    )
-
-
-def _attention_function(block: AttentionBlock | SpatialTransformer) -> Any:
-    if isinstance(block, AttentionBlock):
-        return block.attention
-    return block.blocks[0].self_attention.attention
 
 
 def _given_heads(given: Any, channels: list[int], crossed: bool) -> tuple[int, ...]:

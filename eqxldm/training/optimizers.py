@@ -4,19 +4,20 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from ..sharding import is_weight, path_name
+
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the leaves named `weight` (of linear layers and convolutions), False for the rest.
+    """True for the weights of linear layers and convolutions, False for the rest.
 
-    Biases, norms (`scale`, `bias`) and embedding tables (`table`) are not decayed. A rule by
-    name and not by rank: stacked blocks give a bias a second axis.
+    Biases, norms (`scale`, `bias`) and embedding tables (`table`) are not decayed. The rule goes
+    by name (`sharding.is_weight`) and not by rank: stacked blocks give a bias a second axis.
 
     >>> from eqxldm.nn import GroupNorm
     >>> jax.tree.leaves(decay_mask(GroupNorm(4, 2)))
     [False, False]
     """
-    named_weight = lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "weight"
-    return jax.tree_util.tree_map_with_path(named_weight, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_weight(path_name(path)), params)
 
 
 def adamw(

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ..objectives import Context
-from ..sharding import STACKED
+from ..sharding import path_name, stack_name
 from .ema import Decay, update_ema
 
 Metrics = dict[str, Any]  # scalars, and under "norms" an array for each block of the model
@@ -102,11 +102,10 @@ def block_norms(tree: PyTree) -> dict[str, Float[Array, "..."]]:
     """
     squares: dict[str, Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        stacked = STACKED.search(name)
-        part = name[: stacked.end() - 2] if stacked else _part(name)
-        # As products: XLA:CPU fuses a reduction with what made the gradient and computes it again.
-        square = _row_squares(leaf.astype(jnp.float32), 1 if stacked else 0)
+        name = path_name(path)
+        stack = stack_name(name)
+        part = _part(name) if stack is None else stack
+        square = _row_squares(leaf.astype(jnp.float32), 0 if stack is None else 1)
         squares[part] = squares[part] + square if part in squares else square
     return {part: jnp.sqrt(square) for part, square in squares.items()}
 

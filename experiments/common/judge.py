@@ -18,9 +18,9 @@ from jaxtyping import Float, Int, UInt8
 from eqxldm.data import to_float
 from eqxldm.durable import replacing
 from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
-from eqxldm.models import ConvClassifier
 
 from .batching import map_images
+from .classifier import ConvClassifier
 
 Images = UInt8[np.ndarray, "n h w c"]
 VALUES = 2**23  # that PSNR and SSIM see at a time

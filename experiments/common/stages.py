@@ -12,7 +12,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
-from eqxldm.models import AutoencoderKL, ConvClassifier, PatchDiscriminator
+from eqxldm.models import AutoencoderKL, PatchDiscriminator
 from eqxldm.training import (
     AutoencoderState,
     adamw,
@@ -22,6 +22,7 @@ from eqxldm.training import (
     make_autoencoder_step,
 )
 
+from .classifier import ConvClassifier
 from .run import RunFolder
 from .streams import Seeded, stage_key
 from .terminal import UserError

@@ -8,8 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from eqxldm import models, nn, pretrained
-from eqxldm.models import AutoencoderKL, ConvClassifier, DiT
+from eqxldm import models, nn
+from eqxldm.models import AutoencoderKL, DiT
 from eqxldm.sharding import check_batch
 from eqxldm.training import (
     constant,
@@ -18,6 +18,7 @@ from eqxldm.training import (
     l2_distance,
     power_function,
 )
+from experiments.common.classifier import ConvClassifier
 
 from ..common import options
 from ..common.diffusion import (
@@ -384,9 +385,9 @@ def check_diffusion(config: Config) -> None:
 def dit_sizes(config: DiTConfig) -> dict[str, Any]:
     """The published size's depth, width, heads and patch, or what was given instead."""
     dit = eqx.filter_eval_shape(MODELS[config.model], (4, 32, 32), key=jax.random.key(0))
-    published = pretrained.dit.config(dit)
+    published = dit.config
     given = {name: getattr(config, name) for name in ("depth", "width", "num_heads", "patch_size")}
-    return {name: published[name] if n is None else n for name, n in given.items()}
+    return {name: getattr(published, name) if n is None else n for name, n in given.items()}
 
 
 def make_dit(

@@ -12,8 +12,9 @@ from jaxtyping import Int, UInt8
 
 from eqxldm.data import ImageSource, to_float, to_uint8
 from eqxldm.durable import replacing
-from eqxldm.models import AutoencoderKL, ConvClassifier
+from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import batch_sharding
+from experiments.common.classifier import ConvClassifier
 
 from ..common.batching import map_images
 from ..common.diffusion import SamplingConfig, check_sampling

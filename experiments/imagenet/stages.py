@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from eqxldm import models
 from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import Latents, latent_batches, latent_header, open_latents, write_latents
-from eqxldm.models import AutoencoderKL, ConvClassifier
+from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import build_placed, own_rows, shardings
 from eqxldm.training import (
     adamw,
@@ -23,6 +23,7 @@ from eqxldm.training import (
     posthoc_ema,
     posthoc_weights,
 )
+from experiments.common.classifier import ConvClassifier
 
 from ..common import stages as shared
 from ..common.judge import classifier_loss

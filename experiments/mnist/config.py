@@ -6,7 +6,8 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 
-from eqxldm.models import ConvClassifier, DiT, UNet
+from eqxldm.models import DiT, UNet
+from experiments.common.classifier import ConvClassifier
 
 from ..common import options
 from ..common.diffusion import Diffusion, PathName, PredictionName, WeightName, named_diffusion

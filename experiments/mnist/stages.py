@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from eqxldm.data import Batches, cache_dir, image_batches, to_float
 from eqxldm.digests import digest
 from eqxldm.durable import replacing
-from eqxldm.models import AutoencoderKL, ConvClassifier
+from eqxldm.models import AutoencoderKL
 from eqxldm.training import (
     adamw,
     exponential,
@@ -25,6 +25,7 @@ from eqxldm.training import (
     make_train_step,
     measure_latents,
 )
+from experiments.common.classifier import ConvClassifier
 
 from ..common import stages as shared
 from ..common.batching import map_images

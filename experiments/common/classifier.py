@@ -1,12 +1,11 @@
-"""A small convolutional classifier: the judge of generated digits."""
+"""A small convolutional classifier, whose features measure generated images."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..nn.conv import Conv
-from ..nn.linear import Linear
+from eqxldm.nn import Conv, Linear
 
 
 class ConvClassifier(eqx.Module):
