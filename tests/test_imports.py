@@ -39,7 +39,7 @@ DIFFUSION = {
     },
 }
 LAYERS = {
-    "nn": {"nn"},
+    "nn": {"nn", "sharding"},
     "models": {"nn", "models"},
     "pretrained": {"nn", "models", "pretrained", "durable"},
 }
@@ -86,7 +86,8 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relat
 
 def test_the_reader_sees_imports(tmp_path):
     assert own(ROOT / "sampling.py") == DIFFUSION["sampling"]
-    assert own(ROOT / "models" / "dit.py") == {"nn"}
+    assert own(ROOT / "models" / "tiling.py") == {"models"}
+    assert own(ROOT / "nn" / "stack.py") == {"nn", "sharding"}
     assert "nn" in own(ROOT / "__init__.py")
 
 

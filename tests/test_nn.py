@@ -287,7 +287,7 @@ def test_wrong_sizes_say_what_is_wrong(call, message, key):
             "value",
         ),
         (lambda k: nn.modulate(jnp.ones((4, 8)), jnp.ones(8), jnp.ones(4)), "scale"),
-        (lambda k: nn.patchify(jnp.ones((4, 8)), 2), "x"),
+        (lambda k: nn.patchify(jnp.ones((4, 8), int), 2), "x"),
         (lambda k: nn.GroupNorm(8, 4)(jnp.ones((4, 8))), "x"),
         (lambda k: nn.Conv(3, 4, 3, key=k)(jnp.ones((1, 4, 4, 3))), "x"),
         (lambda k: nn.LabelEmbedding(5, 8, key=k)(jnp.array(1.0)), "label"),

@@ -88,8 +88,8 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 2}
         ("blocks.stacked.fc1.weight", P(None, "tensor", "fsdp")),
         ("blocks.stacked.fc1.bias", P(None, "tensor")),
         ("blocks.stacked.fc2.weight", P(None, "fsdp", "tensor")),
-        ("blocks.modulation.linear.weight", P(None, "fsdp")),  # (28, 6912, 1152)
-        ("blocks.modulation.linear.bias", P()),  # small
+        ("blocks.stacked.modulation.linear.weight", P(None, "fsdp")),  # (28, 6912, 1152)
+        ("blocks.stacked.modulation.linear.bias", P()),  # small
         ("embed_cond.table", P(None, "fsdp")),  # (1001, 1152): 1001 does not divide
         ("patch_embedding.weight", P()),  # small
         ("final_modulation.linear.weight", P("fsdp")),
@@ -179,6 +179,7 @@ def test_a_parameter_of_a_renamed_field_has_no_rule(field):
 
 def test_every_rule_is_of_a_parameter_of_a_model():
     used = {sharding.parameter_rule(n) for names in shipped().values() for n in names}
+    used |= {sharding.parameter_rule("attention.query.bias")}  # of CrossAttention(qkv_bias=True)
     assert [rule for rule in sharding.RULES if rule not in used] == []
 
 

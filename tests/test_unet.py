@@ -325,6 +325,6 @@ def test_a_condition_that_is_no_label_cannot_be_written_down(tmp_path):
     unet = small(embed_cond=nn.Linear(5, 32, key=KEY))
     assert run(unet, jnp.ones((2, 4, 4)), T, jnp.ones(5)).shape == (2, 4, 4)
     with pytest.raises(
-        pretrained.WeightsError, match=r"UNet: embed_cond = .* cannot be written down"
+        pretrained.WeightsError, match=r"UNetConfig: embed_cond = .* cannot be written down"
     ):
         pretrained.save(unet, tmp_path / "a.safetensors")

@@ -100,7 +100,8 @@ class Decoder(eqx.Module):
     patch_size: int = eqx.field(static=True)
 
     def __init__(self, config: "AutoencoderConfig", *, key):
-        channels, blocks, groups = config.channels, config.decoder_blocks, config.groups
+        channels, groups = config.channels, config.groups
+        blocks: Any = config.decoder_blocks  # an AutoencoderKL has filled it in
         keys = iter(jax.random.split(key, 6 + len(channels) * (2 * blocks + 1)))
         patch_size = self.patch_size = config.patch_size
         in_channels, out_channels = config.latent_channels, config.in_channels

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ..nn.embeddings import TimeEmbedding
 from ..nn.patchify import patch_grid
 from .dit import DiT
 from .dit_blocks import CrossAttentionDiTBlock, DiTBlock
@@ -48,7 +49,7 @@ def multiply_adds(dit: DiT, context_tokens: int = 0) -> int:
     time, the last adaLN. `context_tokens` of the condition are joined to the `n` in the blocks, or,
     in a `CrossAttentionDiTBlock`, are what `2 n d^2` and `2 m d^2` and two matmuls of `n m d` more
     attend to. Left out: softmax, activations, biases, gates, sums, `qk_norm`, `rope`, the lookup of
-    the label, and `embed_cond`. A training step is three times as many, four if everything is
+    the label, `embed_cond` and time embeddings of your own. A training step is three times as many, four if everything is
     recomputed.
 
     This is the convention of the "Gflops" in the paper of DiT (Peebles & Xie 2023, table 4). All
@@ -81,5 +82,6 @@ def multiply_adds(dit: DiT, context_tokens: int = 0) -> int:
     ends = patches * size(dit.patch_embedding, dit.final_linear)
     vectors = size(dit.final_modulation.linear)
     for times in (dit.time_embedding, dit.step_embedding):
-        vectors += 0 if times is None else size(times.linear1, times.linear2)
+        if isinstance(times, TimeEmbedding):
+            vectors += size(times.linear1, times.linear2)
     return dit.config.depth * per_block + ends + vectors

@@ -185,13 +185,19 @@ class DiT(eqx.Module):
         h: Float[Array, ""] | float | None = None,
         key: PyTree | None = None,
     ) -> Float[Array, "c_out *spatial"]:
+        if x_t.shape[1:] == self.shape:
+            raise ValueError(
+                f"DiT: x_t of shape {x_t.shape} is a batch of {len(x_t)}, and the network takes "
+                "one example: jax.vmap(dit)(x_t, t, cond)."
+            )
         if x_t.shape != self.shape:
             raise ValueError(f"DiT: x_t must have shape {self.shape}, got {x_t.shape}.")
         grid, _ = patch_grid(self.shape[1:], self.patch_size)
         # Time and condition in float32, rounded once.
         time = embed_times("DiT", self.time_embedding, self.step_embedding, t, h)
         conditioning = embed_condition("DiT", time, self.embed_cond, cond)
-        c = conditioning.vector.astype(x_t.dtype)
+        c: Any = conditioning.vector
+        c = c.astype(x_t.dtype)
         x = self.patch_embedding(patchify(x_t, self.patch_size))
         x = x + jnp.asarray(sincos_positions(grid, x.shape[-1]), x.dtype)
         x, context, before = self._joined(x, conditioning, grid)
@@ -205,12 +211,12 @@ class DiT(eqx.Module):
     ) -> tuple[Float[Array, "n2 d"], Context, int]:
         """The sequence that the blocks see, their context, and how many tokens stand before the
         patches."""
-        rope, tokens, mask = self.config.rope, conditioning.tokens, conditioning.mask
-        joint = tokens is not None and getattr(self.blocks.stacked, "joint", True)
-        before = len(tokens) if joint else 0
+        rope, mask, before = self.config.rope, conditioning.mask, 0
+        tokens = conditioning.tokens
         if tokens is not None:
             tokens = tokens.astype(x.dtype)
-        if joint:
+        if tokens is not None and getattr(self.blocks.stacked, "joint", True):
+            before = len(tokens)
             if tokens.shape[1] != x.shape[1]:
                 raise ValueError(
                     f"DiT: tokens that are joined to the patches must have the width "
@@ -256,7 +262,7 @@ def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads:
     """The constructor of one size of the paper (Peebles & Xie 2023, tables 1 and 4)."""
 
     def make(
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_classes: int | None = 1000,
         learn_sigma: bool = True,
         *,

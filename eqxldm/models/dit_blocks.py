@@ -115,7 +115,8 @@ class CrossAttentionDiTBlock(eqx.Module):
         key,
     ):
         k1, k2, k3, k4, k5, k6 = jax.random.split(key, 6)
-        hidden, options = int(width * mlp_ratio), dict(qk_norm=qk_norm, attention=attention)
+        hidden = int(width * mlp_ratio)
+        options: dict[str, Any] = dict(qk_norm=qk_norm, attention=attention)
         size = width if context_size is None else context_size
         self.attention = SelfAttention(width, num_heads, **options, key=k1)
         cross = CrossAttention(width, size, num_heads=num_heads, **options, key=k5)

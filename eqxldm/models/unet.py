@@ -148,7 +148,8 @@ class UNet(eqx.Module):
         sizes |= dict(context_size=context_size, embed_cond=embed_cond)
         config = _completed(make_record(UNetConfig, "UNet", sizes | options))
         levels, groups, norm_eps = len(channels), config.groups, config.norm_eps
-        num_heads, d = config.num_heads, config.time_width
+        num_heads: Any = config.num_heads  # one a level and a width: `_completed` saw to it
+        d: Any = config.time_width
         keys = iter(jax.random.split(key, 16 + 4 * levels * (blocks + 2)))
 
         def resnet(width: int, out: int) -> ConditionedResnetBlock:
@@ -234,7 +235,8 @@ class UNet(eqx.Module):
             )
         time = embed_times("UNet", self.time_embedding, self.step_embedding, t, h)
         conditioning = self._embedded(time, cond)
-        c, tokens = conditioning.vector.astype(x_t.dtype), conditioning.tokens
+        c: Any = conditioning.vector
+        c, tokens = c.astype(x_t.dtype), conditioning.tokens
         context = (None if tokens is None else tokens.astype(x_t.dtype), conditioning.mask)
 
         x = self.stem(jnp.moveaxis(x_t, 0, -1))
@@ -320,17 +322,18 @@ def _completed(config: UNetConfig) -> UNetConfig:
     """The configuration without a default left open, checked."""
     channels, levels = config.channels, len(config.channels)
     num_heads = config.num_heads
+    num_heads = (num_heads,) * levels if isinstance(num_heads, int) else num_heads
     config = replace(
         config,
-        num_heads=(num_heads,) * levels if isinstance(num_heads, int) else num_heads,
+        num_heads=num_heads,
         out_channels=config.in_channels if config.out_channels is None else config.out_channels,
     )
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         in_channels=(config.in_channels,),
         out_channels=(config.out_channels,),
         channels=channels,
         blocks=(config.blocks,),
-        num_heads=config.num_heads,
+        num_heads=num_heads,
         context_size=() if config.context_size is None else (config.context_size,),
     )
     if not channels or min(size for group in sizes.values() for size in group) < 1:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -108,7 +109,7 @@ class Sinusoid:
         >>> Sinusoid().build(8, key=jax.random.key(0))(jnp.array(0.5)).shape
         (8,)
         """
-        options = dict(scale=self.scale, offset=self.offset, frequencies=self.size)
+        options: dict[str, Any] = dict(scale=self.scale, offset=self.offset, frequencies=self.size)
         options |= dict(freq_shift=self.freq_shift, sin_first=self.sin_first)
         return TimeEmbedding(width, **options, init=init, key=key)
 
@@ -167,7 +168,7 @@ class Labels:
 
     def build(self, *, key) -> "LabelEmbedding":
         """The embedding, with random weights."""
-        options = dict(has_null=self.has_null, stddev=self.stddev)
+        options: dict[str, Any] = dict(has_null=self.has_null, stddev=self.stddev)
         return LabelEmbedding(self.num_classes, self.width, **options, key=key)
 
 

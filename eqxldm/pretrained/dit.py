@@ -45,7 +45,8 @@ def with_diffusers_time(dit: DiT) -> DiT:
     1
     """
     sinusoid = replace(dit.config.time_embedding, freq_shift=1)
-    time = with_fields(dit.time_embedding, config=sinusoid)
+    time: Any = dit.time_embedding
+    time = with_fields(time, config=sinusoid)
     config = replace(dit.config, time_embedding=sinusoid)
     return with_fields(dit, time_embedding=time, config=config)
 
@@ -167,7 +168,8 @@ def diffusers_layout(dit: DiT) -> Layout:
 
     >>> import jax
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, key=jax.random.key(0))
-    >>> [part.name for part in diffusers_layout(dit).leaves[".blocks.stacked.attention.qkv.bias"]][:2]
+    >>> parts = diffusers_layout(dit).leaves[".blocks.stacked.attention.qkv.bias"]
+    >>> [part.name for part in parts][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
     """
     depth = dit.config.depth

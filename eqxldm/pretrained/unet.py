@@ -147,7 +147,8 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
     ['DownBlock2D', 'AttnDownBlock2D']
     """
     ours, time = unet.config, unet.config.time_embedding
-    crossed, num_heads, channels = ours.context_size is not None, ours.num_heads, ours.channels
+    crossed, channels = ours.context_size is not None, ours.channels
+    num_heads: Any = ours.num_heads
     levels = zip(channels, num_heads, ours.attention_levels, strict=True)
     sizes = {width // n for width, n, at in levels if at}
     sizes |= {channels[-1] // num_heads[-1]} if ours.middle_attention else set()
@@ -172,7 +173,7 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
         raise WeightsError("UNet: diffusers cannot hold this network: " + "; ".join(why) + ".")
     kind = "CrossAttn" if crossed else "Attn"
     name = lambda plain, at: kind + plain if at else plain
-    table = unet.embed_cond
+    table: Any = unet.embed_cond
     common = dict(
         in_channels=ours.in_channels,
         out_channels=ours.out_channels,
