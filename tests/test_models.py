@@ -217,7 +217,7 @@ def test_dit_refuses_wrong_inputs_by_name():
     dit = small_dit()
     with pytest.raises(ValueError, match=r"x_t must have shape \(3, 4, 8\), got \(3, 8, 4\)"):
         dit(jnp.ones((3, 8, 4)), T, LABEL)
-    with pytest.raises(ValueError, match="is a batch .* one example: jax.vmap"):
+    with pytest.raises(ValueError, match=r"is a batch .* one example: jax\.vmap"):
         dit(LATENT[None], T, LABEL)
     with pytest.raises(TypeCheckError, match="parameter 't'"):
         dit(LATENT, jnp.ones(2), LABEL)

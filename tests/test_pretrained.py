@@ -17,7 +17,7 @@ import pytest
 import safetensors
 
 from eqxldm import pretrained
-from eqxldm.models import DiT, PatchDiscriminator, dit_xl_2, kl_f8
+from eqxldm.models import DiT, dit_xl_2, kl_f8
 from eqxldm.nn import Linear, RMSNorm, patchify, sincos_positions
 from eqxldm.pretrained.files import WEIGHTS, open_safetensors, write_safetensors
 from eqxldm.pretrained.layout import array_leaves, own_layout, tensor_shapes

@@ -49,8 +49,8 @@ def multiply_adds(dit: DiT, context_tokens: int = 0) -> int:
     time, the last adaLN. `context_tokens` of the condition are joined to the `n` in the blocks, or,
     in a `CrossAttentionDiTBlock`, are what `2 n d^2` and `2 m d^2` and two matmuls of `n m d` more
     attend to. Left out: softmax, activations, biases, gates, sums, `qk_norm`, `rope`, the lookup of
-    the label, `embed_cond` and time embeddings of your own. A training step is three times as many, four if everything is
-    recomputed.
+    the label, `embed_cond` and time embeddings of your own. A training step is three times as many,
+    four if everything is recomputed.
 
     This is the convention of the "Gflops" in the paper of DiT (Peebles & Xie 2023, table 4). All
     twelve sizes at 256 x 256 and XL/2 at 512 x 512 come out to the last digit, except B/4: 5.57
