@@ -1,6 +1,7 @@
 """Decoding as ADM does, its centre crop, flips that depend on the record alone."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -165,3 +166,76 @@ def test_flips_depend_on_seed_epoch_and_record_alone():
         assert abs((mask[1:] == mask[:-1]).mean() - 0.5) < bound
         for other in masks[:k]:
             assert abs((mask == other).mean() - 0.5) < bound
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (30, 8), (7, 64)])
+def test_crops_that_are_not_square_fill_both_sides(size):
+    """Of an image of the same shape nothing is cut; of others the middle of the longer side."""
+    h, w = size
+    image = pixels(h * 2, w * 2)
+    means = image.reshape(h, 2, w, 2, 3).mean((1, 3))
+    assert np.abs(center_crop(image, size) - means).max() <= 1
+    wide = np.concatenate(
+        [np.zeros((h, w, 3), np.uint8), pixels(h, w), np.zeros((h, w, 3), "u1")], 1
+    )
+    np.testing.assert_array_equal(center_crop(wide, size), wide[:, w : 2 * w])
+    with pytest.raises(ValueError, match="at least 1, got 0 x 4"):
+        center_crop(image, (0, 4))
+
+
+@pytest.mark.parametrize("shape", [(4000, 1), (1, 65_000), (30_000, 3)])
+def test_lines_take_no_more_than_their_crop(shape):
+    """Enlarged first and cut then, 1 x 4000 pixels are 256 x 1,024,000: 0.8 GB."""
+    image = Image.fromarray(np.full((*shape, 3), 77, np.uint8))
+    begin = time.perf_counter()
+    cropped = decode_and_crop(encoded(image), 256)
+    assert time.perf_counter() - begin < 2
+    assert cropped.shape == (256, 256, 3) and np.all(cropped == 77)
+
+
+def test_elongated_images_are_cut_in_the_middle():
+    ramp = np.arange(2000, dtype=np.float32)[None, :, None].repeat(10, 0).repeat(3, 2)
+    ramp = (ramp / 8).astype(np.uint8)
+    # 200 : 1, more than the bound of 16: within the rounding of the plain way.
+    assert np.abs(center_crop(ramp, 32).astype(int) - reference_crop(ramp, 32)).max() <= 1
+
+
+def test_no_other_format_is_tried():
+    """Pillow hands an EPS file, whatever its name, to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(DataError, match=r"x\.png: .*it is none of JPEG, PNG, WEBP"):
+        decode_image(eps, name="x.png")
+
+
+def test_the_most_pixels_are_an_option():
+    content = encoded(Image.new("L", (30, 20)))
+    assert decode_image(content, max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(DataError, match="30 x 20 pixels are more than max_pixels, 599"):
+        decode_image(content, max_pixels=599)
+
+
+def test_integers_of_32_bits_are_pixels_where_they_fit():
+    image = lambda values: encoded(Image.fromarray(np.array(values, np.int32)), "TIFF")
+    assert decode_image(image([[0, 7, 255]]))[0, :, 1].tolist() == [0, 7, 255]
+    for values in ([[0, 256]], [[-1, 9]], [[0, 2**30]]):
+        with pytest.raises(DataError, match=r"integers of 32 bits go from .* save it with 8 or 16"):
+            decode_image(image(values))
+    floats = encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF")
+    with pytest.raises(DataError, match="its pixels are floats"):
+        decode_image(floats)
+
+
+def test_sixteen_bits_of_a_pgm_keep_the_high_byte():
+    content = b"P5 3 1 65535\n" + np.array([255, 256, 65535], ">u2").tobytes()
+    assert decode_image(content)[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_one_channel_is_luma_and_four_are_opaque():
+    image = pixels(5, 6)
+    grey = decode_image(encoded(Image.fromarray(image)), 1)
+    luma = image @ np.array([0.299, 0.587, 0.114])
+    assert grey.shape == (5, 6, 1) and np.abs(grey[..., 0] - luma).max() <= 1
+    opaque = decode_image(encoded(Image.fromarray(image)), 4)
+    np.testing.assert_array_equal(opaque, np.dstack([image, np.full((5, 6), 255)]))
+    with pytest.raises(ValueError, match="an image file gives 1 to 4, asked for are 5"):
+        decode_image(encoded(RGB), 5)

@@ -169,6 +169,9 @@ def test_parquet_refusals(tmp_path, monkeypatch):
     refused("columns image, label, got picture, label", picture=[image], label=[1])
     refused("got int64 or -1", image=[image] * 2, label=[0, -1])
     refused("with nulls", image=[image] * 2, label=[0, None])
+    refused("label 4294967296 among 2 images", image=[image] * 2, label=[0, 2**32])
+    refused("label 1999999999 among 2 images", image=[image] * 2, label=[0, 1_999_999_999])
+    refused("row 1: expected a text in the column text", image=[image] * 2, text=["x", None])
     refused("classes have no image: 0, 2", image=[image] * 2, label=[1, 3])
     refused(":1: .*only a path", image=[image, {"bytes": None, "path": "x"}], label=[0, 1])
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
@@ -261,6 +264,60 @@ def test_damaged_and_compressed_tars_are_refused(tmp_path):
     tar_of(tmp_path / "images.tar", {"a.png": b"?"})
     with pytest.raises(DataError, match=r"expected a tar of class tars .* got 1 other files"):
         open_images(tmp_path / "images.tar")
+
+
+def test_parquet_without_labels_or_with_captions(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": b"%d" % k, "path": None} for k in range(3)]
+    texts = ["ä", "", "c"]
+
+    def opened(**columns):
+        pq.write_table(pa.table({"image": images, **columns}), tmp_path / "a.parquet")
+        return open_images(tmp_path / "a.parquet")
+
+    plain, one = opened(), opened(label=[0, 0, 0])
+    for source in (plain, one):
+        assert source.class_names == () and source[2][2:] == (None, None)
+    for column in ("text", "caption"):
+        source = opened(**{column: texts}, label=[1, 0, 1])
+        assert source.has_captions and [r.caption for r in source] == texts
+        assert source.class_names == ("0", "1") and source[0].label == 1
+    assert len({plain.digest(), source.digest(), opened(text=["a", "", "c"]).digest()}) == 3
+
+
+def test_a_single_class_tar_has_no_labels(tmp_path):
+    source = open_images(class_tars(tmp_path / "tars", {"cat/1.png": b"?", "cat/2.png": b"!"}))
+    again = open_images(tmp_path / "tars")  # from the index
+    for found in (source, again):
+        assert found.class_names == () and found[1] == (b"!", "cat/2.png", None, None)
+
+
+class Mislabelled:
+    class_names, has_captions = ("cat", "dog"), False
+
+    def __init__(self, label):
+        self.label = label
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return ImageRecord(b"?", "a.png", label=self.label)
+
+    def digest(self):
+        return ""
+
+
+@pytest.mark.parametrize("label", [2, 2**31 - 1, -7, None])
+def test_labels_of_an_array_record_have_names(tmp_path, label):
+    path = tmp_path / "a.arrayrecord"
+    write_array_record(Mislabelled(label), path)
+    with pytest.raises(
+        DataError, match=r"a\.png: its label is -?\d+, but the file names 2 classes"
+    ):
+        open_images(path)[0]
 
 
 def test_array_record_refusals(tmp_path):

@@ -199,3 +199,14 @@ def test_public_names_exist_and_have_docstrings():
     functions = [f for f in exported if getattr(f, "__module__", "").startswith("eqxldm.")]
     assert len(functions) > 30
     assert all(f.__doc__ for f in functions if isinstance(f, type) or hasattr(f, "__code__"))
+
+
+def test_importing_the_data_imports_nothing_optional():
+    """Grain takes longer than all the rest, so that what reads no batch does not wait for it."""
+    code = "import sys, eqxldm.data; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True
+    )
+    assert not set(done.stdout.split()) & (OPTIONAL | {"pyarrow", "array_record"})
+    for name in eqxldm.data._LAZY:
+        assert name in dir(eqxldm.data) and getattr(eqxldm.data, name).__name__ == name

@@ -293,3 +293,38 @@ def test_batches_draw_orientations_and_span_epochs(tmp_path):
         np.testing.assert_array_equal(np.concatenate([b[name] for b in both]), following[name])
     for part in parts:
         part.close()
+
+
+def test_shards_of_another_cache_or_exchanged_are_refused(tmp_path):
+    """Every shard says of which cache it is which one, whatever lies beside it."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    made_from = write(ours)
+    write(theirs, changes={"autoencoder": "def"})
+    first, second = (f"latents-0000{k}-of-00005.arrayrecord" for k in (1, 2))
+    kept = files(ours)
+
+    def refused(match):
+        for attempt in (lambda: open_latents(ours, made_from), lambda: write(ours)):
+            with pytest.raises(DataError, match=match):
+                attempt()
+
+    (ours / first).write_bytes((theirs / first).read_bytes())
+    refused(f"{first}: is no shard of the cache of header.json")
+    (ours / first).write_bytes(kept[second])
+    refused(f"{first}: is shard 2, and named as shard 1")
+    (ours / first).unlink()
+    write(ours)  # which writes it again
+    assert files(ours) == kept
+
+
+def test_without_its_header_a_cache_is_taken_up_or_refused(tmp_path):
+    write(tmp_path)
+    kept = files(tmp_path)
+    (tmp_path / "header.json").unlink()
+    with pytest.raises(DataError, match="is no shard of the cache"):
+        write(tmp_path, changes={"autoencoder": "def"})
+    with pytest.raises(DataError, match=r"latents-00000-of-00005.* is of another cache"):
+        write(tmp_path, changes={"images_per_shard": 6})
+    assert not (tmp_path / "header.json").exists()
+    write(tmp_path)
+    assert files(tmp_path) == kept

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8
 
 from ..errors import DataError
 from ..image_source import ImageRecord, checked_index
@@ -33,7 +33,7 @@ class ImageArrays:
     def __init__(
         self,
         images: UInt8[np.ndarray, "n h w c"],
-        labels: Int[np.ndarray, " n"] | None = None,
+        labels: Integer[np.ndarray, " n"] | None = None,
         *,
         class_names: Sequence[str] = (),
         captions: Sequence[str] | None = None,

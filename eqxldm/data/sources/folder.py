@@ -123,6 +123,7 @@ class _Walk:
         self.names: dict[str, list[str]] = {"": []}
         self._walk("", os.path.realpath(root))
         while self._linked_folders:  # walking one may add some
+            self._linked_folders.sort()
             name = self._linked_folders.pop(0)
             self._follow(name, os.path.realpath(root / name))
         self._add_linked_files()
@@ -160,14 +161,14 @@ class _Walk:
                         "would be read twice. Remove one of the links."
                     )
             self._walk(name, real)
-        elif "/" in name or not self._classes:
+        elif not self._classes or ("/" in name and _top(again) in ("", "..", _top(name))):
             _pass_over(path, self._root / again)
             if "/" not in name:
                 del self.names[name]
-        else:  # passed over, all later labels would be others
+        else:  # a class passed over would shift the labels of those behind it
             raise DataError(
-                f"{path}: is a link to images that are read as {self._root / again}; as two "
-                "classes they would have two labels. Remove the link."
+                f"{path}: is a link to images that are read as {self._root / again}: they would be "
+                "of two classes. Remove the link."
             )
 
     def _add_linked_files(self) -> None:
