@@ -33,16 +33,15 @@ def one(folder, until, mesh=MESH):
 
 FAILS = """
 import sys
-from eqxldm.distributed import barrier, is_primary
-from experiments.train import processes
-from experiments.train.terminal import UserError, run_main
+from experiments.common import processes
+from experiments.common.terminal import UserError, run_main
 processes.GRACE = 1.0
 def main():
     processes.join(processes.Processes(True, sys.argv[1], 2, int(sys.argv[2])))
-    if is_primary():
-        return barrier("never")
+    if processes.is_primary():
+        return processes.barrier("never")
     raise UserError("its disk is full")
-processes.exit_with(lambda: run_main(main))
+processes.leave(lambda: run_main(main))
 """
 
 

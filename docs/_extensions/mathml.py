@@ -64,6 +64,8 @@ def _tidy(parent):
             child.tag = _MATH + "mrow"
             child[1].tag = _MATH + "mo"
             child[1].attrib.update(lspace="0", rspace="0")
+        if child.tag == _MATH + "mo" and child.text == "\u2016":
+            child.set("stretchy", "false")
         if child.tag == _MATH + "mo" and child.text == "/":
             child.attrib.update(lspace="0", rspace="0")
     # A thin space around the name of a function, except beside an operator or a bracket.

@@ -1,0 +1,1 @@
+"""MNIST end to end: autoencoder with discriminator, latent DiT, samples, measures, pictures."""
