@@ -331,7 +331,7 @@ BAD = {
     "processes": (["--process-id", 0], "need --distributed"),
     "nothing": (["--images", "{tmp}/nowhere"], "there is no such file or folder"),
     "empty": (["--images", "{tmp}/empty"], "is empty"),
-    "loose": (["--images", "{images}/cross"], "holds 100 files and no folder"),
+    "loose": (["--images", "{images}/cross"], "holds images without labels"),
     "one class": (["--images", "{tmp}/one"], "without labels"),
     "hollow": (["--images", "{tmp}/hollow"], "1 of 2 classes have no image: dog"),
 }

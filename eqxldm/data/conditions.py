@@ -137,8 +137,10 @@ def stack_conditions(conditions: Sequence[Any], ids: Sequence[str]) -> PyTree[np
 _NARROW = {"int64": np.int32, "uint64": np.uint32, "float64": np.float32}
 
 
-def _leaf(leaf: Any, id: str) -> np.ndarray:
+def _leaf(leaf, id):  # no annotations: they would be compared for every image
     array = np.asarray(leaf)
+    if array.dtype == np.int32:
+        return array
     if array.dtype.kind not in "biuf":
         raise DataError(
             f"{id}: its condition has a leaf of type {type(leaf).__name__} ({array.dtype}); needed "

@@ -148,7 +148,8 @@ def listing_digest(class_names: Sequence[str], rows: Iterable[Row]) -> str:
     return sha.hexdigest()
 
 
-def checked_index(index: SupportsIndex, length: int) -> int:
+# Called for every image, so that it goes without annotations: comparing them takes longer.
+def checked_index(index, length):
     """`index` as an int; `IndexError` outside `0 .. length - 1`, so that iterating ends.
 
     >>> checked_index(np.int64(3), 4)

@@ -71,7 +71,7 @@ class ImageArrays:
         return len(self.images)
 
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
-        i = checked_index(index, len(self))
+        i = checked_index(index, len(self.images))
         label = None if self.labels is None else int(self.labels[i])
         caption = None if self.captions is None else self.captions[i]
         return ImageRecord(self.images[i], f"{self.name}/{i}", label, caption)
