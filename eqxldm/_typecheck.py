@@ -86,8 +86,9 @@ class _Annotations:
             taken = tuple(map(self._take, names, args))
             return taken, {name: self._take(name, value) for name, value in kwargs.items()}
         except _Misfit as misfit:
-            name = str(misfit)
-        raise ArgumentError(explain_argument(self.function, self.hints, name, args, kwargs))
+            name, value = misfit.args
+        message = explain_argument(self.function, self.hints, name, value, args, kwargs)
+        raise ArgumentError(message)
 
     def _take(self, name: str, value: Any) -> Any:
         hint = self.hints.get(name)
@@ -96,7 +97,7 @@ class _Annotations:
         array = as_array(value, hint)
         if array is not value and fits(array, hint):
             return array
-        raise _Misfit(name)
+        raise _Misfit(name, value)
 
     def accept_result(self, result: Any) -> Any:
         """The result; an `ArgumentError` if it is not what was promised."""
@@ -112,7 +113,7 @@ class _Annotations:
 
 
 class _Misfit(Exception):
-    """The name of a parameter whose argument does not fit."""
+    """A parameter and the argument that does not fit it."""
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -124,12 +125,14 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _without_checker(traceback: types.TracebackType | None) -> types.TracebackType | None:
     """The traceback without the frames of this file, which say nothing to who reads it."""
-    if traceback is None:
-        return None
-    rest = _without_checker(traceback.tb_next)
-    if traceback.tb_frame.f_code.co_filename == __file__:
-        return rest
-    return types.TracebackType(rest, traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno)
+    entries: list[types.TracebackType] = []
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != __file__:
+            entries.append(traceback)
+        traceback = traceback.tb_next
+    for entry in reversed(entries):
+        entry.tb_next, traceback = traceback, entry
+    return traceback
 
 
 class _Loader(SourceFileLoader):

@@ -28,11 +28,17 @@ class ArgumentError(TypeCheckError, ValueError):
     Raised by every function of the package, under `jit` while it is traced. An array is written
     as its dtype and shape, a model by the name of its class.
 
-    >>> from eqxldm import kl_to_standard_normal
-    >>> kl_to_standard_normal(jnp.zeros(2), jnp.zeros(3))
+    >>> from eqxldm import Diffusion, LinearFlow, predict_velocity
+    >>> Diffusion(LinearFlow(), predict_velocity).noise(jnp.zeros(2), 0.5, jnp.zeros(3))
     Traceback (most recent call last):
-    eqxldm.argument_errors.ArgumentError: kl_to_standard_normal: wrong argument ...
+    eqxldm.ArgumentError: Diffusion.noise: wrong argument for parameter 'eps'.
+      given:  f32[3]
+      needed: float array like that of x0, (2,)
+      fix:    give the shape that is needed; a batch goes through jax.vmap
     """
+
+
+ArgumentError.__module__ = "eqxldm"  # where it is exported
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -66,15 +72,16 @@ def explain_argument(
     function: Callable[..., Any],
     hints: Mapping[str, Any],
     name: str,
+    value: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> str:
-    """The message for the first argument that does not fit, the one of the parameter `name`."""
+    """The message for the first argument that does not fit: `value`, of the parameter `name`."""
     left_out = _left_out(function, hints, name, args)
     if left_out is not None:
         return _missing(function, hints, left_out, args, kwargs)
     given = _bind(function, args, kwargs)
-    value, hint = given.get(name), hints[name]
+    hint = hints[name]
     with jaxtyped("context"):
         sizes = _sizes(given, hints, name)
         needed = describe_hint(hint, sizes)
@@ -179,6 +186,7 @@ def describe_hint(hint: Any, sizes: Mapping[str, Any]) -> str:
 
 
 def _fixes(function, given, name: str, value: Any, hint: Any) -> Iterator[str]:
+    """What to do about it, as far as the value tells."""
     leaves = list(_array_hints(hint))
     if isinstance(value, type) and isinstance(hint, type) and issubclass(value, hint):
         yield f"make one: {value.__name__}(...)"
@@ -218,6 +226,8 @@ def _fixes(function, given, name: str, value: Any, hint: Any) -> Iterator[str]:
             yield f"a batch? This takes one example: {_vmapped(function, given, name)}"
     elif not one(value.shape) and one((1, *value.shape)):
         yield f"an axis is missing: {name}[None] has the shape {(1, *value.shape)}"
+    elif not one(value.shape):
+        yield "give the shape that is needed; a batch goes through jax.vmap"
 
 
 def _vmapped(function: Callable[..., Any], given: Mapping[str, Any], name: str) -> str:

@@ -20,7 +20,8 @@ def check_time(t: Float[Array, "*t"]) -> Float[Array, "*t"]:
     0.5
     """
     inside = jnp.all((t >= 0) & (t <= 1))
-    return eqx.error_if(t, ~inside, "t must lie in [0, 1] (0 is data, 1 is noise).")
+    message = "t must lie in [0, 1] (0 is data, 1 is noise). Timestep i of T is t = (i + 1) / T."
+    return eqx.error_if(t, ~inside, message)
 
 
 def check_finite(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:

@@ -364,7 +364,10 @@ def check_concrete_time(t: Any) -> Any:
     if not isinstance(t, Tracer):
         seen = np.asarray(t)
         if not np.all((seen >= 0) & (seen <= 1)):
-            raise ValueError(f"t must lie in [0, 1] (0 is data, 1 is noise), got {t}.")
+            raise ValueError(
+                f"t must lie in [0, 1] (0 is data, 1 is noise), got {t}. Timestep i of T is "
+                "t = (i + 1) / T."
+            )
     return t
 
 
