@@ -54,12 +54,15 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with jaxtyped("context"):  # in here a name of an axis means one size
                 args, kwargs = annotations.accept(args, kwargs)
-                return annotations.accept_result(function(*args, **kwargs))
+                try:
+                    result = function(*args, **kwargs)
+                except TypeError:  # which may come from the function, or from the call itself
+                    annotations.check_binding(args, kwargs)
+                    raise
+                return annotations.accept_result(result)
         except Exception as error:
             error.__traceback__ = _without_checker(error.__traceback__)
-            if isinstance(error, TypeError) and not isinstance(error, ArgumentError):
-                annotations.check_binding(args, kwargs)
-            raise
+            raise  # which adds no frame either
 
     return checked
 

@@ -65,7 +65,10 @@ def as_array(value: Any, hint: Any) -> Any:
         return np.asarray(value) if concrete or isinstance(value, _NUMBERS) else value
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if all(leaf.dtype is Float for leaf in leaves) else value
-    return jnp.asarray(value) if isinstance(value, _NUMBERS | np.ndarray) else value
+    if isinstance(value, _NUMBERS):
+        with jax.ensure_compile_time_eval():  # under jit a number stays one that can be looked at
+            return jnp.asarray(value)
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def explain_argument(
@@ -117,7 +120,8 @@ def explain_binding(
     for name in _required(function):
         if name not in given:
             return _missing(function, hints, name, args, kwargs)
-    values = ", ".join(describe_value(v) for k, v in given.items() if k != "self")
+    passed = [*args[list(parameters)[:1] == ["self"] :], *kwargs.values()]
+    values = ", ".join(map(describe_value, passed))
     needed = ", ".join(p for p in parameters if p != "self")
     return _lines(f"{_title(function)}: {reason}.", values, needed, _help(function))
 

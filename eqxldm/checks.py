@@ -37,8 +37,8 @@ def checked(denoiser: Denoiser) -> Denoiser:
     """The denoiser with its time, its input and its output checked at every call.
 
     `sample(checked(denoiser), ...)` stops at the step where a NaN appears, and says whether it
-    came in or went out. Of an argument that the denoiser does not use, the check may be left out
-    by the compiler.
+    came in or went out; a label that has no row in the network's table comes out as NaN. Of an
+    argument that the denoiser does not use, the check may be left out by the compiler.
 
     >>> denoiser = checked(lambda x_t, t, cond, key=None: 2 * x_t)
     >>> denoiser(jnp.ones(2), jnp.array(0.5), None)

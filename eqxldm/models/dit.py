@@ -97,8 +97,9 @@ class DiT(eqx.Module):
     the time, the norms' statistics and the softmax are float32. `config` is its `DiTConfig`.
 
     **Raises** `ValueError` for a size that does not divide, on construction, and for an `x_t` of
-    another shape, a `cond` or an `h` that the network was not made for. A label outside the table
-    gives NaN; `nn.check_label` raises.
+    another shape, a `cond` or an `h` that the network was not made for, a time outside
+    [0, 1] and a label outside the table. Where it is traced such a label gives NaN, and
+    `eqxldm.checked` and `nn.check_label` raise when the program runs.
 
     >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, num_classes=10,
     ...           key=jax.random.key(0))

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 
@@ -70,11 +71,17 @@ def embed_times(
 
     `h = t - s >= 0` is the step that a flow map takes; None is 0, where the network is a denoiser.
 
-    **Raises** `ValueError` for an `h` given to a network of one time.
+    **Raises** `ValueError` for an `h` given to a network of one time, and for a `t` outside
+    [0, 1] that is not traced.
 
     >>> embed_times("DiT", lambda t: t * jnp.ones(2), None, jnp.array(0.5), None)
     Array([0.5, 0.5], dtype=float32)
     """
+    if not isinstance(t, Tracer) and not 0 <= float(t) <= 1:
+        raise ValueError(
+            f"{name}: t must lie in [0, 1] (0 is data, 1 is noise), got {float(t):g}. Timestep i "
+            "of T is t = (i + 1) / T."
+        )
     time = time_embedding(t)
     if step_embedding is not None:
         step = jnp.zeros_like(t) if h is None else jnp.asarray(h, t.dtype)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .dtypes import at_least_float32
@@ -176,9 +177,10 @@ class LabelEmbedding(eqx.Module):
     """A table with one row a class and one more, row `num_classes`, for "no label".
 
     That last row is the learned null condition of classifier-free guidance; `has_null=False`
-    leaves it out. Rows start as `N(0, stddev^2)`, as DiT's do by default. Labels must lie in
-    `0 .. num_classes`; under jit nothing can be raised, so a label outside gives NaNs and not
-    somebody else's row. `check_label` raises.
+    leaves it out. Rows start as `N(0, stddev^2)`, as DiT's do by default.
+
+    **Raises** `ValueError` for a label that has no row. Where the label is traced nothing can be
+    raised, so one outside gives NaNs and not somebody else's row; `check_label` raises there too.
 
     >>> embedding = LabelEmbedding(10, 16, key=jax.random.key(0))
     >>> embedding(embedding.null).shape
@@ -212,7 +214,11 @@ class LabelEmbedding(eqx.Module):
         return jnp.array(self.num_classes)
 
     def __call__(self, label: Int[Array, ""]) -> Float[Array, " d"]:
-        label = jnp.where(label < 0, self.table.shape[0], label)  # -1 must not wrap around
+        rows = self.table.shape[0]
+        if not isinstance(label, Tracer) and not 0 <= int(label) < rows:
+            null = f", where {self.num_classes} means no label" if self.config.has_null else ""
+            raise ValueError(f"label must lie in 0 .. {rows - 1}{null}; got {int(label)}.")
+        label = jnp.where(label < 0, rows, label)  # -1 must not wrap around
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan)
 
 
