@@ -29,75 +29,102 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # XLA:CPU allocates its temporaries anew for each step; huge pages make that 5 % faster (glibc).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-RUN = .venv/bin/python -m experiments.mnist
-# Options as make variables.
+JOB = .venv/bin/python -m experiments.train
+# Options as make variables. The prompt goes by the environment, as it can hold any character.
+export PROMPT
 WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER))
-SAMPLE = $(if $(LABEL),--label $(LABEL)) $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
-	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER)) \
-	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
-EVALUATE = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) \
-	$(if $(GUIDANCE),--guidance $(GUIDANCE)) $(if $(SOLVER),--solver $(SOLVER))
-
-IMAGENET = .venv/bin/python -m experiments.imagenet
-FROM = $(if $(IMAGES),--images $(IMAGES)) $(if $(TEST_IMAGES),--test-images $(TEST_IMAGES))
-ON = $(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips $(LPIPS)) $(if $(SMOKE),--preset smoke)
-WITH = $(FROM) $(ON) $(if $(VAE),--vae $(VAE)) $(if $(MODEL),--dit.model $(MODEL))
+FROM = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
+ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
+	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
+WITH = $(WHICH) $(FROM) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
+	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(ARGS)
+HOW = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) $(if $(GUIDANCE),--guidance $(GUIDANCE)) \
+	$(if $(SOLVER),--solver $(SOLVER))
+SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
+	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out "$(OUT)") $(ARGS)
+EVALUATE = $(WHICH) $(FROM) $(HOW) $(ARGS)
+IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--update) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train-mnist sample-mnist evaluate-mnist train-fashion-mnist sample-fashion-mnist \
-	evaluate-fashion-mnist compare-mnist train-imagenet train-autoencoder train-cifar10 \
-	sample-imagenet evaluate-imagenet sample-cifar10 evaluate-cifar10 bench-solvers bench-mixture \
-	bench bench-accelerator bench-data scaling tpu-check tpu-pieces gpu-check test test-parity \
-	test-soak lint format typecheck pins docs docs-serve clean
+.PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
+	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
+	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder compare-mnist bench-solvers \
+	bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces gpu-check test \
+	test-parity test-soak lint format typecheck pins docs docs-serve clean
+
+##@ To train and to sample
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
+	@echo "  $(JOB) train --help lists them."
 	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
 
-train-mnist: $(RUNTIME) ## train on MNIST, sample, measure; DENOISER=unet SPACE=pixel
-	$(RUN) train $(WHICH) $(ARGS)
+train: $(RUNTIME) ## on your own pictures: IMAGES=folder SIZE="64 96" CHANNELS=1 EVAL_EVERY=500
+	$(JOB) train --preset $(or $(PRESET),images) $(WITH)
 
-sample-mnist: $(RUNTIME) ## sample from the run: LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0
-	$(RUN) sample $(WHICH) $(SAMPLE) $(ARGS)
+sample: $(RUNTIME) ## from that run: PROMPT="a red boat" LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SEED=0
+	$(JOB) sample --preset $(or $(PRESET),images) $(SAMPLE)
+
+evaluate: $(RUNTIME) ## measure N samples of that run
+	$(JOB) evaluate --preset $(or $(PRESET),images) $(EVALUATE)
+
+train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel
+	$(JOB) train --preset mnist $(WITH)
+
+sample-mnist: $(RUNTIME) ## LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0 OUT=a.png
+	$(JOB) sample --preset mnist $(SAMPLE)
 
 evaluate-mnist: $(RUNTIME) ## measure 10,000 samples of the run, or N
-	$(RUN) evaluate $(WHICH) $(EVALUATE) $(ARGS)
+	$(JOB) evaluate --preset mnist $(EVALUATE)
 
 train-fashion-mnist: $(RUNTIME) ## the same on Fashion-MNIST
-	$(RUN) train --dataset fashion-mnist $(WHICH) $(ARGS)
+	$(JOB) train --preset fashion-mnist $(WITH)
 
 sample-fashion-mnist: $(RUNTIME) ## as sample-mnist
-	$(RUN) sample --dataset fashion-mnist $(WHICH) $(SAMPLE) $(ARGS)
-
-compare-mnist: $(RUNTIME) ## the comparison behind the defaults of the DiT (20 minutes)
-	.venv/bin/python -m experiments.mnist.compare $(ARGS)
+	$(JOB) sample --preset fashion-mnist $(SAMPLE)
 
 evaluate-fashion-mnist: $(RUNTIME) ## as evaluate-mnist
-	$(RUN) evaluate --dataset fashion-mnist $(WHICH) $(EVALUATE) $(ARGS)
-
-train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MESH=fsdp=8; SMOKE=1 makes its own images
-	$(IMAGENET) train $(WITH) $(ARGS)
-
-train-autoencoder: $(RUNTIME) ## the autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
-	$(IMAGENET) autoencoder $(FROM) $(ON) $(ARGS)
+	$(JOB) evaluate --preset fashion-mnist $(EVALUATE)
 
 train-cifar10: $(RUNTIME) ## 32 x 32 colour on two cores: IMAGES=folder TEST_IMAGES=folder
-	$(IMAGENET) train --preset cifar10 $(WITH) $(ARGS)
+	$(JOB) train --preset cifar10 $(WITH)
+
+sample-cifar10: $(RUNTIME) ## as sample-mnist
+	$(JOB) sample --preset cifar10 $(SAMPLE)
+
+evaluate-cifar10: $(RUNTIME) ## as evaluate-mnist
+	$(JOB) evaluate --preset cifar10 $(EVALUATE)
+
+train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MESH=fsdp=8; SMOKE=1 makes its own images
+	$(JOB) train $(IMAGENET) $(WITH)
 
 sample-imagenet: $(RUNTIME) ## LABEL=207 N=16 STEPS=250 GUIDANCE=4.0 SOLVER=ddpm SEED=0; SMOKE=1
-	$(IMAGENET) sample $(if $(SMOKE),--preset smoke) $(SAMPLE) $(ARGS)
+	$(JOB) sample $(IMAGENET) $(SAMPLE)
 
-evaluate-imagenet: $(RUNTIME) ## measure N samples of the run: IMAGES=folder; SMOKE=1
-	$(IMAGENET) evaluate $(if $(SMOKE),--preset smoke) $(FROM) $(EVALUATE) $(ARGS)
+evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
+	$(JOB) evaluate $(IMAGENET) $(EVALUATE)
 
-sample-cifar10: $(RUNTIME) ## as sample-imagenet
-	$(IMAGENET) sample --preset cifar10 $(SAMPLE) $(ARGS)
+train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
+	$(JOB) autoencoder $(IMAGENET) $(FROM) $(ON) $(ARGS)
 
-evaluate-cifar10: $(RUNTIME) ## as evaluate-imagenet
-	$(IMAGENET) evaluate --preset cifar10 $(FROM) $(EVALUATE) $(ARGS)
+compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
+	.venv/bin/python -m experiments.train.compare $(ARGS)
+
+docs: $(DOCS) ## build the documentation into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
+
+clean: ## delete the environment and all caches of the folder; runs/ stays
+	rm -rf .venv .venv-parity .venv-tpu .venv-gpu .pytest_cache .hypothesis .ruff_cache .jax_cache .docs_cache site dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+##@ To develop
 
 bench-solvers: $(RUNTIME) ## what each solver costs beside the network, in passes over the state
 	.venv/bin/python benchmarks/solvers.py
@@ -153,16 +180,6 @@ pins: $(RUNTIME) ## renew constraints/ with the newest versions that fit pyproje
 		--output-file constraints/python$$minor.txt; done
 	sed -i.bak -e "/python_full_version >= '3.12'/d" -e "s/ ; python_full_version .*//" constraints/python3.11.txt
 	rm constraints/*.bak
-
-docs: $(DOCS) ## build the documentation into site/, warnings as errors
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-
-docs-serve: $(DOCS) ## show the documentation at http://127.0.0.1:8000
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
-
-clean: ## delete the environment and all caches of the folder; runs/ stays
-	rm -rf .venv .venv-parity .venv-tpu .venv-gpu .pytest_cache .hypothesis .ruff_cache .jax_cache .docs_cache site dist *.egg-info
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python .venv-parity/bin/python .venv-tpu/bin/python .venv-gpu/bin/python: %/bin/python:
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

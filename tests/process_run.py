@@ -14,9 +14,10 @@ import eqxldm as ex
 from eqxldm import sharding, training
 from eqxldm.data import Batches
 from eqxldm.models import DiT
-from experiments.common.loop import Keep, train_stage
-from experiments.common.run import RunFolder
-from experiments.common.terminal import Interrupted, Signals
+from experiments.train.loop import Settings, run_stage
+from experiments.train.run import RunFolder
+from experiments.train.telemetry import Telemetry
+from experiments.train.terminal import Interrupted, Signals
 
 from helpers import filled
 
@@ -80,10 +81,10 @@ def main():
     run.path.mkdir(parents=True, exist_ok=True)
     signals = Signals()
     try:
-        state, _ = train_stage(
-            "stage", [(options.until, step)], jax.device_get(state), batches, batch_size=BATCH,
-            key=jax.random.key(2), mesh=mesh, run=run, signals=signals, log_every=2,
-            keep=Keep(save_every=100),
+        state, _ = run_stage(
+            "stage", [(options.until, step)], jax.device_get(state), batches,
+            Settings(BATCH, save_every=100, log_every=2),
+            key=jax.random.key(2), mesh=mesh, run=run, signals=signals, telemetry=Telemetry(run),
         )  # fmt: skip
     except Interrupted as stop:
         print(json.dumps({"stopped": stop.signum, "seen": reader.seen}), flush=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-SMALL = """--size 16 --checkpoint-every 15 --reference 40 --classifier.steps 60
+SMALL = """--size 16 16 --checkpoint-every 15 --reference 40 --classifier.steps 60
     --classifier.batch-size 16 --classifier.channels 8 --classifier.features 16
     --autoencoder.steps 90 --autoencoder.batch-size 8 --autoencoder.gan-start 45
     --autoencoder.channels 8 8 --autoencoder.groups 4 --autoencoder.discriminator-channels 4
@@ -31,7 +31,7 @@ STAGES = ("classifier", "autoencoder", "diffusion")
 
 
 def start(run):
-    command = [sys.executable, "-m", "experiments.imagenet", "train", "--preset", "smoke"]
+    command = [sys.executable, "-m", "experiments.train", "train", "--preset", "smoke"]
     return subprocess.Popen(
         [*command, *SMALL, "--run-dir", str(run)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},

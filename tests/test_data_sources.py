@@ -457,7 +457,7 @@ def test_all_sources_failing_lists_each_with_its_reason(tmp_path, mirror, monkey
     assert got[5] == f"  - folder {tmp_path / 'debian'}: there is no such folder"
     assert got[6].startswith("  - Debian package dataset-tiny")
     assert got[6].endswith(": apt-get is not installed")
-    assert got[7].startswith(f"Download {', '.join(NAMES)}") and "--data-dir" in got[7]
+    assert got[7].startswith(f"Download {', '.join(NAMES)}") and "--images" in got[7]
     assert len(got) == 8 and len(lines) == 10
 
 

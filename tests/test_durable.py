@@ -11,8 +11,8 @@ import pytest
 from eqxldm import pretrained
 from eqxldm.data.sources.arrayrecord import writing_records
 from eqxldm.durable import replacing
-from experiments.common.figures import save_png
-from experiments.common.run import write_json
+from experiments.train.figures import save_png
+from experiments.train.run import write_json
 
 from helpers import small_autoencoder
 

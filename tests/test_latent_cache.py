@@ -328,3 +328,21 @@ def test_without_its_header_a_cache_is_taken_up_or_refused(tmp_path):
     assert not (tmp_path / "header.json").exists()
     write(tmp_path)
     assert files(tmp_path) == kept
+
+
+def test_a_cache_without_mirror_images_encodes_each_image_once(tmp_path):
+    seen = []
+
+    def counting(images):
+        seen.append(len(images))
+        return moments(images)
+
+    write(tmp_path / "one", encode=counting, changes={"mirrored": False})
+    write(tmp_path / "two")
+    one, two = open_latents(tmp_path / "one"), open_latents(tmp_path / "two")
+    assert len(one) == len(two) == N and len(seen) == 2 + 2 + 2 + 2 + 1  # batches of a shard
+    indices, plain = np.arange(N), np.zeros(N, bool)
+    for name, values in one.read(indices, plain).items():
+        np.testing.assert_array_equal(values, two.read(indices, plain)[name])
+    with pytest.raises(ValueError, match="has no mirror images"):
+        one.read(indices, ~plain)

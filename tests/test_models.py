@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 
 from eqxldm.models import AutoencoderKL, DiT, Posterior
 from eqxldm.models.dit import DiTBlock
-from experiments.common.classifier import ConvClassifier
+from experiments.train.classifier import ConvClassifier
 
 from helpers import (
     named_leaves,

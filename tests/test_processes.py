@@ -33,15 +33,16 @@ def one(folder, until, mesh=MESH):
 
 FAILS = """
 import sys
-from experiments.common import processes
-from experiments.common.terminal import UserError, run_main
+from eqxldm.distributed import barrier, is_primary
+from experiments.train import processes
+from experiments.train.terminal import UserError, run_main
 processes.GRACE = 1.0
 def main():
     processes.join(processes.Processes(True, sys.argv[1], 2, int(sys.argv[2])))
-    if processes.is_primary():
-        return processes.barrier("never")
+    if is_primary():
+        return barrier("never")
     raise UserError("its disk is full")
-processes.leave(lambda: run_main(main))
+processes.exit_with(lambda: run_main(main))
 """
 
 

@@ -1,4 +1,4 @@
-"""What a run compiles, for a mesh of any devices: the steps of `experiments/imagenet`, the sampler.
+"""What a run compiles, for a mesh of any devices: the steps of `experiments/train`, the sampler.
 
 The steps are made by the functions that the run itself calls, with its presets.
 """
@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqxldm import models, sharding
 from eqxldm.training import MeanDistance
-from experiments.common.diffusion import check_sampling
-from experiments.common.sampling import make_sampler
-from experiments.common.spaces import posterior_draw
-from experiments.imagenet import autoencoder, config as cfg, stages
+from experiments.train import autoencoder, config as cfg, diffusion, methods
+from experiments.train.conditions import Labels
+from experiments.train.networks import make_denoiser
+from experiments.train.presets import preset
+from experiments.train.sampling import Sampler
 
 from .flops import count_flops
 
@@ -54,13 +55,13 @@ class Program(NamedTuple):
         return jitted.lower(*self.arguments)
 
 
-def build(preset: str, mesh: Mesh, **options: Any) -> Program:
+def build(name: str, mesh: Mesh, **options: Any) -> Program:
     """The program of a preset by name."""
-    if preset == "autoencoder":
+    if name == "autoencoder":
         return autoencoder_step(mesh, **options)
-    if preset == "sampler":
+    if name == "sampler":
         return sampler(mesh, **options)
-    return diffusion_step(mesh, preset, **options)
+    return diffusion_step(mesh, name, **options)
 
 
 def diffusion_step(
@@ -74,12 +75,16 @@ def diffusion_step(
     depth: int | None = None,
 ) -> Program:
     """One training step of the published recipe, from a batch of cached posteriors."""
-    config = _config(size, depth)
+    config, condition = _config(size, depth), Labels(CLASSES, CLASSES)
     state, static, optimizer = eqx.filter_eval_shape(
-        lambda: stages.diffusion_state(config, LATENT, CLASSES, remat=remat, attention=attention)
+        lambda: diffusion.diffusion_state(
+            config, LATENT, condition, remat=remat, attention=attention
+        )
     )
-    prepare = posterior_draw(eqx.filter_eval_shape(lambda: models.kl_f8(key=jax.random.key(0))))
-    step = stages.diffusion_step(config, CLASSES, static, optimizer, prepare, grad_accum_steps)
+    space = eqx.filter_eval_shape(lambda: models.kl_f8(key=jax.random.key(0)))
+    step = diffusion.diffusion_step(
+        config, condition, space, static, optimizer, grad_accum_steps=grad_accum_steps
+    )
     moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
     data = dict(mean=moments, logvar=moments, cond=_ints(batch), index=_ints(batch))
     flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))
@@ -88,10 +93,8 @@ def diffusion_step(
 
 def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
     """One adversarial step with LPIPS, from a batch of images larger than the crop."""
-    config = replace(
-        cfg.imagenet256().config,
-        autoencoder=replace(cfg.imagenet256().config.autoencoder, dtype="bfloat16"),
-    )
+    config = preset("imagenet256").config
+    config = replace(config, autoencoder=replace(config.autoencoder, dtype="bfloat16"))
     options = config.autoencoder
     state, statics, optimizers = eqx.filter_eval_shape(
         lambda: autoencoder.autoencoder_state(config)
@@ -99,9 +102,8 @@ def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
     phases = autoencoder.autoencoder_phases(config, statics, optimizers)
     lpips = eqx.filter_eval_shape(lambda: models.LPIPS(key=jax.random.key(0)))
     perceptual = MeanDistance(lpips, options.perceptual_weight)
-    side = options.crop_from or config.size
-    images = jax.ShapeDtypeStruct((batch, side, side, cfg.CHANNELS), jnp.uint8)
-    data = dict(image=images, cond=_ints(batch), index=_ints(batch))
+    shape = (batch, *autoencoder.crop_size(config), config.pictures.channels)
+    data = dict(image=jax.ShapeDtypeStruct(shape, jnp.uint8), index=_ints(batch))
     step = phases[-1][1]
     flops = count_flops(jax.make_jaxpr(step)(state, data, KEY, perceptual))
     return _training(step, mesh, state, data, flops, state.autoencoder.params, perceptual)
@@ -115,14 +117,14 @@ def sampler(
 
     Each device has a copy of the models and draws its part of the batch.
     """
-    config, preset = _config(size), cfg.imagenet256()
-    sampling = replace(preset.sampling, steps=steps or preset.sampling.steps)
-    diffusion = cfg.make_diffusion(config)
-    dtype = cfg.DTYPES[config.diffusion.dtype]
-    draw = make_sampler(diffusion, sampling, LATENT, dtype=dtype)
+    config, found, condition = _config(size), preset("imagenet256"), Labels(CLASSES, CLASSES)
+    sampling = replace(found.sampling, steps=steps or found.sampling.steps)
+    method = methods.make_method(config.diffusion)
+    dtype = methods.DTYPES[config.diffusion.dtype]
+    draw = Sampler(method, sampling, dtype=dtype).function(LATENT, condition.null)
     ae, ae_static = _weights(lambda: models.kl_f8(key=jax.random.key(0)))
     dit, dit_static = _weights(
-        lambda: cfg.make_dit(config, LATENT, CLASSES, remat="nothing", attention=attention)
+        lambda: make_denoiser(config, LATENT, condition, remat="nothing", attention=attention)
     )
 
     def function(params, labels, key):
@@ -131,7 +133,7 @@ def sampler(
 
     decode = lambda params, z: eqx.combine(params, ae_static).decode(z)
     z = jax.ShapeDtypeStruct(LATENT, jnp.float32)
-    calls = 2 * check_sampling(diffusion, sampling)  # with guidance, two of the network each
+    calls = 2 * methods.check_sampling(method, sampling)  # with guidance, two of the network each
     flops = 2 * calls * models.multiply_adds(eqx.combine(dit, dit_static))
     flops = batch * (flops + count_flops(jax.make_jaxpr(decode)(ae, z)))
     labels = _placed(_ints(batch), sharding.batch_sharding(mesh))
@@ -141,7 +143,7 @@ def sampler(
 
 
 def _config(size: str, depth: int | None = None) -> cfg.Config:
-    return replace(cfg.imagenet256().config, dit=cfg.DiTConfig(SIZES[size], depth=depth))
+    return replace(preset("imagenet256").config, dit=cfg.DiTConfig(SIZES[size], depth=depth))
 
 
 def _training(step, mesh, state, data, flops, params, *constants) -> Program:

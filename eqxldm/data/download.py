@@ -320,7 +320,7 @@ def fetch(
             f"no source has {', '.join(missing)}:\n"
             + "".join(f"  - {failure.rstrip('.')}\n" for failure in failures)
             + f"Download {', '.join(file.name for file in files)} (gzip'd or not) into a folder by "
-            "other means and pass it as data_dir (--data-dir)."
+            "other means and pass it as data_dir (the job: --images)."
         )
     return found
 

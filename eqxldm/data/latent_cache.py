@@ -1,10 +1,10 @@
-"""The latent cache: posteriors of all images and of their mirror images, written once.
+"""The latent cache: posteriors of all images and, if wanted, of their mirror images, written once.
 
 A folder with `header.json`, which says what the latents were made from, with what and how;
 `latents-00000-of-00256.arrayrecord` and so on, each complete or not there; and, when all are,
-`skipped.json`. A shard has two records an image, so that one orientation is read and not both, and
-a footer that says of which cache it is which shard, with the names of its images and of those
-skipped. `latent_writer` writes it.
+`skipped.json`. A shard has a record for each image and another for each mirror image, so that one
+orientation is read and not both, and a footer that says of which cache it is which shard, with the
+names of its images and of those skipped. `latent_writer` writes it.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ def latent_header(
     dtype: str = "float16",
     images_per_shard: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    mirrored: bool = True,
 ) -> Header:
     """What a latent cache is made from: its `header.json`, and what `open_latents` compares.
 
@@ -60,6 +61,7 @@ def latent_header(
     - `images_per_shard`: what is encoded again after an interruption, at most; `None` divides the
       images into at most 256 shards of at least 1024.
     - `max_pixels`: a file with more is unreadable (`decode_image`).
+    - `mirrored`: whether the mirror images are there too; digits, say, have no use for them.
 
     **Raises** `ValueError` for sizes that don't belong together, `DataError` if the images have not
     got what the condition needs.
@@ -93,6 +95,7 @@ def latent_header(
         "size": list(as_size(size)),
         "channels": channels,
         "max_pixels": max_pixels,
+        "mirrored": mirrored,
         "shape": list(shape),
         "dtype": dtype,
         "condition": condition_schema(first),
@@ -135,13 +138,13 @@ class Latents:
     def __init__(self, folder: Path, header: Header):
         self.folder, self.header = folder, header
         self._files = RecordFiles(shard_paths(folder, header))
-        self._record = record_dtype(header)
+        self._record, self._sides = record_dtype(header), sides(header)
         self._structure = jax.tree.structure(condition_template(header["condition"]))
         for k in range(len(self._files.paths)):
             read_footer(self._files, k, header, k)
 
     def __len__(self) -> int:
-        return len(self._files) // 2
+        return len(self._files) // self._sides
 
     def read(
         self, indices: Int[np.ndarray, " n"], flipped: Bool[np.ndarray, " n"]
@@ -149,8 +152,12 @@ class Latents:
         """`mean` and `logvar`, `(n, *latent)`; `cond`, a PyTree of `(n, ...)`; and `index`.
 
         `index`, int32 `(n,)`, is the image's position in the source; it counts skipped images.
+
+        **Raises** `ValueError` if one is to be flipped and the cache has no mirror images.
         """
-        content = b"".join(self._files.read(2 * indices + flipped))
+        if self._sides == 1 and np.any(flipped):
+            raise ValueError(f"{self.folder}: this cache has no mirror images; read without flips.")
+        content = b"".join(self._files.read(self._sides * indices + flipped))
         if len(content) != len(indices) * self._record.itemsize:
             raise DataError(f"{self.folder}: its records are not those of its header; delete it.")
         records = np.frombuffer(content, self._record)
@@ -178,6 +185,11 @@ class Latents:
 
 
 # What the writer and the reader agree on.
+
+
+def sides(header: Header) -> int:
+    """Records for each image: itself, and its mirror image if the cache has them."""
+    return 2 if header.get("mirrored", True) else 1
 
 
 def record_dtype(header: Header) -> np.dtype:

@@ -27,6 +27,7 @@ from .latent_cache import (
     read_header,
     record_dtype,
     shard_paths,
+    sides,
 )
 from .sources.arrayrecord import RecordFiles, writing_records
 
@@ -47,7 +48,9 @@ def write_latents(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encodes all images and their mirror images into a cache, from where an earlier call stopped.
+    """Encodes all images into a cache, from where an earlier call stopped.
+
+    Their mirror images too, unless the header says otherwise.
 
     A finished shard is never written again and a half one never has its name, so that a killed
     call is repeated; what it ends with is the same to the byte, if `encode` is deterministic.
@@ -180,11 +183,11 @@ def _write_shard(batches, encode, header, shard: int, write, batch_size: int) ->
         pixels = np.stack([image.pixels for image in images])
         padding = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
         pixels = np.pad(pixels, padding, mode="edge")
-        mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
-        return images, left_out, [encode(pixels), encode(mirrored)]
+        ways = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])]
+        return images, left_out, [encode(way) for way in ways[: sides(header)]]
 
     for images, left_out, encoded in _one_ahead(map(begin, batches)):
-        records = np.zeros((len(images), 2), record_dtype(header))
+        records = np.zeros((len(images), sides(header)), record_dtype(header))
         records["index"] = np.array([image.position for image in images]).reshape(-1, 1)
         for k, leaf in enumerate(_condition_leaves(images, header)):
             records[f"cond{k}"] = leaf[:, None]

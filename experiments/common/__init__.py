@@ -1,1 +1,0 @@
-"""What experiments share: the terminal, the run folder, the training loop, the pictures."""

@@ -1,1 +1,0 @@
-"""MNIST end to end: autoencoder with discriminator, latent DiT, samples, measures, pictures."""

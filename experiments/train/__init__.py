@@ -1,0 +1,1 @@
+"""One program for all experiments: from images to a trained, sampled and measured diffusion."""

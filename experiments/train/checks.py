@@ -1,0 +1,137 @@
+"""What is refused before anything is written: all that a run needs up to its end."""
+
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from eqxldm.data import ImageSource
+from eqxldm.models import AutoencoderKL
+from eqxldm.sharding import check_batch, make_mesh, parse_mesh
+
+from .conditions import Condition
+from .config import Config, SamplingConfig
+from .job import Compute
+from .methods import DTYPES, check_sampling, make_decays, make_method
+from .networks import (
+    Pixels,
+    Space,
+    make_autoencoder,
+    make_denoiser,
+    make_discriminator,
+    space_shape,
+)
+from .sampling import Sampler
+from .terminal import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def mesh_of(compute: Compute) -> Mesh:
+    try:
+        return make_mesh(parse_mesh(compute.mesh))
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from None
+
+
+def check_out(path: Path) -> None:
+    """That a picture can be written there, before it is drawn."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {path}: a picture's name ends with one of {', '.join(PICTURES)}.")
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder.")
+    above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if not above.is_dir():
+        raise UserError(f"--out {path}: {above} is no folder.")
+
+
+def check_options(
+    config: Config, sampling: SamplingConfig, compute: Compute, prefix: str = "sampling."
+) -> None:
+    """Refuses options that do not go together, whatever the images are."""
+    options = config.diffusion
+    check_sampling(make_method(options), sampling, prefix)
+    make_decays(options)
+    if options.warmup >= options.steps and options.warmup:
+        raise UserError(
+            f"--diffusion.warmup {options.warmup} must be below --diffusion.steps {options.steps}."
+        )
+    here = jax.default_backend(), options.dtype
+    if compute.attention == "cudnn" and here != ("gpu", "bfloat16"):
+        raise UserError(
+            "--attention cudnn: needs a GPU and --diffusion.dtype bfloat16; here are "
+            f"{' and '.join(here)}."
+        )
+    crop = config.autoencoder.crop_from
+    if crop is not None and crop < min(config.size):
+        h, w = config.size
+        raise UserError(f"--autoencoder.crop-from {crop} is less than --size {h} {w}.")
+
+
+def check_batches(
+    config: Config, source: ImageSource, mesh: Mesh, compute: Compute, stages: tuple[str, ...]
+) -> None:
+    """Refuses batches that the images or the devices are too few for."""
+    for stage in stages:
+        batch = getattr(config, stage).batch_size
+        if batch > len(source):
+            raise UserError(
+                f"--{stage}.batch-size {batch} is more than the {len(source)} training images."
+            )
+        try:
+            check_batch(batch, mesh, compute.grad_accum_steps if stage == "diffusion" else 1)
+        except ValueError as error:
+            raise UserError(f"--{stage}.batch-size: {error}") from None
+
+
+def check_networks(
+    config: Config,
+    sampling: SamplingConfig,
+    condition: Condition,
+    vae: AutoencoderKL | None,
+    *,
+    diffusion: bool = True,
+) -> None:
+    """Refuses sizes that do not fit each other: the networks and the sampler, as shapes only."""
+    h, w = config.padded
+    dtype = DTYPES[config.diffusion.dtype]
+    sampler = Sampler(make_method(config.diffusion), sampling, config.pictures.pad, dtype)
+    if config.space == "pixel" and vae is not None:
+        raise UserError("--vae: --space pixel has no autoencoder; leave one of them out.")
+    if config.space == "latent" and min(config.size) < 11:
+        raise UserError("--size: SSIM, by which autoencoders are measured, needs 11 x 11 pixels.")
+
+    def make_space() -> Space:
+        if config.space == "pixel":
+            return Pixels(config.pictures.channels)
+        return vae or make_autoencoder(config)
+
+    def draw() -> Any:
+        space = make_space()
+        shape = space_shape(config, space)
+        network = make_denoiser(config, shape, condition)
+        cond = jax.tree.map(lambda a: jnp.asarray(a)[None], condition.null)
+        draw = sampler.function(shape, condition.null)
+        return draw(space, network, cond, jax.random.split(jax.random.key(0), 1))
+
+    def discriminate() -> Any:
+        x = jnp.zeros((config.pictures.channels, h, w))
+        ae = make_autoencoder(config)
+        return make_discriminator(config)(ae.decode(ae.encode(x)))
+
+    border = f" with a border of {config.pictures.pad}" if config.pictures.pad else ""
+    try:
+        if diffusion:
+            eqx.filter_eval_shape(draw)
+        trained = config.space == "latent" and vae is None
+        logits = eqx.filter_eval_shape(discriminate) if trained else None
+    except ValueError as error:
+        raise UserError(f"{config.size[0]} x {config.size[1]} images{border}: {error}") from None
+    if logits is not None and 0 in logits.shape:
+        raise UserError(
+            f"--autoencoder.discriminator-layers {config.autoencoder.discriminator_layers} leave "
+            f"nothing of a {h} x {w} image."
+        )

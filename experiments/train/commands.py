@@ -1,0 +1,320 @@
+"""The commands: their options, the ten that people need first, and what they do."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import OmitArgPrefixes
+
+from eqxldm.distributed import barrier, from_primary, is_primary
+from eqxldm.sharding import make_mesh
+
+from .autoencoder import load_lpips, load_vae, obtain_autoencoder
+from .checks import check_batches, check_networks, check_options, check_out, mesh_of
+from .classifier import train_classifier
+from .conditions import Captions, Labels, Wanted, choose_condition
+from .config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    Config,
+    DenoiserName,
+    DiffusionConfig,
+    DiTConfig,
+    LatentsConfig,
+    PictureOptions,
+    PresetName,
+    SamplingConfig,
+    SpaceName,
+    TextConfig,
+    UNetConfig,
+)
+from .data import open_source, open_test
+from .diffusion import load_finished, train_diffusion
+from .evaluate import Measuring, Reference, describe, summary, write_curves
+from .figures import image_grid, read_png, save_png
+from .job import Compute, Inputs, Job, describe_data, read_data
+from .latents import cache_latents, check_cache
+from .methods import DTYPES, check_sampling, make_method
+from .networks import Pixels
+from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, Side, check, from_dict
+from .processes import Processes, all_succeed, join
+from .run import CONFIG, METRICS, RunFolder, as_dict, write_json
+from .sampling import Drawing, Sampler
+from .streams import stream_key
+from .telemetry import LogOptions, Telemetry
+from .terminal import Signals, UserError, say
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train everything, sample and measure; goes on where an interrupted run stopped."""
+
+    preset: PresetName = "images"  # The defaults of all other options.
+    # A folder of images, or with one for each class, or with captions; tars, parquet, ArrayRecord;
+    # for MNIST's presets a folder with its four files, which are fetched otherwise.
+    images: Path | None = None
+    size: tuple[Side, Side] = (64, 64)  # Height and width, after a centre crop.
+    space: SpaceName = "latent"  # What is diffused: an autoencoder's latents, or the pixels.
+    denoiser: DenoiserName = "dit"  # The network: a transformer or a U-Net.
+    run_dir: Path | None = None  # The run folder; by default in runs/, with the preset's name.
+    seed: Seed = 0  # Of everything that is random.
+    samples: Samples = 1000  # How many images to sample at the end, as many of each class.
+    # Steps between measurements of samples while the diffusion trains; 0: at the end alone.
+    eval_every: MaybeSteps = 0
+    overwrite: bool = False  # Delete what the run in the folder wrote, and start anew.
+    pictures: OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
+    inputs: OmitArgPrefixes[Inputs] = field(default_factory=Inputs)
+    compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
+    processes: OmitArgPrefixes[Processes] = field(default_factory=Processes)
+    log: LogOptions = field(default_factory=LogOptions)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    @property
+    def config(self) -> Config:
+        """The part of the options that the run folder belongs to."""
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
+
+
+@dataclass(frozen=True)
+class Autoencoder(Train):
+    """Train the autoencoder alone and measure it; `train --vae RUN_DIR` takes it then.
+
+    What is said of the diffusion and of samples is not used.
+    """
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which finished run, and how it is sampled."""
+
+    preset: PresetName = "images"  # With space and denoiser the name of the run's folder.
+    space: SpaceName = "latent"  # As in training.
+    denoiser: DenoiserName = "dit"  # As in training.
+    # The run folder; by default in runs/, with the preset's name.
+    run_dir: Path | None = None
+    sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
+    # The width of a post-hoc average, from a run with --diffusion.posthoc; else the first one.
+    sigma_rel: Annotated[float, Range(0, 1, "()")] | None = None
+
+
+@dataclass(frozen=True)
+class Sample(Which):
+    """Sample from a finished run into a picture."""
+
+    # The class; without it one row for each of some classes.
+    label: Annotated[int, Range(0, 10**7)] | None = None
+    prompt: str | None = None  # The caption, of a run with captions.
+    n: Count = 10  # How many images; a row where classes have rows.
+    seed: Seed = 0  # Another one draws other images from the same network.
+    sampling_batch: Batch = 64  # Images sampled at once.
+    # The picture; by default sample-<label>.png or sample.png in the run folder.
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate(Which):
+    """Sample a finished run again and bring samples.npz and metrics.json up to date."""
+
+    images: Path | None = None  # The training images; by default where they were.
+    n: Samples = 1000  # How many images, as many of each class.
+    inputs: OmitArgPrefixes[Inputs] = field(default_factory=Inputs)
+    compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
+    processes: OmitArgPrefixes[Processes] = field(default_factory=Processes)
+
+
+def train(command: Train) -> None:
+    job, reference = prepare(command, ("classifier", "autoencoder", "diffusion"))
+    with in_folder(job, command.images, overwrite=command.overwrite):
+        metrics = job.run.metrics()
+        if from_primary(metrics is not None):  # whatever it was evaluated with since
+            say(
+                f"{job.run.path} is finished; `evaluate` samples it again, --overwrite starts anew."
+            )
+            if metrics is not None:
+                say(summary(metrics, job.run.path))
+            return
+        run_stages(command, job, reference)
+
+
+def run_stages(command: Train, job: Job, reference: Reference) -> None:
+    """What is left to do of the run, stage by stage."""
+    config, run = job.config, job.run
+    measuring = Measuring(job, command.sampling, reference, train_classifier(job))
+    space, latents, measured = Pixels(config.pictures.channels), None, {}
+    if config.space == "latent":
+        space = obtain_autoencoder(job)
+        if is_primary():
+            measured["autoencoder"] = measuring.autoencoder(space)
+        latents = cache_latents(job, space)
+    measure = measuring.along if command.eval_every else None
+    trained = train_diffusion(job, space, latents, measure, eval_every=command.eval_every)
+    results = measuring.final(trained, command.samples)
+    if not is_primary():
+        return
+    measuring.pictures(trained)
+    with Telemetry(run, job.log) as telemetry:
+        for name in ("reconstructions", "samples"):
+            if (run.path / f"{name}.png").exists():
+                grid = read_png(run.path / f"{name}.png")
+                telemetry.images("samples", config.diffusion.steps, name, grid)
+    timings = {**job.timings, **results["timings"]}
+    timings["total"] = {"seconds": sum(stage["seconds"] for stage in timings.values())}
+    found = {**measured, "diffusion": results["diffusion"], "timings": timings}
+    write_json(run.file(METRICS), metrics := {**found, **describe(config)})
+    say(summary(metrics, run.path))
+
+
+def train_autoencoder(command: Autoencoder) -> None:
+    if command.inputs.vae is not None or command.space == "pixel":
+        raise UserError("the autoencoder command trains one: leave --vae and --space pixel out.")
+    job, reference = prepare(command, ("classifier", "autoencoder"))
+    with in_folder(job, command.images, overwrite=command.overwrite):
+        metrics = job.run.metrics()
+        if not from_primary(metrics is not None):
+            measuring = Measuring(job, command.sampling, reference, train_classifier(job))
+            autoencoder = obtain_autoencoder(job)
+            if not is_primary():
+                return
+            found = measuring.autoencoder(autoencoder)
+            write_curves(job.run)
+            metrics = {"autoencoder": found, "timings": job.timings, **describe(job.config)}
+            write_json(job.run.file(METRICS), metrics)
+        if metrics is not None:
+            say(summary(metrics, job.run.path))
+        say(f"`train --vae {job.run.path}` takes this autoencoder.")
+
+
+def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
+    """The job and what is given to it, everything checked and nothing written."""
+    join(command.processes)
+    signals, config, compute = Signals(), command.config, command.compute
+    alone = "diffusion" not in trained
+    run = run_folder(command, "-autoencoder" if alone else "")
+    with all_succeed():
+        check(command)
+        check_options(config, command.sampling, compute)
+        mesh, inputs = mesh_of(compute), command.inputs
+        vae = load_vae(inputs.vae, config.pictures.channels) if inputs.vae is not None else None
+        lpips = load_lpips(inputs.lpips) if inputs.lpips is not None else None
+        source = open_source(config, command.images)
+        condition = choose_condition(config, source)
+        test = open_test(config, command.images, inputs.test_images, source)
+        left_out = {"autoencoder"} if vae is not None or config.space == "pixel" else set()
+        check_batches(config, source, mesh, compute, tuple(s for s in trained if s not in left_out))
+        check_networks(config, command.sampling, condition, vae, diffusion=not alone)
+        reference = Reference(config, source, test, strict=inputs.strict)
+        job = Job(
+            config, compute, inputs, source, condition, run, mesh, signals, command.log, vae, lpips
+        )
+        if config.space == "latent" and not alone:
+            check_cache(job, own=False, overwrite=command.overwrite)
+    return job, reference
+
+
+@contextlib.contextmanager
+def in_folder(job: Job, images: Path | None, *, overwrite: bool | None = None) -> Iterator[None]:
+    """Keeps the run's folder until all processes are done with it.
+
+    `overwrite` says how a run is begun or resumed; None: it is there and stays as it is.
+    """
+    with contextlib.ExitStack() as stack:
+        with all_succeed():
+            stack.enter_context(job.run.locked())
+            if overwrite is not None:
+                job.run.open(as_dict(job.config), overwrite=overwrite)
+            describe_data(job, images, trains=overwrite is not None)
+            if job.config.space == "latent":
+                check_cache(job, own=True)
+        yield
+        barrier("done")  # process 0 measures and draws for longer than jax waits at an exit
+
+
+def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
+    """The folder named, or runs/ with the preset, and what is not the default."""
+    names = [command.preset]
+    names += ["pixel"] * (command.space == "pixel") + ["unet"] * (command.denoiser == "unet")
+    path = command.run_dir or Path("runs") / ("-".join(names) + ending)
+    return RunFolder(path, primary=is_primary())
+
+
+def finished_config(run: RunFolder) -> Config:
+    return from_dict(Config, run.config(), run.path / CONFIG)
+
+
+def sample(command: Sample) -> None:
+    check(command)
+    Signals()
+    run, sampling = run_folder(command), command.sampling
+    config = finished_config(run)
+    method = make_method(config.diffusion)
+    check_sampling(method, sampling, prefix="")
+    condition, _ = read_data(run, config)
+    wanted, columns = wanted_samples(command, condition)
+    name = "sample.png" if command.label is None else f"sample-{command.label}.png"
+    out = run.path / name if command.out is None else command.out
+    check_out(out)
+    trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
+    sampler = Sampler(method, sampling, config.pictures.pad, DTYPES[config.diffusion.dtype])
+    batch = min(command.sampling_batch, wanted.count)
+    drawing = Drawing(sampler, trained.shape, trained.null, batch=batch)
+    images = drawing(trained, wanted, stream_key(command.seed, "samples"))
+    path = run.file(name) if command.out is None else out
+    save_png(path, image_grid(images, columns, scale=4 if max(config.size) <= 32 else 2))
+    say(f"{len(images)} images in {out}")
+
+
+def wanted_samples(command: Sample, condition: Any) -> tuple[Wanted, int]:
+    """What to draw, and in how many columns."""
+    square = math.ceil(math.sqrt(command.n))
+    if command.label is not None and not isinstance(condition, Labels):
+        raise UserError("--label: the run has no classes.")
+    if command.prompt is not None and not isinstance(condition, Captions):
+        raise UserError("--prompt: the run has no captions.")
+    if isinstance(condition, Captions):
+        return condition.wanted(command.n, (command.prompt or "",)), square
+    if not isinstance(condition, Labels):
+        return condition.wanted(command.n), square
+    if command.label is None:
+        return condition.of(np.repeat(condition.shown(), command.n)), command.n
+    if command.label >= condition.classes:
+        raise UserError(f"--label {command.label}: the classes are 0 to {condition.classes - 1}.")
+    return condition.of(np.full(command.n, command.label)), square
+
+
+def evaluate(command: Evaluate) -> None:
+    join(command.processes)
+    signals, run = Signals(), run_folder(command)
+    with all_succeed():
+        check(command)
+        mesh, config = mesh_of(command.compute), finished_config(run)
+        check_options(config, command.sampling, command.compute, prefix="")
+        condition, about = read_data(run, config)
+        images = command.images or (Path(about["path"]) if about["path"] else None)
+        source = open_source(config, images)
+        test = open_test(config, images, command.inputs.test_images, source)
+        metrics = run.metrics()
+        reference = Reference(config, source, test, strict=command.inputs.strict)
+    if metrics is None:
+        raise UserError(f"the run in {run.path} is not finished: no {METRICS}. Train first.")
+    trained = load_finished(config, run, condition, mesh, command.sigma_rel)
+    job = Job(config, command.compute, command.inputs, source, condition, run, mesh, signals)
+    with in_folder(job, images):
+        measuring = Measuring(job, command.sampling, reference, train_classifier(job))
+        results = measuring.final(trained, command.n, sigma_rel=command.sigma_rel)
+        if not is_primary():
+            return
+        metrics["diffusion"] = results["diffusion"]
+        metrics["timings"].update(results["timings"])
+        write_json(run.file(METRICS), metrics)
+    say(summary(metrics, run.path))

@@ -1,0 +1,134 @@
+"""What a network is told of an image: its class, its caption, or nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from eqxldm.data import ImageSource, caption_bytes, label_condition, no_condition
+
+from .config import Config
+from .terminal import UserError
+
+SHOWN = 10  # classes, or rows, in the pictures
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to draw, an entry an image: conditions, and classes or texts where there are any."""
+
+    count: int
+    cond: Any
+    labels: Int[np.ndarray, " n"] | None = None
+    texts: tuple[str, ...] | None = None
+
+    def take(self, chosen: Sequence[int] | np.ndarray) -> "Wanted":
+        """The entries of these numbers."""
+        at = np.asarray(chosen, int)
+        labels = None if self.labels is None else self.labels[at]
+        texts = None if self.texts is None else tuple(self.texts[i] for i in at.tolist())
+        return Wanted(len(at), jax.tree.map(lambda a: a[at], self.cond), labels, texts)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class, as a number. The network has `num_classes`, of which the images have `classes`."""
+
+    num_classes: int
+    classes: int
+    read = staticmethod(label_condition)
+    kind = "label"
+
+    @property
+    def null(self) -> Any:
+        return np.array(self.num_classes, np.int32)
+
+    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
+        """The classes in turn, so that there are as many of each."""
+        return self.of(np.arange(count) % self.classes)
+
+    def of(self, labels: Any) -> Wanted:
+        labels = np.asarray(labels, np.int32)
+        return Wanted(len(labels), labels, labels)
+
+    def shown(self) -> Int[np.ndarray, " n"]:
+        """The classes in the pictures: all, or some spread over them."""
+        spread = np.linspace(0, self.classes - 1, min(SHOWN, self.classes))
+        return np.unique(spread.round().astype(np.int32))
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The caption's bytes."""
+
+    max_length: int
+    kind = "text"
+
+    @property
+    def read(self) -> Any:
+        return caption_bytes(self.max_length)
+
+    @property
+    def null(self) -> Any:
+        """An empty caption."""
+        return self.read.tokens("")
+
+    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
+        """These captions in turn."""
+        chosen = tuple(texts[i % len(texts)] for i in range(count))
+        return Wanted(count, np.stack([self.read.tokens(text) for text in chosen]), None, chosen)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No condition."""
+
+    read = staticmethod(no_condition)
+    null = None
+    kind = "none"
+
+    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
+        return Wanted(count, None)
+
+
+Condition = Labels | Captions | Nothing
+
+
+def make_condition(config: Config, kind: str, classes: int) -> Condition:
+    """The condition of a kind, for images of so many classes."""
+    if kind == "text":
+        return Captions(config.text.max_length)
+    if kind == "none":
+        return Nothing()
+    labels = classes if config.pictures.num_classes is None else config.pictures.num_classes
+    if classes > labels:
+        raise UserError(
+            f"--num-classes {labels}: the images have {classes} classes. Leave it out or raise it."
+        )
+    return Labels(labels, classes)
+
+
+def choose_condition(config: Config, source: ImageSource) -> Condition:
+    """The condition asked for, or with "auto" the first of text and label that the images have."""
+    kind, classes = config.pictures.condition, len(source.class_names)
+    if kind == "auto":
+        kind = "text" if source.has_captions else "label" if classes else "none"
+    if kind == "text" and not source.has_captions:
+        raise UserError(
+            "--condition text: the images have no captions. Put captions.json ({file: caption}) or "
+            "metadata.jsonl (file_name, text) beside them."
+        )
+    if kind == "label" and not classes:
+        raise UserError(
+            "--condition label: the images have no classes. Put them into a folder for each class, "
+            "or give --condition none."
+        )
+    if kind == "text" and config.denoiser == "unet":
+        raise UserError(
+            "--denoiser unet: it takes classes or no condition. Captions need --denoiser dit, or "
+            "give --condition label or none."
+        )
+    return make_condition(config, kind, classes)

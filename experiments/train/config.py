@@ -1,0 +1,233 @@
+"""What can be set: dataclasses whose fields have a sentence and a range each."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from .options import (
+    Batch,
+    Depth,
+    Few,
+    MaybeSteps,
+    Range,
+    Rate,
+    Samples,
+    Seed,
+    Share,
+    Side,
+    Steps,
+    Weight,
+    Width,
+)
+
+PresetName = Literal["mnist", "fashion-mnist", "cifar10", "imagenet256", "images", "smoke"]
+DataName = Literal["images", "mnist", "fashion-mnist", "shapes"]
+SpaceName = Literal["latent", "pixel"]
+DenoiserName = Literal["dit", "unet"]
+ConditionName = Literal["auto", "label", "text", "none"]
+PathName = Literal["flow", "cosine", "ddpm"]
+PredictionName = Literal["velocity", "eps", "v", "x0"]
+WeightName = Literal["constant", "min-snr"]
+SolverName = Literal[
+    "ddim", "ddpm", "euler", "heun", "euler-maruyama", "dpmsolver++", "sde-dpmsolver++"
+]
+ModelName = Literal[
+    "dit_s_2", "dit_s_4", "dit_s_8", "dit_b_2", "dit_b_4", "dit_b_8",
+    "dit_l_2", "dit_l_4", "dit_l_8", "dit_xl_2", "dit_xl_4", "dit_xl_8",
+]  # fmt: skip
+DTypeName = Literal["float32", "bfloat16"]
+RematName = Literal["everything", "narrow", "matmuls", "nothing"]
+AttentionName = Literal["xla", "cudnn"]
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """The images, and what a network is told of them."""
+
+    # Where they come from: --images, or MNIST's files (--images or a mirror), or made ones.
+    data: DataName = "images"
+    # 1 for grey, 3 for colour, 4 for colour with transparency; files are converted.
+    channels: Annotated[int, Range(1, 4)] = 3
+    # Black pixels around each image while it is in a network: MNIST's 28 + 2 * 2 divide by 8.
+    pad: Annotated[int, Range(0, 64)] = 0
+    flip: bool = True  # Half of the images, drawn anew each epoch, are mirrored.
+    # The network is told the class, the caption or nothing; auto: the first of text and label that
+    # the images have.
+    condition: ConditionName = "auto"
+    # Labels of the network; by default as many as the images have classes.
+    num_classes: Annotated[int, Range(1, 10**7)] | None = None
+    # Real images, at most, that samples are measured against.
+    reference: Samples = 10_000
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The small classifier of these images, at most 64 x 64, whose features measure the samples.
+
+    Without labels it learns which way up an image was turned.
+    """
+
+    steps: Steps = 20_000  # Training steps.
+    batch_size: Batch = 256  # Images in a step.
+    learning_rate: Rate = 1e-3  # The peak, after a tenth of the steps; then a cosine to 0.
+    channels: Width = 64  # Of the first convolution; the second has twice as many.
+    features: Width = 256  # Units of the last layer before the classes: the features.
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The VAE and its discriminator, where none is given by --vae."""
+
+    steps: Steps = 200_000  # Training steps.
+    batch_size: Batch = 32  # Images in a step.
+    learning_rate: Rate = 1e-4  # The peak, after at most 50 steps; then a cosine to 0.
+    # The width of each level; each further one halves the resolution.
+    channels: tuple[Width, ...] = (128, 256, 512, 512)
+    patch_size: Few = 1  # Space-to-depth before the first and after the last layer.
+    blocks: Few = 2  # Residual blocks a level.
+    groups: Width = 32  # Of every group norm; divides every width.
+    latent_channels: Width = 4  # Channels of a latent.
+    attention: bool = True  # Self-attention in the deepest level.
+    # Between image and reconstruction: absolute or squared error.
+    distance: Literal["l1", "l2"] = "l1"
+    perceptual_weight: Weight = 1.0  # Of LPIPS, where --lpips gives its weights.
+    kl_weight: Weight = 1e-6  # Of the posterior's divergence from N(0, I), in nats a pixel value.
+    ema_decay: Share = 0.999  # Of the average of the weights, which is what encodes and decodes.
+    gan_weight: Weight = 0.5  # Times the adaptive weight; 0 trains without the discriminator.
+    gan_start: MaybeSteps = 50_000  # The step at which the discriminator sets in.
+    # Of the discriminator's first layer; each further one doubles them.
+    discriminator_channels: Width = 64
+    discriminator_layers: Few = 3  # Layers that halve the resolution.
+    discriminator_learning_rate: Rate = 1e-4  # Constant.
+    # Random crops out of a centre crop whose short side is this; by default the centre crop.
+    crop_from: Side | None = None
+    dtype: DTypeName = "float32"  # What the networks compute in; their weights stay float32.
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """The latent cache."""
+
+    batch_size: Batch = 64  # Images encoded at once, by each process.
+    dtype: Literal["float16", "bfloat16"] = "float16"  # What is stored.
+    # What an interruption costs at most; by default what makes 256 shards, at least 1024.
+    images_per_shard: Batch | None = None
+    # Images from which shift and scale of one's own autoencoder are measured.
+    statistics: Annotated[int, Range(2, 10**7)] = 4096
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The transformer's size: a published one, and what differs from it."""
+
+    # A size of Peebles & Xie 2023: S, B, L or XL with patches of 2, 4 or 8.
+    model: ModelName = "dit_xl_2"
+    depth: Depth | None = None  # Blocks.
+    width: Width | None = None  # Numbers in a token.
+    num_heads: Width | None = None  # Heads of the attention; divides the width.
+    # The side of what makes a token; divides the sides of latents or images.
+    patch_size: Few | None = None
+    qk_norm: bool = False  # Normalise queries and keys.
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net's size."""
+
+    # The width of each level; each further one halves the resolution.
+    channels: tuple[Width, ...] = (128, 256, 256, 512)
+    blocks: Few = 2  # Residual blocks a level, one more on the way up.
+    num_heads: Width = 4  # Of the attention, which is in the deepest level and the middle.
+    groups: Width = 32  # Of every group norm; divides every width.
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The encoder of captions, which is trained along: a small transformer over their bytes."""
+
+    # Bytes of a caption that are read, and one for the start.
+    max_length: Annotated[int, Range(2, 1024)] = 96
+    depth: Depth = 2  # Blocks.
+    width: Width | None = None  # Numbers in a token; by default the DiT's.
+    num_heads: Width = 4  # Heads of the attention.
+    # The DiT looks at the tokens by cross-attention; otherwise they join the image's own.
+    cross_attention: bool = False
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion, and the training of its network. The defaults are DiT's."""
+
+    steps: Steps = 400_000  # Training steps.
+    batch_size: Batch = 256  # Images in a step, of all devices together.
+    learning_rate: Rate = 1e-4  # The peak, after the warm-up.
+    warmup: MaybeSteps = 0  # Steps in which the rate rises from 0.
+    cosine_decay: bool = False  # Let the rate fall to 0 as a cosine; otherwise it stays.
+    weight_decay: Weight = 0.0  # Of matrices and convolutions.
+    b2: Share = 0.999  # AdamW's decay of squared gradients.
+    # The largest norm of a gradient; by default any.
+    clip_norm: Annotated[float, Range(0, 1e6, "(]")] | None = None
+    # Decays of the averages of the weights; the first one is sampled.
+    ema_decays: tuple[Share, ...] = (0.9999,)
+    # Let the averages forget the random start: a decay of at most (1 + step) / (10 + step).
+    ema_warmup: bool = False
+    # Averages by power functions of these widths (sigma_rel), for averages of any length later.
+    posthoc: tuple[Annotated[float, Range(0, 1, "()")], ...] = ()
+    snapshot_every: Steps = 5000  # Steps between the snapshots of those that are kept.
+    # The share of examples whose condition is hidden, which guidance needs.
+    cond_dropout: Annotated[float, Range(0, 1)] = 0.1
+    # The noising: linear flow, cosine or DDPM's table of 1000 linear betas.
+    path: PathName = "ddpm"
+    prediction: PredictionName = "eps"  # What the network outputs.
+    # The network chooses the variance of its steps too, by the hybrid loss; "ddpm" path only.
+    learned_range: bool = True
+    # Of the loss; min-snr (gamma = 5) means the same loss for every prediction.
+    weight: WeightName = "constant"
+    # Of the logit-normal training times; positive favours noise. The "ddpm" path has its own.
+    time_mean: Annotated[float, Range(-20, 20)] = 0.0
+    time_stddev: Annotated[float, Range(0, 20, "(]")] = 1.0  # Of the logit-normal training times.
+    dtype: DTypeName = "bfloat16"  # What the network computes in; its weights stay float32.
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the finished model is sampled."""
+
+    solver: SolverName = "ddim"  # What takes the steps.
+    steps: Annotated[int, Range(1, 10_000)] = 20  # Steps from noise to image.
+    # The scale of classifier-free guidance: 1 is the conditional network alone.
+    guidance: Annotated[float, Range(0, 100)] = 1.6
+    # Guide only for t between these two (0 is data); outside, the conditional network alone.
+    guidance_interval: tuple[
+        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
+    ] = (0.0, 0.8)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run's results depend on: the run folder belongs to it."""
+
+    size: tuple[Side, Side] = (256, 256)
+    space: SpaceName = "latent"
+    denoiser: DenoiserName = "dit"
+    seed: Seed = 0
+    pictures: OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Height and width of what networks see."""
+        h, w = self.size
+        return h + 2 * self.pictures.pad, w + 2 * self.pictures.pad
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of the images, `(c, h, w)`, without their border."""
+        return self.pictures.channels, *self.size

@@ -1,0 +1,355 @@
+"""Measuring: the real images that samples are compared with, the evaluators, and the pictures."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from eqxldm.data import ImageSource
+from eqxldm.data.pixels import to_float, to_uint8
+from eqxldm.distributed import from_primary, is_primary, local_mesh, replicate
+from eqxldm.durable import replacing
+from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
+from eqxldm.models import AutoencoderKL
+from eqxldm.sharding import batch_sharding
+
+from .classifier import VALUES, Described, Features, Images, map_images
+from .conditions import SHOWN, Labels, Wanted
+from .config import Config, SamplingConfig
+from .data import decoded
+from .figures import image_grid, save_curves, save_png
+from .job import Job
+from .methods import DTYPES, check_sampling, make_method
+from .run import RunFolder, as_dict, versions
+from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
+from .streams import stream_key, stream_order
+from .terminal import UserError
+
+COLUMNS = 10  # of samples.png
+PAIRS = 16  # images in reconstructions.png
+RECONSTRUCTED = 1000  # images whose reconstructions are measured
+PART = 2048  # samples, or a batch, that an interruption costs at most
+LEAST = 5  # real images with which neighbours can be measured
+
+
+class Comparison(NamedTuple):
+    """Samples beside real images, as an evaluator sees them; the labels are those asked for."""
+
+    real: Described
+    samples: Described
+    labels: Int[np.ndarray, " n"] | None
+
+
+def frechet(c: Comparison) -> dict[str, float]:
+    """The distance of Gaussians fitted to the features (Heusel et al. 2017)."""
+    return {"fd": frechet_distance(c.real.features, c.samples.features)}
+
+
+def manifold(c: Comparison) -> dict[str, float]:
+    """How many samples lie among real images, and the reverse (Kynkäänniemi et al. 2019)."""
+    precision, recall = precision_recall(c.real.features, c.samples.features)
+    return {"precision": precision, "recall": recall}
+
+
+def accuracy(c: Comparison) -> dict[str, float]:
+    """The share of samples whose class is found to be the one asked for."""
+    if c.labels is None or c.samples.classes is None:
+        return {}
+    return {"accuracy": float(np.mean(c.samples.classes == c.labels))}
+
+
+# To add one, write a function from a Comparison to numbers by name.
+Evaluator = Callable[[Comparison], dict[str, float]]
+EVALUATORS: tuple[Evaluator, ...] = (frechet, manifold, accuracy)
+
+
+class Reference:
+    """Real images: those that samples are measured against, and as many others to compare with."""
+
+    def __init__(
+        self, config: Config, source: ImageSource, test: ImageSource | None, *, strict: bool
+    ):
+        self._config, self._strict = config, strict
+        order = stream_order(config.seed, "reference", len(source))
+        if test is None:
+            n = min(config.pictures.reference, len(source) // 2)
+            self._real, self._others = (source, order[:n]), (source, order[n:])
+        else:
+            chosen = stream_order(config.seed, "reference", len(test))
+            self._real = test, chosen[: min(config.pictures.reference, len(test))]
+            self._others = source, order
+        if len(self._real[1]) < LEAST or len(self._others[1]) < LEAST:
+            raise UserError(
+                f"{len(source)} images, {len(self._real[1])} of them to measure against: at least "
+                f"{LEAST} are needed there and {LEAST} others. Give more images, or --test-images."
+            )
+
+    def first(self, n: int) -> Images:
+        """Some of the real images at full size, mixed over the classes."""
+        source, indices = self._real
+        parts = decoded(source, indices[:n], self._config, strict=self._strict)
+        return np.concatenate([images for images, _ in parts])
+
+    def texts(self, n: int) -> tuple[str, ...]:
+        """Captions of real images, to draw images for."""
+        source, indices = self._real
+        if not source.has_captions:
+            return ()
+        return tuple(source[int(i)].caption or "" for i in indices[:n])
+
+    def described(self, features: Features) -> tuple[Described, dict[str, float]]:
+        """What the features say of the real images, and how often the classes are right."""
+        found, labels = self._describe(self._real, len(self._real[1]), features)
+        if found.classes is None or labels is None:
+            return found, {}
+        return found, {"classifier_accuracy": float(np.mean(found.classes == labels))}
+
+    def others(self, features: Features, n: int) -> Described:
+        """The same of `n` other real images, or as many as there are."""
+        return self._describe(self._others, n, features)[0]
+
+    def _describe(self, part: tuple[ImageSource, Any], n: int, features: Features):
+        source, indices = part
+        found = decoded(source, np.sort(indices[:n]), self._config, strict=self._strict)
+        described, labels = zip(*((features(images), y) for images, y in found), strict=True)
+        values, classes = zip(*described, strict=True)
+        join = lambda parts: None if parts[0] is None else np.concatenate(parts)
+        return Described(np.concatenate(values), join(classes)), join(labels)
+
+
+class Measuring:
+    """What measures a run: its real images, its features, and how its samples are drawn."""
+
+    def __init__(
+        self,
+        job: Job,
+        sampling: SamplingConfig,
+        reference: Reference,
+        features: Features,
+        evaluators: Sequence[Evaluator] = EVALUATORS,
+    ):
+        self._job, self._config, self._run = job, job.config, job.run
+        self._reference, self._features, self._evaluators = reference, features, evaluators
+        self._sampling, self._method = sampling, make_method(job.config.diffusion)
+        dtype = DTYPES[job.config.diffusion.dtype]
+        self._sampler = Sampler(self._method, sampling, job.config.pictures.pad, dtype)
+        self._drawing: Drawing | None = None
+        self._real: tuple[Described, dict[str, float]] | None = None
+
+    def _wanted(self, count: int) -> Wanted:
+        return self._job.condition.wanted(count, self._reference.texts(count))
+
+    def _draw(self, trained: Trained, wanted: Wanted, key: Any, **options: Any) -> Images:
+        if self._drawing is None:
+            batch = min(self._job.compute.sampling_batch, wanted.count)
+            self._drawing = Drawing(self._sampler, trained.shape, trained.null, batch=batch)
+        return self._drawing(trained, wanted, key, **options)
+
+    def _scores(self, images: Images, wanted: Wanted) -> dict[str, float]:
+        if self._real is None:
+            self._real = self._reference.described(self._features)
+        compared = Comparison(self._real[0], self._features(images), wanted.labels)
+        return {name: x for function in self._evaluators for name, x in function(compared).items()}
+
+    def along(self, trained: Trained, step: int) -> tuple[dict[str, float], Any]:
+        """Scores and a picture of few samples while the run trains, always of the same noise."""
+        wanted = self._wanted(self._job.compute.eval_samples)
+        with jax.set_mesh(local_mesh()):  # in place of that of the training
+            key = stream_key(self._config.seed, "evaluation")
+            images = self._draw(trained, wanted, key, name=f"step {step}")
+            if not is_primary():
+                return {}, None
+            return self._scores(images, wanted), samples_grid(images, wanted)
+
+    def final(
+        self, trained: Trained, count: int, *, sigma_rel: float | None = None
+    ) -> dict[str, Any]:
+        """Draws `count` samples, writes samples.npz and samples.png, and measures them.
+
+        `sigma_rel` is the width of the network's average where it is a post-hoc one. Returns the
+        parts of metrics.json that this determines; only the primary process has them.
+        """
+        wanted, begin = self._wanted(count), time.monotonic()
+        images = self._all_samples(trained, wanted, sigma_rel)
+        seconds = time.monotonic() - begin
+        if not is_primary():
+            return {}
+        arrays: dict[str, Any] = {"arr_0": images}
+        arrays |= {} if wanted.labels is None else {"arr_1": wanted.labels}
+        arrays |= {} if wanted.texts is None else {"texts": np.array(wanted.texts)}
+        with replacing(self._run.file("samples.npz")) as temporary:
+            np.savez(temporary, **arrays)
+        shutil.rmtree(self._run.path / "parts", ignore_errors=True)
+        save_png(self._run.file("samples.png"), samples_grid(images, wanted))
+        begin = time.monotonic()
+        scores = self._scores(images, wanted)
+        assert self._real is not None
+        real, right = self._real
+        others = self._reference.others(self._features, count)
+        return {
+            "diffusion": {
+                **scores,
+                "fd_real": frechet_distance(real.features, others.features),
+                **right,
+                "samples": count,
+                "reference": len(real.features),
+                "solver": self._sampling.solver,
+                "steps": self._sampling.steps,
+                "network_calls": check_sampling(self._method, self._sampling),
+                "guidance_scale": 1.0 if trained.null is None else self._sampling.guidance,
+                "guidance_interval": list(self._sampling.guidance_interval),
+                "sigma_rel": sigma_rel,
+            },
+            "timings": {
+                "sampling": {"seconds": seconds, "images_per_second": count / seconds},
+                "measuring": {"seconds": time.monotonic() - begin},
+            },
+        }
+
+    def _all_samples(self, trained: Trained, wanted: Wanted, sigma_rel: float | None) -> Images:
+        """Samples in parts that stay until all are there, so that little is drawn twice."""
+        folder, config = self._run.file("parts"), self._config
+        about = f"{as_dict(self._sampling)} {config.diffusion.steps} {sigma_rel} {wanted.count}"
+        key, samples = stream_key(config.seed, "samples"), []
+        size = self._job.compute.sampling_batch * -(-PART // self._job.compute.sampling_batch)
+        if self._run.primary:
+            about = hashlib.sha256(about.encode()).hexdigest()
+            if folder.exists() and not (folder / about).exists():
+                shutil.rmtree(folder)
+            folder.mkdir(exist_ok=True)
+            (folder / about).touch()
+        for i in range(0, wanted.count, size):
+            path, part = folder / f"{i:07d}.npy", range(i, min(i + size, wanted.count))
+            there = _load(path, len(part)) if self._run.primary else None
+            if not from_primary(there is not None):
+                there = self._draw(trained, wanted.take(part), key, first=i)
+                if self._run.primary and wanted.count > size:
+                    with replacing(path) as temporary:
+                        np.save(temporary, there)
+            if self._run.primary and there is not None:
+                samples.append(there)
+        return np.concatenate(samples) if samples else np.zeros((0, 1, 1, 1), np.uint8)
+
+    def autoencoder(self, autoencoder: AutoencoderKL) -> dict[str, float]:
+        """PSNR, SSIM and Fréchet distance of reconstructions, and reconstructions.png."""
+        originals = self._reference.first(RECONSTRUCTED)
+        rebuilt = reconstruct(autoencoder, originals, self._config.pictures.pad)
+        pairs = np.concatenate([originals[:PAIRS], rebuilt[:PAIRS]])
+        grid = image_grid(pairs, min(PAIRS, len(originals)))
+        save_png(self._run.file("reconstructions.png"), grid)
+        real, fake = (self._features(images).features for images in (originals, rebuilt))
+        return {
+            **pixel_scores(originals, rebuilt),
+            "reconstruction_fd": frechet_distance(real, fake),
+        }
+
+    def pictures(self, trained: Trained) -> None:
+        """forward.png, reverse.png and curves.png."""
+        config = self._config
+        one_device = jax.tree.map(
+            lambda a: np.asarray(a) if isinstance(a, jax.Array) else a, trained
+        )
+        originals = self._reference.first(SHOWN)
+        key = stream_key(config.seed, "pictures/forward")
+        forward = forward_process(self._sampler, one_device, originals, key)
+        save_png(self._run.file("forward.png"), forward)
+        condition = self._job.condition
+        shown = condition.of(condition.shown()) if isinstance(condition, Labels) else None
+        wanted = shown or self._wanted(SHOWN)
+        key = stream_key(config.seed, "pictures/reverse")
+        reverse = reverse_process(self._sampler, one_device, wanted, key)
+        save_png(self._run.file("reverse.png"), reverse)
+        write_curves(self._run)
+
+
+def _load(path: Path, count: int) -> Images | None:
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.dtype == np.uint8 and len(found) == count else None
+
+
+def samples_grid(images: Images, wanted: Wanted) -> Images:
+    """Some samples: one row a class, or the first ones."""
+    if wanted.labels is None:
+        return image_grid(images[: COLUMNS * SHOWN], min(COLUMNS, len(images)))
+    found, counts = np.unique(wanted.labels, return_counts=True)
+    spread = np.unique(np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int))
+    columns = min(COLUMNS, int(counts.min()))
+    rows = [images[wanted.labels == label][:columns] for label in found[spread]]
+    return image_grid(np.concatenate(rows), columns)
+
+
+def reconstruct(autoencoder: AutoencoderKL, images: Images, pad: int, batch: int = 64) -> Images:
+    """Decodes the posterior's mode of each image, on all devices of this process."""
+    mesh = local_mesh()
+
+    @eqx.filter_jit
+    def through(autoencoder, images):
+        x = to_float(images, pad=pad)
+        return to_uint8(jax.vmap(lambda x: autoencoder.decode(autoencoder.encode(x)))(x), pad=pad)
+
+    size = -(-min(batch, len(images)) // mesh.size) * mesh.size
+    put = lambda part: jax.device_put(part, batch_sharding(mesh))
+    return map_images(through, replicate(autoencoder, mesh), images, size, put)
+
+
+def pixel_scores(originals: Images, rebuilt: Images) -> dict[str, float]:
+    """The means of PSNR and SSIM."""
+    as_unit = lambda u: jnp.asarray(np.moveaxis(u, -1, 1), jnp.float32) / 255
+    size = max(1, 2 * VALUES // originals[0].size)
+    scores = []
+    for i in range(0, len(originals), size):
+        x, y = as_unit(originals[i : i + size]), as_unit(rebuilt[i : i + size])
+        scores.append((psnr(x, y), ssim(x, y)))
+    of_each = [jnp.concatenate(parts) for parts in zip(*scores, strict=True)]
+    return {"psnr_db": float(jnp.mean(of_each[0])), "ssim": float(jnp.mean(of_each[1]))}
+
+
+def write_curves(run: RunFolder) -> None:
+    """The losses of the stages that were trained, and what was measured along the way."""
+    losses = {"classifier": ["loss"], "autoencoder": ["nll", "kl", "discriminator"]}
+    losses |= {"diffusion": ["loss"], "evaluation": ["fd"]}
+    entries = run.log_entries()
+    logged = {e["stage"] for e in entries if "step" in e}
+    shown = {stage: names for stage, names in losses.items() if stage in logged}
+    save_curves(run.file("curves.png"), entries, shown)
+
+
+def summary(metrics: dict[str, Any], folder: Path) -> str:
+    """What the job says at its end, of whatever was measured."""
+    ae, dm = metrics.get("autoencoder"), metrics.get("diffusion")
+    lines = []
+    if ae:
+        lines.append(
+            f"autoencoder: PSNR {ae['psnr_db']:.2f} dB, SSIM {ae['ssim']:.3f}, "
+            f"reconstruction FD {ae['reconstruction_fd']:.2f}"
+        )
+    if dm:
+        real = {"fd": "fd_real", "accuracy": "classifier_accuracy"}
+        shown = [
+            f"{'FD' if name == 'fd' else name} {dm[name]:.{2 if name == 'fd' else 3}f}"
+            + (f" (real images: {dm[real[name]]:.3g})" if real.get(name) in dm else "")
+            for name in ("fd", "accuracy", "precision", "recall")
+            if name in dm
+        ]
+        lines.append(
+            f"samples ({dm['samples']}, {dm['solver']}, {dm['steps']} steps, guidance "
+            f"{dm['guidance_scale']}): {', '.join(shown)}"
+        )
+    what = "pictures, samples.npz and metrics.json are" if dm else "pictures and metrics.json are"
+    return "\n".join([*lines, f"{what} in {folder}"])
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The parts of metrics.json that say what was run."""
+    return {"config": as_dict(config), "versions": versions(), "seed": config.seed}

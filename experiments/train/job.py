@@ -1,0 +1,185 @@
+"""What every stage of a run needs, and what the run folder says that it is about."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+from jax.sharding import Mesh
+
+from eqxldm.data import ImageSource, image_batches
+from eqxldm.digests import digest
+from eqxldm.models import LPIPS, AutoencoderKL
+from eqxldm.sharding import own_rows
+
+from .conditions import Condition, make_condition
+from .config import AttentionName, Config, RematName
+from .loop import Hook, Settings, run_stage
+from .options import Batch, Range, Steps
+from .run import RunFolder, read_json, write_json
+from .streams import stream_key, stream_seed
+from .telemetry import LogOptions, Telemetry
+from .terminal import Signals, UserError, say
+
+DATA = "data.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read beside --images."""
+
+    # Held-out images of the same classes to measure against; by default training images.
+    test_images: Path | None = None
+    # Published weights, or a run's: a diffusers folder, autoencoder.safetensors, a run folder.
+    vae: Path | None = None
+    lpips: Path | None = None  # A folder with LPIPS's weights, for the autoencoder's loss.
+    # The latent cache, which runs can share; by default latents in the run folder.
+    latents: Path | None = None
+    strict: bool = False  # Stop at an unreadable image. By default it is left out and listed.
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What it runs on: an interrupted run may go on with other values."""
+
+    # How devices share the work: data=2,fsdp=4,tensor=1. By default all are on data.
+    mesh: str = ""
+    # Parts of a batch of the diffusion that are computed one after the other.
+    grad_accum_steps: Annotated[int, Range(1, 10**6)] = 1
+    # What the backward pass computes again: everything, all but what is as narrow as a token, all
+    # but the matmuls, or nothing.
+    remat: RematName = "narrow"
+    attention: AttentionName = "xla"  # cudnn is for bfloat16 on a GPU.
+    # Processes that read and decode images; 0 uses threads.
+    workers: Annotated[int, Range(0, 1024)] = 0
+    # Threads that read and decode, in each worker or in this process.
+    threads: Annotated[int, Range(1, 1024)] = 2
+    checkpoint_every: Steps = 500  # Steps between checkpoints.
+    # Checkpoints whose step is a multiple of this stay; the newest two do anyway.
+    keep_every: Steps | None = None
+    sampling_batch: Batch = 64  # Images sampled at once, by each process.
+    eval_samples: Annotated[int, Range(10, 10**6)] = 500  # Images that each --eval-every measures.
+
+
+@dataclass
+class Job:
+    """What every stage needs, and the seconds that each took."""
+
+    config: Config
+    compute: Compute
+    inputs: Inputs
+    source: ImageSource
+    condition: Condition
+    run: RunFolder
+    mesh: Mesh
+    signals: Signals
+    log: LogOptions = field(default_factory=LogOptions)
+    vae: AutoencoderKL | None = None
+    lpips: LPIPS | None = None
+    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def train(
+        self,
+        stage: str,
+        phases: Any,
+        state: Any,
+        batches: Any,
+        options: Any,
+        *constants: Any,
+        flops: float | None = None,
+        hooks: Callable[[Telemetry], Sequence[Hook]] = lambda telemetry: (),
+    ) -> Any:
+        """`run_stage` with the job's seed, mesh and run folder; `flops` are those of a step."""
+        flops_per_step = {} if flops is None else {stage: flops}
+        settings = Settings(
+            options.batch_size, self.compute.checkpoint_every, keep_every=self.compute.keep_every
+        )
+        with Telemetry(self.run, self.log, flops_per_step=flops_per_step) as telemetry:
+            state, self.timings[stage] = run_stage(
+                stage,
+                phases,
+                state,
+                batches,
+                settings,
+                key=stream_key(self.config.seed, f"{stage}/step"),
+                mesh=self.mesh,
+                run=self.run,
+                signals=self.signals,
+                telemetry=telemetry,
+                hooks=hooks(telemetry),
+                constants=constants,
+            )
+        skipped = getattr(batches, "skipped", None)
+        if skipped:
+            say(
+                f"{stage}: {len(skipped)} unreadable images were replaced by others, the first: "
+                f"{next(iter(skipped.values()))}"
+            )
+        return state
+
+    def images(
+        self,
+        stage: str,
+        batch_size: int,
+        *,
+        size: tuple[int, int] | None = None,
+        condition: Callable[[Any], Any],
+    ) -> Any:
+        """Batches of images for a stage, each process reading its rows."""
+        return image_batches(
+            self.source,
+            batch_size,
+            size=size or self.config.size,
+            channels=self.config.pictures.channels,
+            condition=condition,
+            seed=stream_seed(self.config.seed, f"{stage}/data"),
+            flip=self.config.pictures.flip,
+            skip_unreadable=not self.inputs.strict,
+            workers=self.compute.workers,
+            threads=self.compute.threads,
+            rows=own_rows(batch_size, self.mesh),
+        )
+
+
+def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
+    """`data.json`: the images, and the identity of the LPIPS, that the run is about; refuses
+    others."""
+    about: dict[str, Any] = {
+        "source": job.source.digest(),
+        "images": len(job.source),
+        "class_names": list(job.source.class_names),
+        "condition": job.condition.kind,
+        "num_classes": getattr(job.condition, "num_classes", None),
+    }
+    if trains:
+        about["lpips"] = None if job.lpips is None else digest(eqx.filter(job.lpips, eqx.is_array))
+    if not job.run.primary:
+        return
+    try:
+        found = read_json(job.run.path / DATA, *about, repair="--overwrite starts anew.")
+    except FileNotFoundError:
+        path = None if images is None else str(images.absolute())
+        write_json(job.run.file(DATA), {**about, "path": path})
+        return
+    short = lambda v: f"{len(v)} ({', '.join(v[:3])} ...)" if isinstance(v, list) else str(v)[:16]
+    lines = [
+        f"  {name}: it has {short(found[name])}, now {short(value)}\n"
+        for name, value in about.items()
+        if found[name] != value
+    ]
+    if lines:
+        raise UserError(
+            f"the run in {job.run.path} is about other images:\n{''.join(lines)}"
+            "Give the same, use another --run-dir, or --overwrite to start anew."
+        )
+
+
+def read_data(run: RunFolder, config: Config) -> tuple[Condition, dict[str, Any]]:
+    """The condition of a run's network, and what data.json says."""
+    names = ("source", "condition", "class_names", "path")
+    try:
+        about = read_json(run.path / DATA, *names, repair="Train again with --overwrite.")
+    except FileNotFoundError:
+        raise UserError(f"the run in {run.path} is not finished: no {DATA}.") from None
+    return make_condition(config, about["condition"], len(about["class_names"])), about

@@ -1,0 +1,105 @@
+"""The stage of the latent cache: the posteriors of all images, written once."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eqxldm.data import Latents, latent_header, open_latents, write_latents
+from eqxldm.distributed import barrier
+from eqxldm.models import AutoencoderKL
+
+from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
+from .job import Job
+from .run import read_json
+from .terminal import StageBar, UserError, say
+
+SKIPPED = "skipped.json"  # what write_latents leaves when all shards are there
+LATENTS = "latents"
+
+
+def latents_folder(job: Job) -> Path:
+    return job.inputs.latents or job.run.path / LATENTS
+
+
+def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
+    """What the run's latent cache must have been made from."""
+    config = job.config
+    return latent_header(
+        job.source,
+        size=config.size,
+        channels=config.pictures.channels,
+        shape=autoencoder.latent_shape(*config.padded),
+        autoencoder=identity(autoencoder),
+        shift=autoencoder.shift,
+        scale=autoencoder.scale,
+        dtype=config.latents.dtype,
+        images_per_shard=config.latents.images_per_shard,
+        condition=job.condition.read,
+        mirrored=config.pictures.flip,
+    )
+
+
+def check_cache(job: Job, *, own: bool, overwrite: bool = False) -> None:
+    """Refuses a latent cache that is there already and is another one, before anything is trained.
+
+    The run's own is checked once the folder is known to be about these images, others before.
+    """
+    folder = latents_folder(job)
+    if own != (folder.resolve() == (job.run.path / LATENTS).resolve()):
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--latents {folder}: is a file; needed is a folder, which may be new.")
+    if not (folder / "header.json").exists():
+        return
+    autoencoder = job.vae
+    if autoencoder is None and not overwrite and (job.run.path / AUTOENCODER).exists():
+        autoencoder = load_vae(job.run.path, job.config.pictures.channels, option="run")
+    if autoencoder is None and own:  # the same one will come of the run's checkpoints
+        return
+    if autoencoder is None:
+        raise UserError(
+            f"--latents {folder}: there is a latent cache already, and this run is to train an "
+            "autoencoder of its own, whose latents are others. Give the one that made it with "
+            "--vae, or use another folder, or delete this one."
+        )
+    header = cache_header(job, autoencoder)
+    found = read_json(folder / "header.json", repair="Delete the folder.")
+    if any(found.get(name) != value for name, value in header.items()):
+        open_latents(folder, header)  # raises, with all that differs
+
+
+def cache_latents(job: Job, autoencoder: AutoencoderKL) -> Latents:
+    """The posteriors of all images, and of their mirror images where they are wanted."""
+    config, header, folder = job.config, cache_header(job, autoencoder), latents_folder(job)
+    if job.inputs.latents is None:
+        folder = job.run.file(LATENTS)
+    encode = Encoder(autoencoder, config.latents.batch_size, config.pictures.pad)
+    begin, complete = time.monotonic(), (folder / SKIPPED).exists()
+    with StageBar("latents", len(job.source) // jax.process_count(), "image") as bar:
+        write_latents(
+            job.source,
+            encode,
+            folder,
+            header,
+            batch_size=encode.batch_size,
+            strict=job.inputs.strict,
+            condition=job.condition.read,
+            progress=lambda done, total: bar.update(done),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    barrier("latents")
+    latents = open_latents(folder, header)
+    if not complete:
+        job.run.log(stage="latents", seconds=time.monotonic() - begin)
+    entries = [e for e in job.run.log_entries() if e["stage"] == "latents" and "seconds" in e]
+    job.timings["latents"] = {"seconds": entries[-1]["seconds"] if entries else 0.0}
+    skipped = read_json(folder / SKIPPED, repair="Delete it; it is written again.")
+    if skipped:
+        say(
+            f"latents: {len(skipped)} unreadable images are left out, listed in "
+            f"{folder / SKIPPED}; the first: {next(iter(skipped.values()))}"
+        )
+    return latents

@@ -1,0 +1,142 @@
+"""What names stand for: the diffusion and its objective, solvers, times, guidance, rates."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import eqxldm as ex
+from eqxldm.objectives import AbstractObjective, Denoising, Hybrid
+from eqxldm.solvers import Variance
+from eqxldm.training import constant, exponential, in_dtype, power_function
+
+from .config import DiffusionConfig, PathName, SamplingConfig
+from .terminal import UserError
+
+TIMESTEPS = 1000  # of the "ddpm" path's table
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Method(NamedTuple):
+    """A diffusion, how it is trained, the variance of ancestral steps; and names, for messages."""
+
+    diffusion: ex.Diffusion
+    objective: AbstractObjective
+    variance: Variance
+    names: tuple[str, str]
+
+    @property
+    def timesteps(self) -> int | None:
+        """Of the path's table, if it has one."""
+        path = self.diffusion.path
+        return path.timesteps if isinstance(path, ex.DiscreteVP) else None
+
+
+def make_method(config: DiffusionConfig) -> Method:
+    """The diffusion of these names and its objective.
+
+    With `learned_range` the network has an output for the variance too, and the loss is the hybrid
+    one, which the `ddpm` path alone has.
+    """
+    path, names = _path(config.path), (config.path, config.prediction)
+    prediction: ex.Prediction = {
+        "velocity": ex.predict_velocity,
+        "eps": ex.predict_eps,
+        "v": ex.predict_v,
+        "x0": ex.predict_x0,
+    }[config.prediction]
+    if config.learned_range:
+        if config.path != "ddpm" or config.weight != "constant":
+            raise UserError(
+                "--diffusion.learned-range has the hybrid loss: it needs --diffusion.path ddpm and "
+                f"--diffusion.weight constant, got {config.path} and {config.weight}."
+            )
+        diffusion = ex.Diffusion(path, ex.LearnedRange(prediction))
+        return Method(diffusion, Hybrid(diffusion), ex.learned_range, names)
+    weight = ex.min_snr_weight(prediction) if config.weight == "min-snr" else ex.constant_weight
+    if isinstance(path, ex.DiscreteVP):
+        times = ex.discrete_time(path.timesteps)
+    else:
+        times = ex.logit_normal_time(config.time_mean, config.time_stddev)
+    diffusion = ex.Diffusion(path, prediction)
+    return Method(diffusion, Denoising(diffusion, weight, times), ex.fixed_small, names)
+
+
+def _path(name: PathName) -> ex.AbstractPath:
+    if name == "flow":
+        return ex.LinearFlow()
+    if name == "cosine":
+        return ex.CosineVP()
+    return ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(TIMESTEPS)))
+
+
+def make_solver(method: Method, sampling: SamplingConfig) -> ex.AbstractSolver:
+    table = {
+        "ddim": ex.DDIM(),
+        "ddpm": ex.DDPM(method.variance),
+        "euler": ex.Euler(),
+        "heun": ex.Heun(),
+        "euler-maruyama": ex.EulerMaruyama(lambda at: at.sigma),  # finite at t = 1
+        "dpmsolver++": ex.DPMSolverPP2M(),
+        "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
+    }
+    return table[sampling.solver]
+
+
+def make_times(method: Method, sampling: SamplingConfig) -> Any:
+    """The times: the remaining timesteps of the table, or evenly spaced ones."""
+    table = method.timesteps
+    if table is None:
+        return ex.uniform_times(sampling.steps)
+    if sampling.steps > table:
+        raise UserError(f"--sampling.steps {sampling.steps}: the table has {table} timesteps.")
+    return ex.timestep_times(table, ex.respace(table, [sampling.steps]))
+
+
+def guided(network: Any, null: Any, sampling: SamplingConfig, dtype: Any) -> ex.Denoiser:
+    """The network with the guidance asked for, computing in `dtype`."""
+    denoiser = in_dtype(network, dtype)
+    if sampling.guidance == 1 or null is None:
+        return denoiser
+    return ex.guide(denoiser, null, sampling.guidance, interval=sampling.guidance_interval)
+
+
+def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "sampling.") -> int:
+    """Refuses what cannot be sampled, before anything is trained; returns the network calls."""
+    low, high = sampling.guidance_interval
+    if not low < high:
+        raise UserError(
+            f"--{prefix}guidance-interval must be LOW HIGH with LOW < HIGH, got {low} {high}."
+        )
+    solver, times = make_solver(method, sampling), make_times(method, sampling)
+    try:
+        ex.check_combination(method.diffusion, solver, times)
+    except ValueError as error:
+        raise UserError(
+            f"--diffusion.path {method.names[0]}, --diffusion.prediction {method.names[1]} and "
+            f"--{prefix}solver {sampling.solver} do not go together: {error}"
+        ) from None
+    return ex.nfe(method.diffusion.path, solver, times)
+
+
+def make_decays(config: DiffusionConfig) -> tuple[Any, ...]:
+    """The decay of each average: those that were named, then those by power functions."""
+    decay = exponential if config.ema_warmup else constant
+    try:
+        return (*map(decay, config.ema_decays), *map(power_function, config.posthoc))
+    except ValueError as error:
+        raise UserError(f"--diffusion.posthoc: {error}") from None
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """A learning rate: linear to `peak`, then a cosine to 0."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+
+def diffusion_rate(config: DiffusionConfig) -> Any:
+    rate = config.learning_rate
+    if config.cosine_decay:
+        return warmup_cosine(rate, config.steps, config.warmup)
+    if not config.warmup:
+        return rate
+    return lambda step: rate * jnp.minimum(1.0, (step + 1) / config.warmup)

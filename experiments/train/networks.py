@@ -1,0 +1,136 @@
+"""The networks of a run, as its configuration describes them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+from eqxldm import models, nn
+from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
+
+from .conditions import Captions, Condition, Labels
+from .config import AttentionName, Config, RematName
+from .streams import stream_key
+
+Shape = tuple[int, int, int]
+
+MODELS: dict[str, Callable[..., DiT]] = {
+    make.__name__: make
+    for make in (
+        models.dit_s_2, models.dit_s_4, models.dit_s_8, models.dit_b_2, models.dit_b_4,
+        models.dit_b_8, models.dit_l_2, models.dit_l_4, models.dit_l_8, models.dit_xl_2,
+        models.dit_xl_4, models.dit_xl_8,
+    )
+}  # fmt: skip
+
+
+class Pixels(eqx.Module):
+    """The image itself, in place of an autoencoder's latent."""
+
+    in_channels: int = eqx.field(static=True)
+
+    def latent_shape(self, height: int, width: int) -> Shape:
+        return self.in_channels, height, width
+
+    def encode(self, x: Float[Array, "c h w"], *, key: Any = None) -> Float[Array, "c h w"]:
+        return x
+
+    def decode(self, z: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
+        return z
+
+
+Space = AutoencoderKL | Pixels
+
+
+def make_autoencoder(config: Config) -> AutoencoderKL:
+    options = config.autoencoder
+    return AutoencoderKL(
+        config.pictures.channels,
+        options.latent_channels,
+        channels=options.channels,
+        blocks=options.blocks,
+        patch_size=options.patch_size,
+        groups=options.groups,
+        attention=options.attention,
+        key=stream_key(config.seed, "autoencoder/model"),
+    )
+
+
+def make_discriminator(config: Config) -> PatchDiscriminator:
+    return PatchDiscriminator(
+        config.pictures.channels,
+        channels=config.autoencoder.discriminator_channels,
+        layers=config.autoencoder.discriminator_layers,
+        groups=config.autoencoder.groups,
+        key=stream_key(config.seed, "discriminator/model"),
+    )
+
+
+def make_denoiser(
+    config: Config,
+    shape: Shape,
+    condition: Condition,
+    *,
+    remat: RematName = "narrow",
+    attention: AttentionName = "xla",
+) -> DiT | UNet:
+    """The denoiser for latents or images of this shape, with what the condition needs."""
+    key, text_key = jax.random.split(stream_key(config.seed, "diffusion/model"))
+    attend = {"xla": nn.attend, "cudnn": nn.cudnn_attend}[attention]
+    policy = {
+        "everything": jax.checkpoint_policies.nothing_saveable,
+        "narrow": models.save_narrow,
+        "matmuls": models.save_matmuls,
+        "nothing": None,
+    }[remat]
+    if config.denoiser == "unet":
+        return _unet(config, shape, condition, attention=attend, remat=policy, key=key)
+    sizes = dit_sizes(config)
+    options: dict[str, Any] = dict(
+        qk_norm=nn.RMSNorm if config.dit.qk_norm else None,
+        learn_sigma=config.diffusion.learned_range,
+        attention=attend,
+        remat=policy,
+    )
+    if isinstance(condition, Labels):
+        options |= dict(num_classes=condition.num_classes)
+    elif isinstance(condition, Captions):
+        text = config.text
+        width = text.width or sizes["width"]
+        options |= dict(
+            embed_cond=models.ByteTextEncoder(
+                width, text.depth, text.num_heads, text.max_length, key=text_key
+            ),
+            block=models.CrossAttentionDiTBlock if text.cross_attention else models.DiTBlock,
+        )
+    return DiT(shape, **sizes, **options, key=key)
+
+
+def _unet(config: Config, shape: Shape, condition: Condition, **options: Any) -> UNet:
+    unet, deepest = config.unet, len(config.unet.channels) - 1
+    return UNet(
+        shape[0],
+        out_channels=shape[0] * (2 if config.diffusion.learned_range else 1),
+        channels=unet.channels,
+        blocks=unet.blocks,
+        attention_levels=tuple(i == deepest for i in range(deepest + 1)),
+        num_heads=unet.num_heads,
+        groups=unet.groups,
+        num_classes=condition.num_classes if isinstance(condition, Labels) else None,
+        **options,
+    )
+
+
+def dit_sizes(config: Config) -> dict[str, Any]:
+    """The published size's depth, width, heads and patch, or what was given instead."""
+    published = eqx.filter_eval_shape(MODELS[config.dit.model], (4, 32, 32), key=jax.random.key(0))
+    names = ("depth", "width", "num_heads", "patch_size")
+    given = {name: getattr(config.dit, name) for name in names}
+    return {n: getattr(published.config, n) if v is None else v for n, v in given.items()}
+
+
+def space_shape(config: Config, space: Space) -> Shape:
+    """The shape of what the denoiser sees: a latent, or an image with its border."""
+    return space.latent_shape(*config.padded)

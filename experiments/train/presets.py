@@ -1,0 +1,113 @@
+"""The presets, each as the options that it stands for, in the words of the command line."""
+
+import tyro
+
+from .commands import Train
+from .config import DenoiserName, PresetName, SpaceName
+
+# Sizes that train in minutes on two CPU cores; the defaults of Train's options are DiT's recipe.
+TWO_CORES = """
+    --classifier.steps 1500 --classifier.batch-size 128 --classifier.channels 32
+    --classifier.features 128
+    --autoencoder.steps 1500 --autoencoder.learning-rate 3e-3 --autoencoder.channels 32 64
+    --autoencoder.patch-size 2 --autoencoder.blocks 1 --autoencoder.groups 8
+    --autoencoder.latent-channels 8 --autoencoder.no-attention --autoencoder.distance l2
+    --autoencoder.kl-weight 3e-3 --autoencoder.ema-decay 0.99 --autoencoder.gan-weight 0.25
+    --autoencoder.gan-start 1000 --autoencoder.discriminator-channels 32
+    --autoencoder.discriminator-layers 2 --autoencoder.discriminator-learning-rate 1e-3
+    --latents.batch-size 250 --sampling.solver ddim --sampling.steps 25 --sampling.guidance 1.6
+    --diffusion.steps 10000 --diffusion.batch-size 64 --diffusion.learning-rate 4e-3
+    --diffusion.warmup 100 --diffusion.cosine-decay --diffusion.b2 0.99 --diffusion.clip-norm 1
+    --diffusion.ema-decays 0.999 --diffusion.ema-warmup --diffusion.path cosine
+    --diffusion.prediction v --diffusion.no-learned-range --diffusion.dtype float32
+    --dit.model dit_s_2 --dit.depth 6 --dit.width 128 --dit.num-heads 4
+    --unet.blocks 1 --unet.groups 8 --sampling-batch 500
+"""
+# DiT's recipe (Peebles & Xie 2023): XL/2, batch 256, 400,000 steps, 250 DDPM steps, w 1.5.
+IMAGENET256 = """
+    --size 256 256 --samples 50000 --checkpoint-every 2500 --autoencoder.crop-from 288
+    --sampling.solver ddpm --sampling.steps 250 --sampling.guidance 1.5
+    --sampling.guidance-interval 0 1
+"""
+# 32 x 32 colour images in some 27 minutes.
+CIFAR10 = "--size 32 32 --samples 2000"
+# 28 x 28 digits or clothes in ten minutes.
+MNIST = """
+    --size 28 28 --channels 1 --pad 2 --no-flip --samples 2000 --checkpoint-every 250
+    --classifier.steps 700 --classifier.batch-size 256 --classifier.learning-rate 2e-3
+    --autoencoder.steps 700 --autoencoder.learning-rate 4e-3 --autoencoder.latent-channels 4
+    --autoencoder.kl-weight 1e-2 --autoencoder.gan-start 450
+    --latents.batch-size 500 --latents.images-per-shard 10000 --sampling.steps 20
+    --diffusion.warmup 50 --diffusion.ema-decays 0.995
+"""
+# What a step costs differs by a factor of four, so each pair has a number of steps of its own.
+MNIST_STEPS = {
+    ("latent", "dit"): "--diffusion.steps 3200",
+    ("latent", "unet"): "--diffusion.steps 1600 --diffusion.learning-rate 2e-3",
+    ("pixel", "dit"): "--diffusion.steps 2000",
+    ("pixel", "unet"): "--diffusion.steps 800 --diffusion.learning-rate 2e-3",
+}
+# Everything tiny: all stages in two minutes, on images that it makes.
+SMOKE = """
+    --data shapes --condition label --size 32 32 --samples 80 --reference 200
+    --checkpoint-every 100 --classifier.steps 60 --classifier.batch-size 32
+    --classifier.channels 8 --classifier.features 32 --autoencoder.steps 200
+    --autoencoder.batch-size 16 --autoencoder.learning-rate 4e-3 --autoencoder.channels 16 32
+    --autoencoder.latent-channels 4 --autoencoder.gan-start 150
+    --autoencoder.discriminator-channels 8 --latents.batch-size 100 --latents.images-per-shard 100
+    --diffusion.steps 600 --diffusion.batch-size 32 --diffusion.warmup 20
+    --diffusion.ema-decays 0.99 --dit.depth 4 --dit.width 96 --dit.num-heads 3
+    --sampling.steps 20 --sampling.guidance 1.5 --unet.num-heads 2
+    --text.max-length 32 --text.depth 1 --text.num-heads 2
+"""
+# Pixels have patches and levels of their own, so that there are about as many tokens.
+PIXEL = "--dit.patch-size 4 --unet.channels 32 64 64"
+LATENT = "--dit.patch-size 2 --unet.channels 64 128"
+SMALL_UNETS = {"latent": "--unet.channels 16 32", "pixel": "--unet.channels 8 16 32"}
+MNIST_UNETS = {"latent": "--unet.channels 64 128", "pixel": "--unet.channels 16 32 64"}
+
+
+def images(size: tuple[int, int], count: int) -> str:
+    """Anyone's pictures: the networks' depth by their size, batches and steps by their number.
+
+    Latents are 8 times smaller than images of more than 64 pixels, 4 times smaller than others.
+    """
+    large, h, w = max(size) > 64, *size
+    batch = lambda most: max(1, min(most, 1 << (max(count, 1).bit_length() - 1)))  # 2^k <= count
+    steps = lambda most, size: max(200, min(most, 200 * count // batch(size)))
+    return f"""
+        --size {h} {w} --samples {max(10, min(1000, count))} --checkpoint-every 500
+        --reference {max(10, min(10_000, count // 2))}
+        --classifier.steps {steps(1500, 128)} --classifier.batch-size {batch(128)}
+        --autoencoder.steps {steps(3000, 16)} --autoencoder.batch-size {batch(16)}
+        --autoencoder.gan-start {steps(3000, 16) * 2 // 3}
+        --autoencoder.channels {"32 64 128" if large else "32 64"} --latents.batch-size {batch(64)}
+        --diffusion.steps {steps(20_000, 64)} --diffusion.batch-size {batch(64)}
+        --diffusion.warmup {min(100, steps(20_000, 64) // 10)} --diffusion.learning-rate 2e-3
+        --dit.depth 8 --dit.width 256 --dit.num-heads 4
+    """
+
+
+def preset(
+    name: PresetName,
+    space: SpaceName = "latent",
+    denoiser: DenoiserName = "dit",
+    size: tuple[int, int] = (64, 64),
+    count: int = 1000,
+) -> Train:
+    """The options of a preset for a space and a denoiser; `images` asks for size and count, too."""
+    small = [TWO_CORES, PIXEL if space == "pixel" else LATENT]
+    if name == "imagenet256":
+        layers = [IMAGENET256]
+    elif name == "cifar10":
+        layers = [*small, CIFAR10]
+    elif name == "smoke":
+        layers = [*small, SMOKE, SMALL_UNETS[space]]
+    elif name == "images":
+        patch = "--dit.patch-size 16" if space == "pixel" and max(size) > 64 else ""
+        layers = [*small, images(size, count), patch]
+    else:
+        layers = [*small, MNIST, f"--data {name}", MNIST_STEPS[space, denoiser], MNIST_UNETS[space]]
+    # Of an option that comes twice the last one counts.
+    default = Train(preset=name, space=space, denoiser=denoiser)
+    return tyro.cli(Train, args=" ".join(layers).split(), default=default)

@@ -1,0 +1,148 @@
+"""The terminal: messages, progress bars, signals, and errors as one line with an exit code."""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from eqxldm.checkpoints import CheckpointError
+from eqxldm.data import DataError
+
+# Of the disk and not of the program: full, over the quota, read-only, not permitted, broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads the output any more (`| head`): as at SIGTERM, what can be saved is, in
+        place of an error in the middle of whatever is done; the output goes nowhere from here on.
+        """
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+# Without markup and emoji: what is printed holds names that users chose.
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+class UserError(Exception):
+    """Something the user can repair: shown as one message, exit code 2."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP: raised at once, or noted while a training loop runs.
+
+    Inside `deferred()` the first signal only sets `pending`, so that the loop can save and leave;
+    a second one is raised.
+    """
+
+    def __init__(self):
+        self.pending: int | None = None
+        self._deferred = False
+        for signum in SIGNALS:
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, _frame) -> None:
+        if not self._deferred or self.pending is not None:
+            raise Interrupted(signum)
+        self.pending = signum
+        say(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping ...")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+
+def say(text: str) -> None:
+    """Prints a line, on process 0."""
+    console.print(text)
+
+
+def run_main(main: Callable[[], None]) -> int:
+    """Calls `main`; what it raises becomes a message and an exit code: 2, 129, 130 or 143."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be text of this locale
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (UserError, DataError, CheckpointError) as error:
+        return _failed(str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _failed(f"{error.filename or 'a file'}: {error.strerror}.")
+    except Interrupted as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"stopped by {name}; the same command goes on from here.", file=sys.stderr)
+        return 128 + stop.signum
+    return 0
+
+
+def _failed(message: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        console.file.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+class StageBar:
+    """Progress of one stage: a bar in a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str = "step"):
+        self.name, self.total, self.unit = name, total, unit
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._start = self._printed = time.monotonic()
+        self._printed_all = False
+        self._first: int | None = None
+
+    def __enter__(self) -> "StageBar":
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description:<11}"),  # fits a line of 80 characters
+                BarColumn(bar_width=18),
+                TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=self.total, text="")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        now = time.monotonic()
+        self._first = done if self._first is None else self._first
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif console.quiet or self._printed_all:
+            return
+        elif done == self.total or now - self._printed >= PLAIN_INTERVAL:
+            self._printed, self._printed_all = now, done == self.total
+            rate = (done - self._first) / max(now - self._start, 1e-9)
+            left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+            say(f"{self.name}: {done}/{self.total} {self.unit}s  {text}  {left}")
