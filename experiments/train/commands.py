@@ -18,19 +18,11 @@ from .checks import check_batches, check_networks, check_options, check_out, mes
 from .classifier import train_classifier
 from .conditions import Captions, Labels, Wanted, choose_condition
 from .config import (
-    AutoencoderConfig,
-    ClassifierConfig,
     Config,
     DenoiserName,
-    DiffusionConfig,
-    DiTConfig,
-    LatentsConfig,
-    PictureOptions,
     PresetName,
     SamplingConfig,
     SpaceName,
-    TextConfig,
-    UNetConfig,
 )
 from .data import open_source, open_test
 from .diffusion import load_finished, train_diffusion
@@ -40,7 +32,7 @@ from .job import Compute, Inputs, Job, describe_data, read_data
 from .latents import cache_latents, check_cache
 from .methods import DTYPES, check_sampling, make_method
 from .networks import Pixels
-from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, Side, check, from_dict
+from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check, from_dict
 from .processes import Processes, all_succeed, join
 from .run import CONFIG, METRICS, RunFolder, as_dict, write_json
 from .sampling import Drawing, Sampler
@@ -50,35 +42,23 @@ from .terminal import Signals, UserError, say
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Config):
     """Train everything, sample and measure; goes on where an interrupted run stopped."""
 
     preset: PresetName = "images"  # The defaults of all other options.
     # A folder of images, or with one for each class, or with captions; tars, parquet, ArrayRecord;
     # for MNIST's presets a folder with its four files, which are fetched otherwise.
     images: Path | None = None
-    size: tuple[Side, Side] = (64, 64)  # Height and width, after a centre crop.
-    space: SpaceName = "latent"  # What is diffused: an autoencoder's latents, or the pixels.
-    denoiser: DenoiserName = "dit"  # The network: a transformer or a U-Net.
     run_dir: Path | None = None  # The run folder; by default in runs/, with the preset's name.
-    seed: Seed = 0  # Of everything that is random.
     samples: Samples = 1000  # How many images to sample at the end, as many of each class.
     # Steps between measurements of samples while the diffusion trains; 0: at the end alone.
     eval_every: MaybeSteps = 0
     overwrite: bool = False  # Delete what the run in the folder wrote, and start anew.
-    pictures: OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inputs: OmitArgPrefixes[Inputs] = field(default_factory=Inputs)
     compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
     processes: OmitArgPrefixes[Processes] = field(default_factory=Processes)
     log: LogOptions = field(default_factory=LogOptions)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    dit: DiTConfig = field(default_factory=DiTConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     @property
     def config(self) -> Config:

@@ -208,18 +208,18 @@ class SamplingConfig:
 class Config:
     """What a run's results depend on: the run folder belongs to it."""
 
-    size: tuple[Side, Side] = (256, 256)
-    space: SpaceName = "latent"
-    denoiser: DenoiserName = "dit"
-    seed: Seed = 0
+    size: tuple[Side, Side] = (64, 64)  # Height and width, after a centre crop.
+    space: SpaceName = "latent"  # What is diffused: an autoencoder's latents, or the pixels.
+    denoiser: DenoiserName = "dit"  # The network: a transformer or a U-Net.
+    seed: Seed = 0  # Of everything that is random.
     pictures: OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     dit: DiTConfig = field(default_factory=DiTConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     @property
     def padded(self) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from .data import decoded
 from .figures import image_grid, save_curves, save_png
 from .job import Job
 from .methods import DTYPES, check_sampling, make_method
-from .run import RunFolder, as_dict, versions
+from .run import METRICS, RunFolder, as_dict, versions
 from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
 from .streams import stream_key, stream_order
 from .terminal import UserError
@@ -327,27 +327,14 @@ def write_curves(run: RunFolder) -> None:
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
     """What the job says at its end, of whatever was measured."""
-    ae, dm = metrics.get("autoencoder"), metrics.get("diffusion")
-    lines = []
-    if ae:
-        lines.append(
-            f"autoencoder: PSNR {ae['psnr_db']:.2f} dB, SSIM {ae['ssim']:.3f}, "
-            f"reconstruction FD {ae['reconstruction_fd']:.2f}"
-        )
-    if dm:
-        real = {"fd": "fd_real", "accuracy": "classifier_accuracy"}
-        shown = [
-            f"{'FD' if name == 'fd' else name} {dm[name]:.{2 if name == 'fd' else 3}f}"
-            + (f" (real images: {dm[real[name]]:.3g})" if real.get(name) in dm else "")
-            for name in ("fd", "accuracy", "precision", "recall")
-            if name in dm
-        ]
-        lines.append(
-            f"samples ({dm['samples']}, {dm['solver']}, {dm['steps']} steps, guidance "
-            f"{dm['guidance_scale']}): {', '.join(shown)}"
-        )
-    what = "pictures, samples.npz and metrics.json are" if dm else "pictures and metrics.json are"
-    return "\n".join([*lines, f"{what} in {folder}"])
+    parts, lines = {"autoencoder": "autoencoder", "diffusion": "samples"}, []
+    for part, name in parts.items():
+        found = metrics.get(part, {})
+        shown = [f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)]
+        about = " ({samples}, {solver}, {steps} steps)" if part == "diffusion" else ""
+        if shown:
+            lines.append(f"{name}{about.format(**found)}: {', '.join(shown)}")
+    return "\n".join([*lines, f"pictures and {METRICS} are in {folder}"])
 
 
 def describe(config: Config) -> dict[str, Any]:
