@@ -26,7 +26,8 @@ SMALL = """--size 16 16 --checkpoint-every 15 --reference 40 --classifier.steps 
     --autoencoder.discriminator-layers 1 --latents.batch-size 10 --latents.images-per-shard 40
     --latents.statistics 64 --diffusion.steps 240 --diffusion.batch-size 16 --diffusion.warmup 10
     --diffusion.posthoc 0.1 --diffusion.snapshot-every 60 --dit.depth 2 --dit.width 32
-    --dit.num-heads 2 --samples 24 --sampling.steps 3 --sampling-batch 8""".split()
+    --dit.num-heads 2 --samples 24 --sampling.steps 3 --sampling-batch 8
+    --eval-every 100 --eval-samples 10""".split()
 STAGES = ("classifier", "autoencoder", "diffusion")
 
 
