@@ -29,7 +29,7 @@ All stages on images that the run makes itself, in two minutes on two cores:
 @functools.cache
 def open_folder(path: Path) -> ImageSource:
     """`open_images`, once: listing a million files takes a while."""
-    return open_images(path)
+    return open_images(path.expanduser())
 
 
 def open_source(config: Config, images: Path | None) -> ImageSource:
