@@ -33,7 +33,7 @@ from .dit import (
     dit_xl_8 as dit_xl_8,
 )
 from .dit_blocks import (
-    Context as Context,
+    BlockContext as BlockContext,
     CrossAttentionDiTBlock as CrossAttentionDiTBlock,
     DiTBlock as DiTBlock,
 )

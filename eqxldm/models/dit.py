@@ -20,7 +20,7 @@ from ..nn.patchify import patch_grid, patch_sizes, patchify, unpatchify
 from ..nn.rope import RoPE, Rotation, grid_positions
 from ..nn.stack import Stack, save_matmuls
 from .config import arguments, build_part, make_record
-from .dit_blocks import Context, DiTBlock
+from .dit_blocks import BlockContext, DiTBlock
 
 PUBLISHED_TIME = Sinusoid()
 
@@ -209,7 +209,7 @@ class DiT(eqx.Module):
 
     def _joined(
         self, x: Float[Array, "n d"], conditioning: Conditioning, grid: tuple[int, ...]
-    ) -> tuple[Float[Array, "n2 d"], Context, int]:
+    ) -> tuple[Float[Array, "n2 d"], BlockContext, int]:
         """The sequence that the blocks see, their context, and how many tokens stand before the
         patches."""
         rope, mask, before = self.config.rope, conditioning.mask, 0
@@ -231,7 +231,7 @@ class DiT(eqx.Module):
         if rope is not None:
             places = grid_positions(grid)
             rotation = rope(np.concatenate([np.zeros((before, places.shape[1])), places]))
-        return x, Context(tokens, mask, rotation), before
+        return x, BlockContext(tokens, mask, rotation), before
 
 
 def _check(config: DiTConfig) -> None:

@@ -16,7 +16,7 @@ from ..nn.norms import layer_norm
 from ..nn.rope import Rotation
 
 
-class Context(eqx.Module):
+class BlockContext(eqx.Module):
     """What all blocks of a DiT see, besides the vector `c`.
 
     `tokens` of the condition for cross-attention; None where they are joined to the patches.
@@ -71,9 +71,9 @@ class DiTBlock(eqx.Module):
         self.modulation = Modulation(width, 6, key=k4)
 
     def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: Context | None = None
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
     ) -> Float[Array, "n d"]:
-        context = Context() if context is None else context
+        context = BlockContext() if context is None else context
         b1, a1, g1, b2, a2, g2 = self.modulation(c)
         normed = modulate(layer_norm(x), b1, a1)
         x = x + g1 * self.attention(normed, context.mask, rotation=context.rotation)
@@ -90,7 +90,7 @@ class CrossAttentionDiTBlock(eqx.Module):
     **Raises** `ValueError` without tokens.
 
     >>> block = CrossAttentionDiTBlock(16, 2, 4.0, key=jax.random.key(0))
-    >>> context = Context(tokens=jax.numpy.ones((3, 16)))
+    >>> context = BlockContext(tokens=jax.numpy.ones((3, 16)))
     >>> block(jax.numpy.ones((5, 16)), jax.numpy.ones(16), context).shape
     (5, 16)
     """
@@ -127,7 +127,7 @@ class CrossAttentionDiTBlock(eqx.Module):
         self.modulation = Modulation(width, 6, key=k4)
 
     def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: Context | None = None
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
     ) -> Float[Array, "n d"]:
         if context is None or context.tokens is None:
             raise ValueError(

@@ -11,17 +11,21 @@ from torch.nn import functional as F
 
 
 class DiT(nn.Module):
-    def __init__(self, shape, *, patch, depth, width, heads, classes, learn_sigma, ratio=4.0):
+    def __init__(
+        self, shape, *, patch_size, depth, width, num_heads, classes, learn_sigma, ratio=4.0
+    ):
         super().__init__()
         channels, self.height, self.width = shape
-        self.patch, self.out = patch, channels * (1 + learn_sigma)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
+        self.patch, self.out = patch_size, channels * (1 + learn_sigma)
+        self.x_embedder = nn.ModuleDict(
+            {"proj": nn.Conv2d(channels, width, patch_size, patch_size)}
+        )
         self.t_embedder = nn.ModuleDict({"mlp": mlp(256, width, width, nn.SiLU())})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
-        positions = table(self.height // patch, self.width // patch, width)
+        positions = table(self.height // patch_size, self.width // patch_size, width)
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
-        last = nn.Linear(width, patch * patch * self.out)
+        self.blocks = nn.ModuleList(Block(width, num_heads, ratio) for _ in range(depth))
+        last = nn.Linear(width, patch_size * patch_size * self.out)
         self.final_layer = nn.ModuleDict(
             {
                 "linear": last,
