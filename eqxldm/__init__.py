@@ -11,11 +11,16 @@ if _TYPE_CHECKING:
     from . import (
         checkpoints as checkpoints,
         data as data,
+        devices as devices,
+        digests as digests,
+        distributed as distributed,
+        durable as durable,
         metrics as metrics,
         models as models,
         nn as nn,
         pretrained as pretrained,
         sharding as sharding,
+        telemetry as telemetry,
         training as training,
     )
 
@@ -158,7 +163,21 @@ from .solvers import (
 )
 
 # Imported when they are first named: many programs need only a few of them.
-_LAZY = ("checkpoints", "data", "metrics", "models", "nn", "pretrained", "sharding", "training")
+_LAZY = (
+    "checkpoints",
+    "data",
+    "devices",
+    "digests",
+    "distributed",
+    "durable",
+    "metrics",
+    "models",
+    "nn",
+    "pretrained",
+    "sharding",
+    "telemetry",
+    "training",
+)
 
 
 def __getattr__(name: str) -> _Any:

@@ -127,7 +127,7 @@ SLOW = OPTIONAL | {
     "absl", "array_record", "etils", "fsspec", "optax", "pyarrow", "rich", "scipy", "tensorstore",
     "tyro",
 }  # fmt: skip
-LATER = {"checkpoints", "data", "metrics", "models", "nn", "pretrained", "sharding", "training"}
+LATER = set(eqxldm._LAZY)
 
 
 def loaded_after(code, *before):
@@ -153,6 +153,14 @@ def test_a_package_is_imported_when_it_is_named(name):
     loaded = loaded_after(f"assert eqxldm.{name}.__name__ == 'eqxldm.{name}'", "eqxldm")
     assert f"eqxldm.{name}" in loaded
     assert not {module.split(".")[0] for module in loaded} & {"matplotlib", "pyarrow", "torch"}
+
+
+def test_every_module_is_an_attribute_of_its_package():
+    for path in SOURCES:
+        module = path.parent if path.name == "__init__.py" else path.with_suffix("")
+        names = module.relative_to(ROOT).parts
+        if len(names) == 1 and not names[0].startswith("_"):
+            assert getattr(eqxldm, names[0]).__name__ == f"eqxldm.{names[0]}"
 
 
 def test_a_name_that_the_library_lacks_is_an_attribute_error():
