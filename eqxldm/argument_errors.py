@@ -28,6 +28,7 @@ class ArgumentError(TypeCheckError, ValueError):
     Raised by every function of the package, under `jit` while it is traced. An array is written
     as its dtype and shape, a model by the name of its class.
 
+    >>> import jax.numpy as jnp
     >>> from eqxldm import Diffusion, LinearFlow, predict_velocity
     >>> Diffusion(LinearFlow(), predict_velocity).noise(jnp.zeros(2), 0.5, jnp.zeros(3))
     Traceback (most recent call last):

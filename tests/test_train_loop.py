@@ -118,7 +118,8 @@ def test_each_phase_is_compiled_once_and_a_finished_stage_runs_nothing(tmp_path,
     assert traces == [1, 1] and before["seconds"] > 0 and before["images_per_second"] > 0
     again, after, traces = train(tmp_path, signals)
     assert traces == [0, 0] and digest(first) == digest(again)
-    assert before["seconds"] == pytest.approx(after["seconds"], abs=1.0)
+    # Of the last checkpoint, which was begun before the stage ended.
+    assert 0 < after["seconds"] <= before["seconds"]
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
