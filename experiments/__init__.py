@@ -1,1 +1,1 @@
-"""Experiments: one readable script a run. `python -m experiments.mnist --help`."""
+"""The job: `python -m experiments.train --help`."""

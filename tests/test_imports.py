@@ -218,3 +218,13 @@ def test_importing_the_data_imports_nothing_optional():
     assert not set(done.stdout.split()) & (OPTIONAL | {"pyarrow", "array_record"})
     for name in eqxldm.data._LAZY:
         assert name in dir(eqxldm.data) and getattr(eqxldm.data, name).__name__ == name
+
+
+def test_the_versions_that_a_run_records_are_of_declared_packages():
+    """One that is not declared need not be installed, and a run would end when it asks."""
+    from experiments.train.run import PACKAGES
+
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    needed = tomllib.loads(text)["project"]["dependencies"]
+    declared = {re.split(r"[<>=!~;\[ ]", line)[0] for line in needed} | {"jaxlib"}  # jax's own
+    assert set(PACKAGES) <= declared

@@ -17,7 +17,7 @@ from eqxldm.durable import is_temporary, replacing
 
 from .terminal import UserError, say
 
-PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "tensorstore", "numpy")
 CONFIG, MANIFEST, METRICS, LOG = "config.json", "manifest.json", "metrics.json", "log.jsonl"
 
 
