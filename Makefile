@@ -203,10 +203,13 @@ $(DOCS): $(RUNTIME)
 	@touch $@
 
 # On the CPU, whatever the machine has: the build of torch is the one that pip's settings give.
+# Of open-clip-torch only the vocabulary file of CLIP is read; what it depends on is not installed.
 $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(CONSTRAINTS) --constraint constraints/parity.txt \
-		--editable . torch diffusers hypothesis pytest pytest-xdist
+		--editable '.[text]' torch diffusers transformers hypothesis pytest pytest-xdist
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint constraints/parity.txt open-clip-torch
 	@touch $@
 
 $(TPU) $(GPU): .venv-%/installed-$(MINOR): .venv-%/bin/python pyproject.toml $(CONSTRAINTS)
