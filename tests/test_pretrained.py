@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -698,3 +699,124 @@ def test_an_incomplete_table_is_refused():
         rest = {p: parts for p, parts in table.leaves.items() if p != path}
         with pytest.raises(pretrained.WeightsError, match=message):
             tensor_shapes(model, pretrained.Layout(rest | entry, {}))
+
+
+# What would take minutes, or all memory, or is no number.
+
+NUMBERS = {
+    "layers": ({"num_layers": 10**7}, "config.json: num_layers = 10000000 is too much"),
+    "widths": ({"attention_head_dim": 2**40}, "attention_head_dim = 1099511627776 is too much"),
+    "many": ({"attention_head_dim": 2**18}, r"of a model with \d+ numbers, the file has \d+"),
+    "classes": ({"num_embeds_ada_norm": 10**7}, "num_embeds_ada_norm = 10000000 is too much"),
+    "infinite": ({"norm_eps": float("inf")}, "norm_eps = inf is too much"),
+    "text": ({"num_layers": "two"}, "no model can be made of its configuration"),
+    "none": ({"patch_size": 0}, "no model can be made of its configuration"),
+    "negative": ({"num_layers": -3}, "no model can be made of its configuration"),
+    "list": ({"sample_size": [8]}, "no model can be made of its configuration"),
+    "class": ({"_class_name": ["DiT"]}, r"unknown architecture \['DiT'\]"),
+}
+
+
+@pytest.mark.parametrize("change, message", NUMBERS.values(), ids=NUMBERS)
+def test_absurd_configurations_are_refused_quickly(change, message, tmp_path):
+    folder = write_folder(tmp_path / "dit", config=CONFIG | change)
+    begin = time.monotonic()
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.load(folder)
+    assert time.monotonic() - begin < 5
+
+
+LEVELS = dict(
+    block_out_channels=[8] * 60,
+    down_block_types=["DownEncoderBlock2D"] * 60,
+    up_block_types=["UpDecoderBlock2D"] * 60,
+)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers_per_block": 10**7}, "layers_per_block = 10000000 is too much"),
+        (LEVELS | {"layers_per_block": 60}, "layers_per_block = 60 is too much"),
+        ({"block_out_channels": [8] * 10**4}, "block_out_channels has 10000 entries"),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"latents_std .* 4 positive numbers"),
+        ({"latents_std": [1.0]}, r"latents_std = \[1.0\]: needed are 4"),
+        ({"latents_mean": ["0"] * 4}, "needed are 4 numbers"),
+        ({"latents_mean": 7}, "no model can be made"),
+        ({"scaling_factor": None}, "no model can be made"),
+        ({"block_out_channels": [[8], [8]]}, "no model can be made"),
+    ],
+)
+def test_absurd_autoencoders_are_refused_by_name(change, message, tmp_path):
+    config = TINY_SD | change
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.load(write_folder(tmp_path / "ae", config=config, tensors={}))
+
+
+def test_nested_json_and_fields_of_the_wrong_type(tmp_path):
+    folder = write_folder(tmp_path / "dit")
+    config = folder / "config.json"
+    for text in ("[" * 10**5, '{"a":' * 10**5, "\udcff", '{"_class_name": 1' + "0" * 5000 + "}"):
+        config.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(pretrained.WeightsError, match=r"config\.json is not JSON"):
+            pretrained.load(folder)
+    deep = json.dumps(CONFIG)[:-1] + ', "a": ' + "[" * 100 + "]" * 100 + "}"
+    config.write_text(deep)
+    with pytest.raises(pretrained.WeightsError, match="nested deeper than"):
+        pretrained.load(folder)
+    path = tmp_path / "a.safetensors"
+    for header in ('{"class": ["DiTConfig"]}', '{"class": {}}', "5", "[" * 10**5, '{"class": 1e9}'):
+        write_safetensors(path, {}, {"eqxldm": header})
+        with pytest.raises(pretrained.WeightsError):
+            pretrained.load(path)
+    (folder / FILE).unlink()
+    config.write_text(json.dumps(CONFIG))
+    for index in ('{"weight_map": {"w": 5}}', '{"weight_map": {"w": ["x"], "v": "y"}}'):
+        (folder / f"{FILE}.index.json").write_text(index)
+        with pytest.raises(pretrained.WeightsError, match="names files outside its folder"):
+            pretrained.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4"])
+def test_floats_of_few_bits_are_refused_by_name(dtype, tmp_path):
+    header = json.dumps({"w": {"dtype": dtype, "shape": [8], "data_offsets": [0, 8]}}).encode()
+    if dtype == "F4":
+        header = header.replace(b"[0, 8]", b"[0, 4]")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 if dtype == "F4" else 8))
+    with pytest.raises(pretrained.WeightsError, match=rf"w \({dtype}\)"):
+        pretrained.load_into(tiny(), path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, None])
+def test_weights_that_are_no_numbers_are_refused(value, dtype):
+    model = tiny(depth=1)
+    state = pretrained.to_state(model)
+    name = "blocks.stacked.fc1.bias"
+    state[name] = state[name].astype(np.float64)
+    state[name].flat[-1] = value
+    message = "beyond the range of float" if np.isfinite(value) else "not finite"
+    with pytest.raises(pretrained.WeightsError, match=rf"{message}.*: {name}"):
+        pretrained.load_state(model, state, dtype=dtype)
+
+
+def test_a_table_of_positions_of_an_absurd_size_is_not_computed(tmp_path):
+    tensors = WEIGHTS_OF_DIFFUSERS | {"pos_embed.pos_embed": np.zeros((1, 16, 24), np.float32)}
+    folder = write_folder(tmp_path, config=CONFIG | {"sample_size": 2**16}, tensors=tensors)
+    with pytest.raises(pretrained.WeightsError, match="no file has a table of positions"):
+        pretrained.load(folder)
+
+
+def test_a_fixed_table_of_integers_is_refused():
+    state = pretrained.to_state(tiny(), pretrained.official_layout)
+    state["pos_embed"] = state["pos_embed"].astype(np.int32)
+    with pytest.raises(pretrained.WeightsError, match=r"not the constant of .*: pos_embed"):
+        pretrained.load_state(tiny(), state)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x.ckpt"])
+def test_what_load_could_not_read_is_not_written(name, tmp_path):
+    with pytest.raises(pretrained.WeightsError, match=r"name it x\.safetensors"):
+        pretrained.save(tiny(), tmp_path / name)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ official code does. (The other difference, `norm_eps` of one of three norms, 1e-
 at the official 1e-6: it changes outputs by parts in a million.)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -244,4 +245,6 @@ def _patch_conv(dit: DiT) -> tuple[Callable, Callable]:
 
 def _positions(dit: DiT) -> np.ndarray:
     grid, _ = patch_grid(dit.shape[1:], dit.patch_size)
+    if math.prod(grid) * dit.config.width > 2**28:  # the published ones have 2^18 or 2^20
+        raise WeightsError(f"DiT: no file has a table of positions for shape {dit.shape}.")
     return sincos_positions(grid, dit.config.width).astype(np.float32)[None]

@@ -17,6 +17,7 @@ from ..durable import replacing
 from .layout import Tensor, WeightsError
 
 WEIGHTS = "diffusion_pytorch_model"
+DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -37,7 +38,9 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         file = safetensors.safe_open(path, framework="np")
         # Only the names and shapes; the values stay on disk.
-        tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        _check_dtypes(path, dtypes)
+        tensors = {name: _tensor(file, name) for name in dtypes}
         return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
@@ -104,10 +107,10 @@ def open_index(path: Path) -> dict[str, Tensor]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict):
         raise WeightsError(f"{path} has no weight_map.")
-    shards = sorted(set(index.values()))
     # A name with a folder in it could point anywhere.
-    if odd := [s for s in shards if not isinstance(s, str) or Path(s).name != s]:
-        raise WeightsError(f"{path} names files outside its folder: {odd}.")
+    if odd := [s for s in index.values() if not isinstance(s, str) or Path(s).name != s]:
+        raise WeightsError(f"{path} names files outside its folder: {str(odd)[:200]}.")
+    shards = sorted(set(index.values()))
     if absent := [shard for shard in shards if not (path.parent / shard).exists()]:
         raise WeightsError(f"{path} names files that are not there: {', '.join(absent)}.")
     tensors, problems = {}, []
@@ -184,12 +187,24 @@ def read_json(path: Path) -> dict[str, Any]:
     {'a': 1}
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}.") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a JSON object.")
     return content
+
+
+def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Refuses floats of 8 and fewer bits, which mean nothing without the scales of their kind."""
+    if small := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in DTYPES]:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        raise WeightsError(
+            f"{path} has tensors of dtypes that are not read: {', '.join(small[:5])}{more}. Take "
+            "the file in float32, bfloat16 or float16."
+        )
 
 
 def _tensor(file: Any, name: str) -> Tensor:

@@ -32,8 +32,10 @@ from .layout import (
     own_layout,
     unfill,
 )
+from .limits import check_config, check_count
 from .records import from_json, to_json
 
+PYTORCH = (".pt", ".pth", ".bin", ".ckpt")
 HEADER = "eqxldm"  # of our files: the model's configuration, in the format's own header
 
 
@@ -105,7 +107,7 @@ def load(
     path = Path(path)
     if path.is_dir():
         make, layout, tensors = _from_folder(path)
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    elif path.suffix in PYTORCH:
         raise WeightsError(
             f"{path} does not say what the model is. Make it first: "
             "pretrained.load_into(models.dit_xl_2((4, 32, 32), key=key), path)."
@@ -114,14 +116,16 @@ def load(
         make, layout, tensors = _from_file(path)
     try:
         model = eqx.filter_eval_shape(make, key=jax.random.key(0))
+        check_count(model, tensors, str(path))
+        table = layout(model)
     except WeightsError:
         raise
-    except (KeyError, TypeError, ValueError) as error:  # an option of another version, say
+    except Exception as error:  # whatever a constructor raises for a number that makes no sense
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
             f"{path}: no model can be made of its configuration: {reason}"
         ) from error
-    return fill(model, layout(model), tensors, source=str(path), dtype=dtype, sharding=sharding)
+    return fill(model, table, tensors, source=str(path), dtype=dtype, sharding=sharding)
 
 
 def load_into(
@@ -149,7 +153,7 @@ def load_into(
     path = Path(path)
     if path.is_dir():
         tensors = open_folder(path)
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    elif path.suffix in PYTORCH:
         tensors = open_pt(path)
     else:
         tensors = open_safetensors(path)[0]
@@ -198,13 +202,20 @@ def save(model: PyTree, path: str | Path) -> None:
     also for other dtypes than float32). Nothing in the file is code: functions are written by
     their names.
 
-    **Raises** `WeightsError` if the configuration cannot describe the model.
+    **Raises** `WeightsError` if the configuration cannot describe the model, or if the name ends
+    like a PyTorch file.
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
     >>> model = DiT((4, 8, 8), patch_size=2, depth=1, width=16, num_heads=2, key=jax.random.key(0))
     >>> save(model, Path(tempfile.mkdtemp()) / "dit.safetensors")
     """
+    path = Path(path)
+    if path.suffix in PYTORCH:
+        raise WeightsError(
+            f"pretrained.save: {path} ends like a PyTorch file, and what is written is safetensors: "
+            f"name it {path.with_suffix('.safetensors').name}."
+        )
     _check_known(model)
     config = to_json(model.config)
     again = eqx.filter_eval_shape(from_json(config).build, key=jax.random.key(0))
@@ -214,7 +225,7 @@ def save(model: PyTree, path: str | Path) -> None:
             "one, which was changed after it was made. Write its arrays with "
             "equinox.tree_serialise_leaves."
         )
-    write_safetensors(Path(path), to_state(model), {HEADER: json.dumps(config)})
+    write_safetensors(path, to_state(model), {HEADER: json.dumps(config)})
 
 
 def export(model: PyTree, folder: str | Path) -> None:
@@ -251,13 +262,14 @@ def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, 
         raise WeightsError(f"{folder} has no config.json, which says what the model is.{hint}")
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
-    if name not in CLASS_NAMES:
+    if not isinstance(name, str) or name not in CLASS_NAMES:
         raise WeightsError(
             f"{folder}: unknown architecture {name!r}; known are {', '.join(CLASS_NAMES)}."
         )
-    known = DIFFUSERS[CLASS_NAMES[name]]
+    known, tensors = DIFFUSERS[CLASS_NAMES[name]], open_folder(folder)
+    check_config(config, tensors, str(folder / "config.json"))
     make = lambda *, key: known.from_config(config, key=key)
-    return make, known.layout, open_folder(folder)
+    return make, known.layout, tensors
 
 
 def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tensor]]:
@@ -271,8 +283,9 @@ def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tens
         )
     try:
         written = json.loads(header[HEADER])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: the configuration in its header is damaged.") from error
+    check_config(written, tensors, str(path))
     try:
         config = from_json(written)
     except WeightsError as error:

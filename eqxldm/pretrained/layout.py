@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Shape = tuple[int, ...]
+_PIECE = 2**26  # bytes
 ShardingRule = Callable[[str, Shape], jax.sharding.Sharding]
 
 
@@ -146,7 +147,8 @@ def fill(
     - `sharding`: `(path, shape) -> Sharding`; None is JAX's default device.
 
     **Raises** `WeightsError` with the list of all missing, unexpected and wrongly shaped tensors,
-    and of all copies and fixed tensors that hold something else than they should.
+    and of all copies and fixed tensors that hold something else than they should, and of all with
+    numbers that are not finite, or not in `dtype`.
 
     >>> from eqxldm.nn import Linear
     >>> linear = Linear(2, 3, key=jax.random.key(0))
@@ -162,7 +164,8 @@ def fill(
     problems = [
         f"not the constant of the architecture: {name}"
         for name, value in layout.fixed.items()
-        if name in tensors and not _close(tensors[name].read(), value())
+        if name in tensors
+        and not (tensors[name].floating and _close(tensors[name].read(), value()))
     ]
     filled, paths = [], array_leaves(model)
     for path, leaf in paths.items():
@@ -249,13 +252,27 @@ def _assemble(
     for part in parts:
         array = tensors[part.name].read()
         if leaf is None:
-            leaf = np.empty(shape, array.dtype if dtype is None else dtype)
-        leaf[part.where] = part.read(array)
+            # As JAX holds it: without 64 bits, unless they are enabled.
+            kept = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+            leaf = np.empty(shape, kept)
+        with np.errstate(over="ignore", invalid="ignore"):  # what that leads to is found below
+            leaf[part.where] = part.read(array)
+        if not _finite(leaf[part.where]):
+            found = "not finite" if not _finite(array) else f"beyond the range of {leaf.dtype}"
+            problems.append(f"{found}: {part.name}")
         for copy in part.copies:
             if not np.array_equal(tensors[copy].read(), array):
                 problems.append(f"differs from {part.name}, must be equal: {copy}")
     assert leaf is not None  # `tensor_shapes` has checked that the parts make up the leaf
     return leaf
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all numbers are finite; a part at a time, as the answers take memory, too."""
+    if array.dtype.kind in "iub":
+        return True
+    parts = array if array.nbytes > _PIECE and array.ndim > 1 else (array,)
+    return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 def _close(found: np.ndarray, expected: np.ndarray) -> bool:

@@ -63,7 +63,7 @@ def from_json(written: Any) -> Any:
     Sinusoid(scale=1, offset=-1.0, size=256, freq_shift=0, sin_first=False)
     """
     name = written.get("class") if isinstance(written, dict) else None
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise WeightsError(f"unknown configuration {name!r}; known are {', '.join(CONFIGS)}.")
     values = {field: _read(value) for field, value in written.items() if field != "class"}
     try:
