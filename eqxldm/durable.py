@@ -16,7 +16,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Its content is on the disk before it has the name, so that neither a killed process nor a lost
     machine leaves half a file at `path`. Of two writers at the same time the last one stays. What
     killed ones have left is removed by the next one, where the file system has locks. Write into
-    the temporary file; one that is put in its place is not known to be in use.
+    the temporary file; one that is put in its place is not known to be in use. An `OSError` of the
+    block has `path` as its file name, unless it has one.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +39,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
+        except OSError as error:  # a write to an open file names none
+            error.filename = error.filename or str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 

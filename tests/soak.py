@@ -1,15 +1,21 @@
-"""`python tests/soak.py --kills 20`: kills a training run at random moments and compares bytes.
+"""`python tests/soak.py --kills 20 --faults 10`: kills training runs, fills their disk, compares bytes.
 
 One run of all stages on images that it makes is left alone; others are killed with SIGKILL, at
 random times, inside a checkpoint's write and inside the latent cache's, and started again until
 they are through. All must end with the same arrays in every stage's last checkpoint, the same
 autoencoder, cache and samples, to the byte.
+
+Others write to a disk that is full, or fails once, after a random number of bytes (`fault_io.c`,
+which needs Linux and a C compiler). Each ends as if nothing had been, or with one message and exit
+code 2; started again on a sound disk it must end with the same bytes.
 """
 
 import argparse
+import errno
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,11 +37,11 @@ SMALL = """--size 16 16 --checkpoint-every 15 --reference 40 --classifier.steps 
 STAGES = ("classifier", "autoencoder", "diffusion")
 
 
-def start(run):
+def start(run, **environment):
     command = [sys.executable, "-m", "experiments.train", "train", "--preset", "smoke"]
     return subprocess.Popen(
         [*command, *SMALL, "--run-dir", str(run)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -99,9 +105,62 @@ def digest(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def build_faults(folder):
+    """The library of the faulty disk; None where it cannot be built."""
+    compiler, library = shutil.which("cc"), folder / "fault_io.so"
+    if compiler is None or sys.platform != "linux":
+        return None
+    source = Path(__file__).with_name("fault_io.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+def run_on_faulty_disk(run, library, rng, written):
+    """Runs until it ends, and says how; exits unless it ends well or with one message and 2."""
+    full = rng.random() < 0.5
+    number, after = (errno.ENOSPC if full else errno.EIO), int(rng.uniform(0, written))
+    report = run.with_suffix(".report")
+    process = start(
+        run, LD_PRELOAD=str(library), FAULT_DIR=str(run), FAULT_ERRNO=str(number),
+        FAULT_BYTES=str(after), FAULT_TIMES=str(10**9 if full else 1), FAULT_REPORT=str(report),
+    )  # fmt: skip
+    output, _ = process.communicate()
+    what = f"disk {'full' if full else 'failed once'} after {after} bytes: {process.returncode}"
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    right = (process.returncode == 0 and not errors) or (process.returncode == 2 and errors)
+    if not right or len(errors) > 1 or "Traceback" in output:
+        sys.exit(f"{what}:\n{output[-4000:]}")
+    return f"{what} {errors[0][:100] if errors else ''}"
+
+
+def soak_faults(base, expected, count, rng):
+    library = build_faults(base)
+    if library is None:
+        print("no faults: they need Linux and a C compiler")
+        return
+    report = base / "written"
+    faults = {"LD_PRELOAD": str(library), "FAULT_REPORT": str(report)}
+    finish(start(base / "counted", **faults, FAULT_DIR=str(base / "counted")))
+    written = int(report.read_text().split()[0])
+    print(f"a run writes {written} bytes", flush=True)
+    for k in range(count):
+        run = base / f"faulty-{k}"
+        print(f"fault {k + 1}: {run_on_faulty_disk(run, library, rng, written)}", flush=True)
+        finish(start(run))
+        compare(results(run), expected, f"after fault {k + 1} the run")
+
+
+def compare(found, expected, which):
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong or found.keys() != expected.keys():
+        sys.exit(f"{which} ended otherwise: {', '.join(wrong) or 'other files'}")
+    print(f"{which}: the same bytes", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--faults", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -126,11 +185,9 @@ def main():
                 stages = [s for s in STAGES if (run / "checkpoints" / s).exists()]
                 where = stages[-1] if stages else "the beginning"
                 print(f"kill {killed}: {moment}, in {where}", flush=True)
-            found = results(run)
-            wrong = [name for name in expected if found.get(name) != expected[name]]
-            if wrong or found.keys() != expected.keys():
-                sys.exit(f"run {runs} ended otherwise: {', '.join(wrong) or 'other files'}")
-            print(f"run {runs}: the same bytes", flush=True)
+            compare(results(run), expected, f"run {runs}")
+        if options.faults:
+            soak_faults(base, expected, options.faults, rng)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The latent cache: what it holds, what it refuses, and that a killed writer loses nothing."""
 
+import errno
 import io
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import tempfile
@@ -264,6 +266,24 @@ def test_a_killed_writer_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert len(after_kills) >= 5
     assert any(shards for shards, _ in after_kills) and any(half for _, half in after_kills)
     assert files(tmp_path / "k") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_is_the_systems_error_and_the_writer_goes_on(tmp_path):
+    """What the writer in C++ raises is a RuntimeError; it is to be told from an error of ours."""
+    write(tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (300, 2000, 66_000):  # the header, the first block, the end of a shard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            with pytest.raises(OSError, match="header.json|latents-0.*arrayrecord") as error:
+                write(tmp_path / "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert error.value.errno == errno.EFBIG
+        assert (most == 300) == error.value.filename.endswith("header.json")
+        assert not list((tmp_path / "full").glob("*.arrayrecord"))
+    write(tmp_path / "full")
+    assert files(tmp_path / "full") == files(tmp_path / "whole")
 
 
 def test_batches_draw_orientations_and_span_epochs(tmp_path):

@@ -15,8 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import DataError
 
-# Of the disk and not of the program: full, over the quota, read-only, not permitted, broken.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Of the disk and not of the program: full, over a limit, read-only, not permitted, broken, gone.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ESTALE,
+)  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
 

@@ -1,7 +1,9 @@
 """ArrayRecord files: read in bulk by index, written whole or not at all; images in them."""
 
 import contextlib
+import errno
 import json
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,13 +136,37 @@ def _array_record() -> Any:
 
 @contextlib.contextmanager
 def writing_records(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Gives a function that adds a record; the file is at `path` when the block ends, or never."""
+    """Gives a function that adds a record; the file is at `path` when the block ends, or never.
+
+    **Raises** `OSError`, with the system's number for it, if the disk is full or fails.
+    """
     with replacing(path) as temporary:
-        writer = _array_record().ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        with _as_os_error(path):
+            writer = _array_record().ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+
+        def write(record: bytes) -> None:
+            with _as_os_error(path):
+                writer.write(record)
+
         try:
-            yield writer.write
-        finally:
+            yield write
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the reason
+                writer.close()
+            raise
+        with _as_os_error(path):
             writer.close()
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """The writer raises RuntimeError with the system's words in its message."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error)
+        number = next((n for n in errno.errorcode if os.strerror(n) in reason), errno.EIO)
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_array_record(
