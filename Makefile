@@ -159,8 +159,8 @@ test: $(DEV) ## run the tests
 test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for other networks
 	.venv-parity/bin/python -m pytest -n $(or $(WORKERS),auto) tests/parity $(ARGS)
 
-test-soak: $(DEV) ## kill a run KILLS=20 times, compare with one that was left alone
-	.venv/bin/python tests/soak.py --kills $(or $(KILLS),20)
+test-soak: $(DEV) ## kill a run KILLS=20 times, fill its disk FAULTS=10 times, compare with one left alone
+	.venv/bin/python tests/soak.py --kills $(or $(KILLS),20) --faults $(or $(FAULTS),10)
 
 lint: $(DEV) ## check style and format
 	.venv/bin/ruff check

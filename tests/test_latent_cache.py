@@ -154,6 +154,27 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     ]
 
 
+class OddNames(Pictures):
+    """Names with bytes that are no UTF-8, as `os.fsdecode` gives them."""
+
+    def __getitem__(self, i):
+        record = super().__getitem__(i)
+        return record._replace(id=f"c\udce9t/\udcff{record.id}")
+
+
+def test_unreadable_images_may_have_names_that_are_not_utf8(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import test_latent_cache as t; "
+        f"t.write({str(tmp_path)!r}, t.OddNames(damaged=[3]))"
+    )
+    strict = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": "."}
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | strict, cwd=root)
+    ((name, reason),) = open_latents(tmp_path).skipped().items()
+    assert name == "c\udce9t/\udcff3.png" and reason.startswith(name)
+    assert json.loads((tmp_path / "skipped.json").read_bytes()) == {name: reason}
+
+
 def test_another_cache_is_refused_with_every_difference(tmp_path):
     made_from = write(tmp_path)
     other = header(Pictures(24), scale=[2.0, 4.0], autoencoder="def", size=16)

@@ -1,6 +1,7 @@
 """The training loop, its hooks and the run folder, on a model of two numbers."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -518,3 +519,25 @@ def test_a_reader_of_the_output_that_goes_away_is_like_sigterm():
         said = process.stderr.read()
     assert process.returncode == 143
     assert said == "stopped by SIGTERM; the same command goes on from here.\n"
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}])
+def test_names_that_are_not_text_of_the_locale_are_printed(locale):
+    code = """
+import sys
+from eqxldm.data import DataError
+from experiments.train.terminal import run_main, say
+
+def main():
+    say("skipped: c\\udce9t/\\xe4.png")
+    raise DataError("c\\udce9t/\\xe4.png: cannot be decoded.")
+
+sys.exit(run_main(main))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True,
+        env={**os.environ, "PYTHONCOERCECLOCALE": "0", **locale},
+    )  # fmt: skip
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stdout.startswith(b"skipped: c") and b"t/" in done.stdout
+    assert done.stderr.startswith(b"error: c") and done.stderr.count(b"\n") == 1
