@@ -1,4 +1,4 @@
-"""`python tests/soak.py --kills 20 --faults 10`: kills training runs, fills their disk, compares bytes.
+"""`python tests/soak.py --kills 20 --faults 10`: kills runs, fills their disk, compares bytes.
 
 One run of all stages on images that it makes is left alone; others are killed with SIGKILL, at
 random times, inside a checkpoint's write and inside the latent cache's, and started again until

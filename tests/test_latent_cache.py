@@ -296,7 +296,7 @@ def test_a_full_disk_is_the_systems_error_and_the_writer_goes_on(tmp_path):
     for most in (300, 2000, 66_000):  # the header, the first block, the end of a shard
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
         try:
-            with pytest.raises(OSError, match="header.json|latents-0.*arrayrecord") as error:
+            with pytest.raises(OSError, match=r"header\.json|latents-0.*arrayrecord") as error:
                 write(tmp_path / "full")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -70,10 +70,11 @@ def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
     )
     means = given["latents_mean"] or [given["shift_factor"] or 0.0] * channels
     stds = given["latents_std"] or [1.0] * channels
-    for name, values in (("latents_mean", means), ("latents_std", stds)):
-        number = lambda v: isinstance(v, int | float) and (v > 0 or name == "latents_mean")
-        if len(values) != channels or not all(map(number, values)):
-            of = "numbers" if name == "latents_mean" else "positive numbers"
+    for name, values, least in (("latents_mean", means, None), ("latents_std", stds, 0)):
+        numbers = all(isinstance(value, int | float) for value in values)
+        positive = least is None or (numbers and min(values, default=1) > least)
+        if len(values) != channels or not numbers or not positive:
+            of = "numbers" if least is None else "positive numbers"
             raise WeightsError(f"AutoencoderKL: {name} = {values!r}: needed are {channels} {of}.")
     return ae.with_latent_stats(tuple(means), tuple(factor / std for std in stds))
 

@@ -213,8 +213,8 @@ def save(model: PyTree, path: str | Path) -> None:
     path = Path(path)
     if path.suffix in PYTORCH:
         raise WeightsError(
-            f"pretrained.save: {path} ends like a PyTorch file, and what is written is safetensors: "
-            f"name it {path.with_suffix('.safetensors').name}."
+            f"pretrained.save: {path} ends like a PyTorch file, but is to be safetensors: name it "
+            f"{path.with_suffix('.safetensors').name}."
         )
     _check_known(model)
     config = to_json(model.config)

@@ -1,4 +1,4 @@
-"""What a configuration from outside may ask for: refused by name, before anything is built of it."""
+"""What a configuration from outside may ask for: refused by name, before anything is built."""
 
 import math
 import re
@@ -23,8 +23,9 @@ _PER_LEVEL = ("layers_per_block", "transformer_layers_per_block", "blocks", "tra
 def check_config(config: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuses numbers with which making the model would take minutes, or all memory.
 
-    Every number is finite and at most `LARGEST`, sizes `LARGEST_SIZE`. The file's tensors have room for the layers: there
-    are no more of these than of tensors, or than its longest stack of layers has, or 64.
+    Every number is finite and at most `LARGEST`, sizes `LARGEST_SIZE`. The file's tensors have room
+    for the layers: there are no more of these than of tensors, or than its longest stack of layers
+    has, or 64.
 
     **Raises** `WeightsError` that names the field.
 
