@@ -56,10 +56,10 @@ RULES: tuple[Rule, ...] = (
     Rule(r"fc2\.weight", -1, True),  # (width, hidden)
     Rule(r"(attention\.proj|fc2)\.bias"),
     # Layers that `tensor` does not divide.
-    Rule(r"(patch_embedding|final_linear|pooled|project)\.weight", None, True),
-    Rule(r"(patch_embedding|final_linear|pooled|project)\.bias"),
-    Rule(r"(time|step)_embedding\.linear[12]\.weight", None, True),
-    Rule(r"(time|step)_embedding\.linear[12]\.bias"),
+    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.weight", None, True),
+    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.bias"),
+    Rule(r"(time|step|pooled)_embedding\.linear[12]\.weight", None, True),
+    Rule(r"(time|step|pooled)_embedding\.linear[12]\.bias"),
     Rule(r"modulation\.linear\.weight", None, True),
     Rule(r"modulation\.linear\.bias"),
     Rule(r"(attentions|middle|levels)(\.\d+)+\.(query|key|value|out)\.weight", None, True),

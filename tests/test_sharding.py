@@ -151,6 +151,10 @@ def shipped():
             models.DiT, (3, 4, 8), **sizes, embed_cond=text, block=models.CrossAttentionDiTBlock,
             step_embedding=nn.Sinusoid(1.0, 0.0), qk_norm=nn.LayerNorm,
         ),
+        "mmdit": partial(
+            models.MMDiT, 2, depth=3, width=16, num_heads=2, context_size=6, pooled_size=5,
+            dual_depth=1, qk_norm=nn.RMSNorm,
+        ),
         "unet": partial(models.UNet, 3, **unet, num_classes=5),
         "text unet": partial(models.UNet, 3, **unet, context_size=6, linear_projection=True),
         "autoencoder": partial(models.AutoencoderKL, 3, 4, **deep),

@@ -1,4 +1,4 @@
-"""The networks, one example at a time: autoencoder, discriminator, DiT, U-Net, text encoder."""
+"""The networks, one example at a time: autoencoder, DiT, MMDiT, U-Net, discriminator."""
 
 from ..nn.stack import save_matmuls as save_matmuls, save_narrow as save_narrow
 from .autoencoder import (
@@ -37,7 +37,15 @@ from .dit_blocks import (
     CrossAttentionDiTBlock as CrossAttentionDiTBlock,
     DiTBlock as DiTBlock,
 )
+from .joint_blocks import JointBlock as JointBlock, JointStream as JointStream
 from .lpips import LPIPS as LPIPS, LPIPSConfig as LPIPSConfig
+from .mmdit import (
+    MMDiT as MMDiT,
+    MMDiTConfig as MMDiTConfig,
+    mmdit_sd3_medium as mmdit_sd3_medium,
+    mmdit_sd35_large as mmdit_sd35_large,
+    mmdit_sd35_medium as mmdit_sd35_medium,
+)
 from .tiling import (
     decode_sliced as decode_sliced,
     decode_tiled as decode_tiled,

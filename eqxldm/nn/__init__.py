@@ -30,7 +30,9 @@ from .embeddings import (
     Labels as Labels,
     Sinusoid as Sinusoid,
     TimeEmbedding as TimeEmbedding,
+    VectorEmbedding as VectorEmbedding,
     check_label as check_label,
+    sincos_features as sincos_features,
     sincos_positions as sincos_positions,
     sinusoidal as sinusoidal,
 )

@@ -183,16 +183,19 @@ class SelfAttention(eqx.Module):
       default from the head size, one for all heads (Dehghani et al. 2023; SD3.5 and FLUX have
       it so); with `qk_norm_full_width` from the width, before the heads are split (Wan, LTX).
     - `qkv_bias`: whether queries, keys and values have one.
+    - `use_proj`: whether a linear layer follows, `proj`. Without it the heads' outputs are what
+      comes out.
 
     In the call, `mask` and `bias` are those of `attend`, and `rotation` turns queries and keys
-    after their norms (`RoPE`).
+    after their norms (`RoPE`). `heads` are the queries, keys and values alone, for attention over
+    several sequences at once.
 
     >>> SelfAttention(8, 2, key=jax.random.key(0))(jnp.ones((5, 8))).shape
     (5, 8)
     """
 
     qkv: QKV
-    proj: Linear
+    proj: Linear | None
     query_norm: Callable[[Array], Array] | None
     key_norm: Callable[[Array], Array] | None
     qk_norm_full_width: bool = eqx.field(static=True)
@@ -206,12 +209,13 @@ class SelfAttention(eqx.Module):
         qk_norm: Callable[[int], Any] | None = None,
         qk_norm_full_width: bool = False,
         qkv_bias: bool = True,
+        use_proj: bool = True,
         attention: Attention = attend,
         key,
     ):
         k1, k2 = jax.random.split(key)
         self.qkv = QKV(width, num_heads=num_heads, use_bias=qkv_bias, key=k1)
-        self.proj = Linear(width, width, key=k2)
+        self.proj = Linear(width, width, key=k2) if use_proj else None
         self.query_norm, self.key_norm = _qk_norms(qk_norm, width, num_heads, qk_norm_full_width)
         self.qk_norm_full_width, self.attention = qk_norm_full_width, attention
 
@@ -223,11 +227,23 @@ class SelfAttention(eqx.Module):
         *,
         rotation: Rotation | None = None,
     ) -> Float[Array, "n d"]:
+        q, k, v = self.heads(x, rotation=rotation)
+        y = self.attention(q, k, v, **_present(mask, bias)).reshape(x.shape)
+        y = checkpoint_name(y, "attention")
+        return y if self.proj is None else self.proj(y)
+
+    def heads(
+        self, x: Float[Array, "n d"], *, rotation: Rotation | None = None
+    ) -> list[Float[Array, "n heads size"]]:
+        """Queries, keys and values, the first two normed and rotated.
+
+        >>> len(SelfAttention(8, 2, key=jax.random.key(0)).heads(jnp.ones((5, 8))))
+        3
+        """
         q, k, v = self.qkv(x)
         q = _prepared(q, self.query_norm, self.qk_norm_full_width, rotation)
         k = _prepared(k, self.key_norm, self.qk_norm_full_width, rotation)
-        y = self.attention(q, k, v, **_present(mask, bias)).reshape(x.shape)
-        return self.proj(checkpoint_name(y, "attention"))
+        return [q, k, v]
 
 
 class CrossAttention(eqx.Module):

@@ -13,7 +13,9 @@ class Conditioning(eqx.Module):
     """A condition as networks take it: a vector, a sequence of tokens, or both.
 
     `vector` is added to the embedding of the time. `tokens` are what blocks attend to, `mask` is
-    true for those that count; without one all do. What `embed_cond` of a network gives.
+    true for those that count; without one all do. `numbers` are what some networks are told
+    besides: FLUX its guidance scale, SDXL the sizes of the picture. What `embed_cond` of a network
+    gives.
 
     >>> Conditioning(tokens=jnp.ones((3, 8)), mask=jnp.array([True, True, False])).vector is None
     True
@@ -22,6 +24,7 @@ class Conditioning(eqx.Module):
     vector: Float[Array, "*batch d"] | None = None
     tokens: Float[Array, "*batch n size"] | None = None
     mask: Bool[Array, "*batch n"] | None = None
+    numbers: Float[Array, "*batch k"] | None = None
 
 
 def embed_condition(

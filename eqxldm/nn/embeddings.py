@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from .dtypes import at_least_float32
 from .linear import Initializer, Linear, normal
@@ -69,16 +69,29 @@ def sincos_positions(grid: tuple[int, ...], size: int) -> Float[np.ndarray, "n s
     >>> sincos_positions((2, 3), 8).shape, sincos_positions((2, 2, 3), 8).shape
     ((6, 8), (12, 8))
     """
-    axes = len(grid)
+    return sincos_features(grid_positions(grid), size)
+
+
+def sincos_features(
+    positions: Shaped[np.ndarray, "n axes"], size: int
+) -> Float[np.ndarray, "n size"]:
+    """`sincos_positions` of any positions, which need be neither whole numbers nor a grid.
+
+    **Raises** `ValueError` as there.
+
+    >>> sincos_features(np.array([[0.0, 0.0]]), 4).tolist()
+    [[0.0, 1.0, 0.0, 1.0]]
+    """
+    axes = positions.shape[1]
     if size % 2 or size < 2 * axes:
         raise ValueError(
             f"sincos_positions: size must be even and at least {2 * axes} for {axes} axes, got "
             f"{size}."
         )
     features = []
-    for i, positions in enumerate(grid_positions(grid).T[::-1]):
+    for i, along in enumerate(positions.T[::-1]):
         pairs = size // 2 // axes + (i < size // 2 % axes)
-        angles = positions[:, None] * 10_000.0 ** -(np.arange(pairs) / pairs)
+        angles = along[:, None] * 10_000.0 ** -(np.arange(pairs) / pairs)
         features += [np.sin(angles), np.cos(angles)]
     return np.concatenate(features, axis=1)
 
@@ -152,6 +165,27 @@ class TimeEmbedding(eqx.Module):
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, " d"]:
         return self.linear2(jax.nn.silu(self.linear1(self.config(t))))
+
+
+class VectorEmbedding(eqx.Module):
+    """`W2 silu(W1 x + b1) + b2` of a vector that joins the time: a text's pooled vector, say.
+
+    In the dtype of `x`. `init` is of both weights.
+
+    >>> VectorEmbedding(4, 16, key=jax.random.key(0))(jnp.ones(4)).shape
+    (16,)
+    """
+
+    linear1: Linear
+    linear2: Linear
+
+    def __init__(self, in_size: int, width: int, *, init: Initializer = SMALL_NORMAL, key):
+        k1, k2 = jax.random.split(key)
+        self.linear1 = Linear(in_size, width, init=init, key=k1)
+        self.linear2 = Linear(width, width, init=init, key=k2)
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " d"]:
+        return self.linear2(jax.nn.silu(self.linear1(x)))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """A stack of equal blocks: one is compiled, whatever the depth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from ..sharding import gather_params
@@ -37,7 +38,8 @@ class Stack(eqx.Module):
 
     Called as `stack(x, *shared)`. `x`, what the blocks hand on, is an array or a tree of arrays,
     such as the tokens of two streams; a block gives back the same shapes and dtypes. `shared` are
-    further arguments of every block, trees of arrays or None.
+    further arguments of every block, trees of arrays or None. Blocks whose numbers are in `skip`
+    are left out.
 
     >>> from eqxldm.nn import Linear
     >>> stack = Stack(lambda key: Linear(4, 4, key=key), 3, key=jax.random.key(0))
@@ -64,8 +66,8 @@ class Stack(eqx.Module):
         self.stacked = eqx.filter_vmap(make_block)(jax.random.split(key, depth))
         self.depth, self.remat, self.unroll = depth, remat, unroll
 
-    def __call__(self, x: PyTree, *shared: PyTree) -> PyTree:
-        return self._scan(x, shared, every=False)[0]
+    def __call__(self, x: PyTree, *shared: PyTree, skip: Collection[int] = ()) -> PyTree:
+        return self._scan(x, shared, every=False, skip=skip)[0]
 
     def outputs(self, x: PyTree, *shared: PyTree) -> PyTree:
         """What each block gave, on a leading axis of length `depth`.
@@ -77,17 +79,29 @@ class Stack(eqx.Module):
         """
         return self._scan(x, shared, every=True)[1]
 
-    def _scan(self, x: PyTree, shared: tuple, every: bool) -> tuple[PyTree, PyTree]:
+    def _scan(
+        self, x: PyTree, shared: tuple, every: bool, skip: Collection[int] = ()
+    ) -> tuple[PyTree, PyTree]:
+        if wrong := [i for i in skip if not 0 <= i < self.depth]:
+            raise ValueError(f"Stack: skip must name blocks 0 .. {self.depth - 1}, got {wrong}.")
         params, static = eqx.partition(self.stacked, eqx.is_array)
         dtype = jnp.result_type(*(a.dtype for a in jax.tree.leaves(x) if eqx.is_inexact_array(a)))
         replicate = lambda tree: jax.tree.map(replicate_activation, tree)
 
+        # Whether each block is used; None where all are, so that nothing is asked in the loop.
+        used = np.isin(np.arange(self.depth), list(skip), invert=True) if skip else None
+
         def apply(x: PyTree, block_params: PyTree) -> tuple[PyTree, PyTree]:
-            block = eqx.combine(gather_params(block_params, dtype), static)
-            x = replicate(block(x, *replicate(shared)))
+            block_params, use = block_params
+
+            def run(x: PyTree) -> PyTree:
+                block = eqx.combine(gather_params(block_params, dtype), static)
+                return replicate(block(x, *replicate(shared)))
+
+            x = run(x) if use is None else jax.lax.cond(use, run, lambda x: x, x)
             return x, (x if every else None)
 
         # The body is what is recomputed: a block's input is kept, and what the policy says.
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, replicate(x), params, unroll=self.unroll)
+        return jax.lax.scan(apply, replicate(x), (params, used), unroll=self.unroll)

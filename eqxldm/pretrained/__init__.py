@@ -1,6 +1,12 @@
 """Weights in and out: diffusers' folders, the official DiT files, and our own safetensors."""
 
-from . import autoencoder as autoencoder, dit as dit, lpips as lpips, unet as unet
+from . import (
+    autoencoder as autoencoder,
+    dit as dit,
+    lpips as lpips,
+    mmdit as mmdit,
+    unet as unet,
+)
 from .dit import (
     diffusers_layout as diffusers_layout,
     official_layout as official_layout,

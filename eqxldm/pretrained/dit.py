@@ -8,7 +8,6 @@ at the official 1e-6: it changes outputs by parts in a million.)
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +15,20 @@ import numpy as np
 
 from .. import nn
 from ..models import DiT, DiTBlock
-from ..nn import LabelEmbedding, patch_grid, patch_sizes, sincos_positions, with_fields
-from .layout import Layout, Part, Transform, WeightsError, identity
-from .parts import Leaves, linear
+from ..nn import LabelEmbedding, patch_grid, sincos_positions, with_fields
+from .layout import Layout, Part, WeightsError
+from .parts import (
+    Leaves,
+    join_thirds,
+    linear,
+    patch_conv,
+    split_thirds,
+    stacked_linear,
+    stacked_qkv,
+    stacked_scales,
+)
 
+STACK = "blocks.stacked"
 DIFFUSERS_TIME = nn.Sinusoid(freq_shift=1)
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -140,7 +149,12 @@ def official_layout(dit: DiT) -> Layout:
     >>> [part.name for part in official_layout(dit).leaves[".blocks.stacked.fc1.bias"]]
     ['blocks.0.mlp.fc1.bias', 'blocks.1.mlp.fc1.bias']
     """
-    leaves = linear("patch_embedding", "x_embedder.proj", _patch_conv(dit))
+    blocks = range(dit.config.depth)
+    leaves = linear(
+        "patch_embedding",
+        "x_embedder.proj",
+        patch_conv(dit.shape[0], dit.patch_size, len(dit.shape) - 1),
+    )
     leaves |= linear("time_embedding.linear1", "t_embedder.mlp.0")
     leaves |= linear("time_embedding.linear2", "t_embedder.mlp.2")
     if isinstance(dit.embed_cond, LabelEmbedding):
@@ -152,9 +166,9 @@ def official_layout(dit: DiT) -> Layout:
         "fc2": "mlp.fc2",
         "modulation.linear": "adaLN_modulation.1",
     }.items():
-        leaves |= _stacked(dit, ours, f"blocks.{{}}.{theirs}")
-    three, one = lambda a: a.reshape(3, -1, *a.shape[1:]), lambda a: a.reshape(-1, *a.shape[2:])
-    leaves |= _stacked(dit, "attention.qkv", "blocks.{}.attn.qkv", three, one)
+        leaves |= stacked_linear(f"{STACK}.{ours}", f"blocks.{{}}.{theirs}", blocks)
+    qkv = f"{STACK}.attention.qkv", "blocks.{}.attn.qkv", blocks
+    leaves |= stacked_linear(*qkv, split_thirds, join_thirds)
     leaves |= _qk_norms(dit)
     leaves |= linear("final_modulation.linear", "final_layer.adaLN_modulation.1")
     leaves |= linear("final_linear", "final_layer.linear")
@@ -173,13 +187,17 @@ def diffusers_layout(dit: DiT) -> Layout:
     >>> [part.name for part in parts][:2]
     ['transformer_blocks.0.attn1.to_q.bias', 'transformer_blocks.0.attn1.to_k.bias']
     """
-    depth = dit.config.depth
+    blocks = range(dit.config.depth)
 
     def copied(theirs: str) -> Part:
-        names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
+        names = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in blocks]
         return Part(names[0], copies=tuple(names[1:]))
 
-    leaves = linear("patch_embedding", "pos_embed.proj", _patch_conv(dit))
+    leaves = linear(
+        "patch_embedding",
+        "pos_embed.proj",
+        patch_conv(dit.shape[0], dit.patch_size, len(dit.shape) - 1),
+    )
     for n in (1, 2):
         for kind in ("weight", "bias"):
             part = copied(f"timestep_embedder.linear_{n}.{kind}")
@@ -192,55 +210,24 @@ def diffusers_layout(dit: DiT) -> Layout:
         "fc2": "ff.net.2",
         "modulation.linear": "norm1.linear",
     }.items():
-        leaves |= _stacked(dit, ours, f"transformer_blocks.{{}}.{theirs}")
-    for kind in ("weight", "bias"):
-        leaves[f".blocks.stacked.attention.qkv.{kind}"] = tuple(
-            Part(
-                f"transformer_blocks.{i}.attn1.to_{letter}.{kind}",
-                (i, k),
-            )
-            for i in range(depth)
-            for k, letter in enumerate("qkv")
-        )
+        leaves |= stacked_linear(f"{STACK}.{ours}", f"transformer_blocks.{{}}.{theirs}", blocks)
+    q, k, v = (f"transformer_blocks.{{}}.attn1.to_{letter}" for letter in "qkv")
+    leaves |= stacked_qkv(f"{STACK}.attention.qkv", (q, k, v), blocks)
     leaves |= linear("final_modulation.linear", "proj_out_1")
     leaves |= linear("final_linear", "proj_out_2")
     # Files of old versions of diffusers hold the table.
     return Layout(leaves, {"pos_embed.pos_embed": lambda: _positions(dit)})
 
 
-def _stacked(
-    dit: DiT, ours: str, theirs: str, read: Transform = identity, write: Transform = identity
-) -> Leaves:
-    """A linear layer of every block; `theirs` has a place for the block's number."""
-    depth = dit.config.depth
-    return {
-        f".blocks.stacked.{ours}.{kind}": tuple(
-            Part(f"{theirs.format(i)}.{kind}", (i,), read, write) for i in range(depth)
-        )
-        for kind in ("weight", "bias")
-    }
-
-
 def _qk_norms(dit: DiT) -> Leaves:
     """timm's names, as later DiT code bases have them; the published models have no QK-norm."""
     if dit.config.qk_norm is None:
         return {}
-    depth = dit.config.depth
-    return {
-        f".blocks.stacked.attention.{ours}.scale": tuple(
-            Part(f"blocks.{i}.attn.{theirs}.weight", (i,)) for i in range(depth)
-        )
-        for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm"))
-    }
-
-
-def _patch_conv(dit: DiT) -> tuple[Callable, Callable]:
-    """A strided convolution `(d, c, p, q)` to the matrix on patchify's `(c p q)` and back."""
-    inside = (dit.shape[0], *patch_sizes(dit.patch_size, len(dit.shape) - 1))
-    return (
-        lambda conv: conv.reshape(conv.shape[0], -1),
-        lambda matrix: matrix.reshape(-1, *inside),
-    )
+    leaves: Leaves = {}
+    for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+        name = f"{STACK}.attention.{ours}"
+        leaves |= stacked_scales(name, f"blocks.{{}}.attn.{theirs}", range(dit.config.depth))
+    return leaves
 
 
 def _positions(dit: DiT) -> np.ndarray:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..models import LPIPS, AutoencoderKL, ByteTextEncoder, DiT, PatchDiscriminator, UNet
-from . import autoencoder, dit, lpips, unet
+from ..models import LPIPS, AutoencoderKL, ByteTextEncoder, DiT, MMDiT, PatchDiscriminator, UNet
+from . import autoencoder, dit, lpips, mmdit, unet
 from .files import (
     WEIGHTS,
     from_arrays,
@@ -40,11 +40,15 @@ HEADER = "eqxldm"  # of our files: the model's configuration, in the format's ow
 
 
 class Diffusers(NamedTuple):
-    """What is known of diffusers' form of a model: its configuration both ways, and its names."""
+    """What is known of diffusers' form of a model: its configuration both ways, and its names.
+
+    `complete(config, tensors)` adds to the configuration what only the tensors say.
+    """
 
     config: Callable[..., dict[str, Any]]
     from_config: Callable[..., Any]
     layout: Callable[..., Layout]
+    complete: Callable[..., dict[str, Any]] = lambda config, tensors: config
 
 
 # The ways in which the tensors of a model are named in files, besides our own.
@@ -53,6 +57,7 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     ByteTextEncoder: (),
     DiT: (dit.official_layout, dit.diffusers_layout),
     LPIPS: (lpips.published_layout,),
+    MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
     UNet: (unet.diffusers_layout,),
 }
@@ -61,6 +66,12 @@ DIFFUSERS: dict[type, Diffusers] = {
         autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
     ),
     DiT: Diffusers(dit.diffusers_config, dit.from_diffusers, dit.diffusers_layout),
+    MMDiT: Diffusers(
+        mmdit.diffusers_config,
+        mmdit.from_diffusers,
+        mmdit.diffusers_layout,
+        mmdit.with_grid_of_table,
+    ),
     UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
 }
 # The `_class_name` of a config.json. Transformer2DModel is the old name of diffusers' DiT.
@@ -68,6 +79,7 @@ CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "SD3Transformer2DModel": MMDiT,
     "UNet2DConditionModel": UNet,
     "UNet2DModel": UNet,
 }
@@ -132,6 +144,7 @@ def load_into(
     model: PyTree,
     path: str | Path,
     *,
+    prefix: str = "",
     dtype: Any = jnp.float32,
     sharding: ShardingRule | None = None,
 ) -> PyTree:
@@ -140,7 +153,9 @@ def load_into(
     For the official DiT `.pt` files (read without running any code in them; needs torch), for
     safetensors files without our header, and for folders. By which convention the tensors are
     named is seen from the names. Only the shapes of `model` matter, so it may come from
-    `eqx.filter_eval_shape`, which takes no memory. Arguments and errors as in `load`.
+    `eqx.filter_eval_shape`, which takes no memory. Arguments and errors as in `load`; of a file
+    that holds several networks only the tensors count whose names begin with `prefix`, such as
+    `model.diffusion_model.` for the denoiser in Stability AI's.
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
@@ -157,6 +172,7 @@ def load_into(
         tensors = open_pt(path)
     else:
         tensors = open_safetensors(path)[0]
+    tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     layout = _recognised(model, tensors)
     return fill(model, layout, tensors, source=str(path), dtype=dtype, sharding=sharding)
 
@@ -268,6 +284,7 @@ def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, 
         )
     known, tensors = DIFFUSERS[CLASS_NAMES[name]], open_folder(folder)
     check_config(config, tensors, str(folder / "config.json"))
+    config = known.complete(config, tensors)
     make = lambda *, key: known.from_config(config, key=key)
     return make, known.layout, tensors
 

@@ -276,8 +276,11 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def _close(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal to the rounding of the file's dtype, wherever it was computed."""
-    tolerance = max(2e-6, float(jnp.finfo(found.dtype).eps))
+    """Equal to the rounding of the file's dtype, wherever it was computed.
+
+    A sine of a position near 100, which float32 has to 4e-6, is no nearer than that.
+    """
+    tolerance = max(1e-5, float(jnp.finfo(found.dtype).eps))
     return found.shape == expected.shape and np.allclose(
         found.astype(np.float32), expected, rtol=0, atol=tolerance
     )

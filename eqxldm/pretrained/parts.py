@@ -6,8 +6,9 @@ import numpy as np
 
 from ..nn.conv import Conv
 from ..nn.linear import Linear
+from ..nn.patchify import patch_sizes
 from ..nn.resnet import ResnetBlock
-from .layout import Part, identity
+from .layout import Part, Transform, identity
 
 Leaves = dict[str, tuple[Part, ...]]
 
@@ -31,6 +32,84 @@ def linear(
     return leaves | ({f".{ours}.bias": (Part(f"{theirs}.bias"),)} if bias else {})
 
 
+def stacked_linear(
+    ours: str,
+    theirs: str,
+    blocks: range,
+    read: Transform = identity,
+    write: Transform = identity,
+) -> Leaves:
+    """A linear layer of every block of a stack; `theirs` has a place for the block's number.
+
+    `read` and `write` are of weights and biases alike.
+
+    >>> parts = stacked_linear("blocks.stacked.fc1", "layers.{}.mlp", range(3, 5))
+    >>> [part.name for part in parts[".blocks.stacked.fc1.bias"]]
+    ['layers.3.mlp.bias', 'layers.4.mlp.bias']
+    """
+    return {
+        f".{ours}.{kind}": tuple(
+            Part(f"{theirs.format(number)}.{kind}", (i,), read, write)
+            for i, number in enumerate(blocks)
+        )
+        for kind in ("weight", "bias")
+    }
+
+
+def stacked_qkv(ours: str, theirs: tuple[str, str, str], blocks: range) -> Leaves:
+    """An `nn.QKV` of every block, in three linear layers there.
+
+    >>> parts = stacked_qkv("blocks.stacked.qkv", ("{}.q", "{}.k", "{}.v"), range(1))
+    >>> [part.name for part in parts[".blocks.stacked.qkv.bias"]]
+    ['0.q.bias', '0.k.bias', '0.v.bias']
+    """
+    return {
+        f".{ours}.{kind}": tuple(
+            Part(f"{name.format(number)}.{kind}", (i, k))
+            for i, number in enumerate(blocks)
+            for k, name in enumerate(theirs)
+        )
+        for kind in ("weight", "bias")
+    }
+
+
+def stacked_scales(ours: str, theirs: str, blocks: range) -> Leaves:
+    """The scale of a norm of every block.
+
+    >>> list(stacked_scales("blocks.stacked.norm", "{}.norm", range(2)))
+    ['.blocks.stacked.norm.scale']
+    """
+    parts = (Part(f"{theirs.format(number)}.weight", (i,)) for i, number in enumerate(blocks))
+    return {f".{ours}.scale": tuple(parts)}
+
+
+def split_thirds(array: np.ndarray) -> np.ndarray:
+    """Queries, keys and values of one matrix or vector, on an axis of their own.
+
+    >>> split_thirds(np.ones((6, 4))).shape
+    (3, 2, 4)
+    """
+    return array.reshape(3, -1, *array.shape[1:])
+
+
+def join_thirds(array: np.ndarray) -> np.ndarray:
+    """The inverse of `split_thirds`.
+
+    >>> join_thirds(np.ones((3, 2, 4))).shape
+    (6, 4)
+    """
+    return array.reshape(-1, *array.shape[2:])
+
+
+def swap_halves(array: np.ndarray) -> np.ndarray:
+    """Its second half first: diffusers has some modulations as scale and shift, we as the original.
+
+    >>> swap_halves(np.arange(4)).tolist()
+    [2, 3, 0, 1]
+    """
+    return np.roll(array, len(array) // 2, axis=0)
+
+
 def conv(ours: str, theirs: str) -> Leaves:
     """A `Conv`: kernels are `(h, w, in, out)` here and `(out, in, h, w)` there.
 
@@ -38,6 +117,22 @@ def conv(ours: str, theirs: str) -> Leaves:
     (3, 2, 4, 5)
     """
     return linear(ours, theirs, (_to_hwio, _to_oihw))
+
+
+def patch_conv(
+    channels: int, patch_size: int | tuple[int, ...], axes: int = 2
+) -> tuple[Callable, Callable]:
+    """A strided convolution `(d, c, p, q)` to the matrix on patchify's `(c p q)` and back.
+
+    >>> read, write = patch_conv(4, 2)
+    >>> write(read(np.ones((6, 4, 2, 2)))).shape
+    (6, 4, 2, 2)
+    """
+    inside = (channels, *patch_sizes(patch_size, axes))
+    return (
+        lambda conv: conv.reshape(conv.shape[0], -1),
+        lambda matrix: matrix.reshape(-1, *inside),
+    )
 
 
 def conv_or_linear(layer: Conv | Linear, ours: str, theirs: str) -> Leaves:

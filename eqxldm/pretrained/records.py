@@ -17,6 +17,7 @@ CONFIGS: dict[str, type] = {
         models.DiscriminatorConfig,
         models.DiTConfig,
         models.LPIPSConfig,
+        models.MMDiTConfig,
         models.UNetConfig,
         nn.Labels,
         nn.RoPE,
