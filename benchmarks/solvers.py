@@ -25,6 +25,8 @@ SOLVERS = {
     "Euler()": ex.Euler(),
     "Heun()": ex.Heun(),
     "DPMSolverPP2M()": ex.DPMSolverPP2M(),
+    "DPMSolverPP3M()": ex.DPMSolverPP3M(),
+    "UniPC()": ex.UniPC(),
     "DDPM()": ex.DDPM(),
     "DDIM(1.0)": ex.DDIM(1.0),
     "EulerMaruyama()": ex.EulerMaruyama(),

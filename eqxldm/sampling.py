@@ -75,7 +75,7 @@ def sample(
       `times[0]`, a picture noised to that time, `diffusion.noise(x0, times[0], eps)`. The result
       has its shape and dtype.
     - `key`: of the solver's noise. A solver that draws none (`DDIM()`, `Euler()`, `Heun()`,
-      `DPMSolverPP2M()`) needs none.
+      `DPMSolverPP2M()`, `DPMSolverPP3M()`, `UniPC()`) needs none.
     - `denoised_fn`: `(x0, x_t, t) -> x0` is applied to every estimate of `x0`, eps following:
       `lambda x0, x_t, t: jnp.clip(x0, -1, 1)` is the clipping of pixel-space models (Ho et al.
       2020, their code); `jnp.where(known, picture, x0)` is inpainting.
@@ -198,7 +198,8 @@ def encode(
     """`sample` run backwards, from data at `times[-1]` to noise at `times[0]`, without noise drawn.
 
     `times` descends, as for `sample`, which with the same solver leads back, to the solver's
-    order. The solver must be one of the ODE: `DDIM()`, `Euler()`, `Heun()`, `DPMSolverPP2M()`.
+    order. The solver must be one of the ODE: `DDIM()`, `Euler()`, `Heun()`, `DPMSolverPP2M()`,
+    `DPMSolverPP3M()`, `UniPC()`.
 
     >>> from eqxldm import Heun, LinearFlow, predict_velocity, uniform_times
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.ones_like(x_t)

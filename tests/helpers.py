@@ -33,6 +33,8 @@ ODE_SOLVERS = {
     "heun": eqxldm.Heun(),
     "ddim": eqxldm.DDIM(),
     "dpmpp": eqxldm.DPMSolverPP2M(),
+    "dpmpp3m": eqxldm.DPMSolverPP3M(),
+    "unipc": eqxldm.UniPC(lower_order_final=False),
 }
 SDE_SOLVERS = {
     "ddim_eta1": eqxldm.DDIM(1.0),

@@ -1,5 +1,7 @@
 """Solvers, held against the exact solutions of Gaussian data and mixtures."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_trajectories_equal_reference(name, solver, dtype, bound):
     assert relative_error(states[: len(kept)], kept) < bound
 
 
-ORDERS = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp": 2}
+ORDERS = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp": 2, "unipc": 3}
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -136,7 +138,9 @@ def test_every_prediction_takes_the_same_way(path, x64):
             np.testing.assert_allclose(other, way, rtol=1e-9)
 
 
-LAND_ON_POINTS = ("ddim", "ddim_eta1", "ddpm_small", "ddpm_large", "dpmpp", "dpmpp_sde")
+LAND_ON_POINTS = (
+    "ddim", "ddim_eta1", "ddpm_small", "ddpm_large", "dpmpp", "dpmpp_sde", "dpmpp3m", "unipc",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAND_ON_POINTS)
@@ -172,8 +176,7 @@ def test_solvers_in_time_land_on_a_point_as_the_grid_is_refined(name, path, x64)
 
 def test_one_step_to_data_returns_the_estimate():
     times = np.array([0.9, 0.0])
-    solvers = ("ddim", "ddim_eta1", "ddpm_small", "ddpm_large", "dpmpp", "dpmpp_sde")
-    for solver in (SOLVERS[name] for name in solvers):
+    for solver in (SOLVERS[name] for name in LAND_ON_POINTS):
         states, estimates = eqxldm.sample_trajectory(
             gaussian_denoiser(PATHS["cosine"], eqxldm.predict_x0, MEAN, STD),
             eqxldm.Diffusion(PATHS["cosine"], eqxldm.predict_x0),
@@ -301,6 +304,61 @@ def test_the_mixtures_map_is_the_quantile_map_and_solvers_reach_it(path, x64):
         )
         errors.append(np.max(np.abs(x - exact)))
     assert errors[1] < 0.3 * errors[0] < 0.01
+
+
+SMOOTH = eqxldm.GaussianMixture([0.3, 0.5, 0.2], [-2.0, 0.0, 1.5], [0.5, 0.6, 0.4])
+MULTISTEP = {
+    "dpmpp3m": (eqxldm.DPMSolverPP3M(), 3),
+    "dpmpp3m_published": (eqxldm.DPMSolverPP3M(half_bend=True), 2),
+    "unipc1": (eqxldm.UniPC(1, lower_order_final=False), 2),
+    "unipc2": (eqxldm.UniPC(2, lower_order_final=False), 3),
+    "unipc3": (eqxldm.UniPC(3, lower_order_final=False), 4),
+    "unipc2_lower": (eqxldm.UniPC(2), 2),
+}
+
+
+@pytest.mark.parametrize("solver, order", MULTISTEP.values(), ids=MULTISTEP)
+def test_multistep_orders_on_a_mixture_with_a_short_start(solver, order, x64):
+    """The first steps, of lower order, are of length h^2: then the others' order shows."""
+    path, (start, end) = PATHS["linear"], (0.9, 0.1)
+    exact, errors = SMOOTH.transport(path, start, end, X_T), []
+    low, high = (float(path.logsnr(t)) for t in (start, end))
+    for steps in (40, 80, 160):
+        logsnr = low + (high - low) * np.linspace(0, 1, steps + 1) ** 2
+        times = eqxldm.time_at_logsnr(path, logsnr)
+        denoiser = SMOOTH.denoiser(path, eqxldm.predict_v)
+        diffusion = eqxldm.Diffusion(path, eqxldm.predict_v)
+        x = eqxldm.sample(denoiser, diffusion, solver, times, jnp.asarray(X_T))
+        errors.append(np.max(np.abs(x - exact)))
+    orders = np.log2(errors[:-1] / np.array(errors[1:]))
+    assert abs(orders[1] - order) < 0.25, orders
+
+
+def test_short_runs_end_with_lower_orders(x64):
+    """With `lower_order_final` the last step is DDIM's and the one before it of second order."""
+    path, times = PATHS["cosine"], eqxldm.uniform_times(6, 0.9, 0.1)
+    of_x0, of_x, a, b = eqxldm.DPMSolverPP3M().plan(path, times).table
+    second = eqxldm.DPMSolverPP2M().plan(path, times).table
+    np.testing.assert_allclose(of_x0, second[0], rtol=1e-9)
+    np.testing.assert_allclose(of_x, second[1], rtol=1e-12)
+    assert a[-1] == 0 and np.all(b[[0, 1, 4, 5]] == 0) and np.all(b[2:4] != 0)
+    np.testing.assert_allclose(a[[1, 4]], second[2][[1, 4]], rtol=1e-12)
+    _, predicted = eqxldm.UniPC(3).plan(path, times).table
+    assert predicted[2][-1] == 0 and np.all(predicted[3][[0, 1, 4, 5]] == 0)
+    with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
+        eqxldm.UniPC(4)
+
+
+@given(z=st.floats(-40, 5))
+def test_phi_functions_are_the_integrals_they_stand_for(z):
+    """`phi_k(z) = int_0^1 exp((1 - u) z) u^(k - 1) / (k - 1)! du`, by Gauss's rule."""
+    from eqxldm.solvers.exponential import phi_functions
+
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    u = (nodes + 1) / 2
+    for k, phi in enumerate(phi_functions(np.array(z)), start=1):
+        integrand = np.exp((1 - u) * z) * u ** (k - 1) / math.factorial(k - 1)
+        assert float(phi) == pytest.approx(float(np.sum(weights * integrand) / 2), rel=1e-11)
 
 
 @each_path

@@ -13,6 +13,8 @@ loop. `sampling.sample` scans `step` over the plan.
 | `Heun` | ODE, in `(x, t)` | 2 | 2 N - 1 | no |
 | `EulerMaruyama` | SDE | 1 (weak) | N | yes |
 | `DPMSolverPP2M` | ODE or SDE, in logSNR | 2 | N | for `eta > 0` |
+| `DPMSolverPP3M` | ODE, in logSNR | 3, 2 with a long first step | N | no |
+| `UniPC` | ODE, in logSNR, each step corrected by the next call | p + 1 | N | no |
 
 The ODE solvers also run from data to noise (`sampling.encode`).
 """
@@ -33,6 +35,7 @@ from .ddpm import (
     learned_range as learned_range,
     log_variance as log_variance,
 )
-from .dpm_solver import DPMSolverPP2M as DPMSolverPP2M
+from .dpm_solver import DPMSolverPP2M as DPMSolverPP2M, DPMSolverPP3M as DPMSolverPP3M
 from .euler import Euler as Euler, Heun as Heun
 from .euler_maruyama import EulerMaruyama as EulerMaruyama, forward_diffusion as forward_diffusion
+from .unipc import UniPC as UniPC

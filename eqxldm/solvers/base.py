@@ -149,5 +149,6 @@ def check_descending(solver: AbstractSolver, times: Any) -> None:
     if isinstance(times, np.ndarray) and len(times) > 1 and times[0] < times[-1]:
         raise ValueError(
             f"{type(solver).__name__} draws noise and cannot run from data to noise: times must "
-            "descend. To encode, take DDIM(), Euler(), Heun() or DPMSolverPP2M()."
+            "descend. To encode, take DDIM(), Euler(), Heun(), DPMSolverPP2M(), DPMSolverPP3M() or "
+            "UniPC()."
         )

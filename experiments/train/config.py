@@ -30,7 +30,15 @@ PathName = Literal["flow", "cosine", "ddpm"]
 PredictionName = Literal["velocity", "eps", "v", "x0"]
 WeightName = Literal["constant", "min-snr"]
 SolverName = Literal[
-    "ddim", "ddpm", "euler", "heun", "euler-maruyama", "dpmsolver++", "sde-dpmsolver++"
+    "ddim",
+    "ddpm",
+    "euler",
+    "heun",
+    "euler-maruyama",
+    "dpmsolver++",
+    "dpmsolver++3m",
+    "unipc",
+    "sde-dpmsolver++",
 ]
 ModelName = Literal[
     "dit_s_2", "dit_s_4", "dit_s_8", "dit_b_2", "dit_b_4", "dit_b_8",

@@ -78,6 +78,8 @@ def make_solver(method: Method, sampling: SamplingConfig) -> ex.AbstractSolver:
         "heun": ex.Heun(),
         "euler-maruyama": ex.EulerMaruyama(lambda at: at.sigma),  # finite at t = 1
         "dpmsolver++": ex.DPMSolverPP2M(),
+        "dpmsolver++3m": ex.DPMSolverPP3M(),
+        "unipc": ex.UniPC(),
         "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
     }
     return table[sampling.solver]
