@@ -1,5 +1,6 @@
 """Lists whose cross products the tests run over, and problems with a known answer."""
 
+import itertools
 from pathlib import Path
 from unittest import mock
 
@@ -164,3 +165,12 @@ def tree_error(actual, expected):
     scale = max(float(jnp.max(jnp.abs(e))) for e in jax.tree.leaves(expected))
     differences = jax.tree.map(lambda a, e: float(jnp.max(jnp.abs(a - e))), actual, expected)
     return max(jax.tree.leaves(differences)) / scale
+
+
+def numbered(model):
+    """The model with another number at every place, and how many there are."""
+    leaves, treedef = jax.tree.flatten(model)
+    sizes = np.cumsum([0] + [leaf.size for leaf in leaves])
+    numbers = [np.arange(a, b, dtype=np.float32) for a, b in itertools.pairwise(sizes)]
+    shaped = [n.reshape(leaf.shape) for n, leaf in zip(numbers, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped), int(sizes[-1])

@@ -1,6 +1,5 @@
 """MMDiT: sizes, conditions, positions, skipped blocks, and the two layouts of its files."""
 
-import itertools
 from collections import Counter
 from functools import partial
 
@@ -14,7 +13,7 @@ from eqxldm import models, nn, pretrained
 from eqxldm.models import MMDiT
 from eqxldm.nn import Conditioning
 
-from helpers import filled
+from helpers import filled, numbered
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -158,15 +157,6 @@ def test_a_text_encoder_of_ones_own_trains_along():
 
 
 # Files
-
-
-def numbered(model):
-    """Every number of a model is another."""
-    leaves, treedef = jax.tree.flatten(model)
-    sizes = np.cumsum([0] + [leaf.size for leaf in leaves])
-    numbers = [np.arange(a, b, dtype=np.float32) for a, b in itertools.pairwise(sizes)]
-    shaped = [n.reshape(leaf.shape) for n, leaf in zip(numbers, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, shaped), int(sizes[-1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -151,6 +151,10 @@ def shipped():
             models.DiT, (3, 4, 8), **sizes, embed_cond=text, block=models.CrossAttentionDiTBlock,
             step_embedding=nn.Sinusoid(1.0, 0.0), qk_norm=nn.LayerNorm,
         ),
+        "flux": partial(
+            models.Flux, 2, depth=1, single_depth=1, width=16, num_heads=2, context_size=6,
+            pooled_size=5, guidance=True, rope=nn.RoPE((4, 2, 2)),
+        ),
         "mmdit": partial(
             models.MMDiT, 2, depth=3, width=16, num_heads=2, context_size=6, pooled_size=5,
             dual_depth=1, qk_norm=nn.RMSNorm,

@@ -1,4 +1,4 @@
-"""The networks, one example at a time: autoencoder, DiT, MMDiT, U-Net, discriminator."""
+"""The networks, one example at a time: autoencoder, DiT, MMDiT, FLUX, U-Net, discriminator."""
 
 from ..nn.stack import save_matmuls as save_matmuls, save_narrow as save_narrow
 from .autoencoder import (
@@ -36,6 +36,13 @@ from .dit_blocks import (
     BlockContext as BlockContext,
     CrossAttentionDiTBlock as CrossAttentionDiTBlock,
     DiTBlock as DiTBlock,
+)
+from .flux import (
+    Flux as Flux,
+    FluxConfig as FluxConfig,
+    SingleBlock as SingleBlock,
+    flux1_dev as flux1_dev,
+    flux1_schnell as flux1_schnell,
 )
 from .joint_blocks import JointBlock as JointBlock, JointStream as JointStream
 from .lpips import LPIPS as LPIPS, LPIPSConfig as LPIPSConfig

@@ -41,12 +41,17 @@ def patchify(
 
 
 def unpatchify(
-    tokens: Float[Array, "n d"], spatial: tuple[int, ...], patch_size: int | tuple[int, ...]
+    tokens: Float[Array, "n d"],
+    spatial: tuple[int, ...],
+    patch_size: int | tuple[int, ...],
+    *,
+    channels_first: bool = False,
 ) -> Float[Array, "c *spatial"]:
     """Tokens to an image: `(h w) (p q c) -> c (h p) (w q)`, channels last in a token as in DiT.
 
     Not the inverse of `patchify`, whose tokens are channels first: the published weights of DiT
-    have this asymmetry. `spatial` is the size of what comes out, of any number of axes.
+    have this asymmetry. With `channels_first` it is, as FLUX has it. `spatial` is the size of what
+    comes out, of any number of axes.
 
     >>> import jax.numpy as jnp
     >>> unpatchify(jnp.ones((16, 16)), (8, 8), 2).shape
@@ -54,9 +59,11 @@ def unpatchify(
     """
     grid, sizes = patch_grid(spatial, patch_size, "unpatchify")
     n = len(grid)
-    x = tokens.reshape(*grid, *sizes, -1)
-    pairs = (k for i in range(n) for k in (i, n + i))
-    return x.transpose(2 * n, *pairs).reshape(-1, *spatial)
+    inside = (-1, *sizes) if channels_first else (*sizes, -1)
+    channel, first = (n, n + 1) if channels_first else (2 * n, n)
+    x = tokens.reshape(*grid, *inside)
+    pairs = (k for i in range(n) for k in (i, first + i))
+    return x.transpose(channel, *pairs).reshape(-1, *spatial)
 
 
 def patch_grid(

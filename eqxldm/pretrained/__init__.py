@@ -3,6 +3,7 @@
 from . import (
     autoencoder as autoencoder,
     dit as dit,
+    flux as flux,
     lpips as lpips,
     mmdit as mmdit,
     unet as unet,

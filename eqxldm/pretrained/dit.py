@@ -226,7 +226,7 @@ def _qk_norms(dit: DiT) -> Leaves:
     leaves: Leaves = {}
     for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
         name = f"{STACK}.attention.{ours}"
-        leaves |= stacked_scales(name, f"blocks.{{}}.attn.{theirs}", range(dit.config.depth))
+        leaves |= stacked_scales(name, f"blocks.{{}}.attn.{theirs}.weight", range(dit.config.depth))
     return leaves
 
 

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..models import LPIPS, AutoencoderKL, ByteTextEncoder, DiT, MMDiT, PatchDiscriminator, UNet
-from . import autoencoder, dit, lpips, mmdit, unet
+from ..models import (
+    LPIPS,
+    AutoencoderKL,
+    ByteTextEncoder,
+    DiT,
+    Flux,
+    MMDiT,
+    PatchDiscriminator,
+    UNet,
+)
+from . import autoencoder, dit, flux, lpips, mmdit, unet
 from .files import (
     WEIGHTS,
     from_arrays,
@@ -56,6 +65,7 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     AutoencoderKL: (autoencoder.diffusers_layout,),
     ByteTextEncoder: (),
     DiT: (dit.official_layout, dit.diffusers_layout),
+    Flux: (flux.original_layout, flux.diffusers_layout),
     LPIPS: (lpips.published_layout,),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
@@ -66,6 +76,7 @@ DIFFUSERS: dict[type, Diffusers] = {
         autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
     ),
     DiT: Diffusers(dit.diffusers_config, dit.from_diffusers, dit.diffusers_layout),
+    Flux: Diffusers(flux.diffusers_config, flux.from_diffusers, flux.diffusers_layout),
     MMDiT: Diffusers(
         mmdit.diffusers_config,
         mmdit.from_diffusers,
@@ -79,6 +90,7 @@ CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "FluxTransformer2DModel": Flux,
     "SD3Transformer2DModel": MMDiT,
     "UNet2DConditionModel": UNet,
     "UNet2DModel": UNet,

@@ -19,8 +19,7 @@ from .parts import (
 class StreamNames(NamedTuple):
     """What one stream's layers are called, with a place for the block's number.
 
-    `qkv` is one layer or three, `norms` are those of queries and of keys; None where a network has
-    no such layers.
+    `qkv` is one layer or three; `norms` are the scales of those of queries and of keys.
     """
 
     modulation: str
@@ -38,18 +37,18 @@ _BLOCK = "transformer_blocks.{}"
 DIFFUSERS_IMAGE = StreamNames(
     modulation=f"{_BLOCK}.norm1.linear",
     qkv=(f"{_BLOCK}.attn.to_q", f"{_BLOCK}.attn.to_k", f"{_BLOCK}.attn.to_v"),
-    norms=(f"{_BLOCK}.attn.norm_q", f"{_BLOCK}.attn.norm_k"),
+    norms=(f"{_BLOCK}.attn.norm_q.weight", f"{_BLOCK}.attn.norm_k.weight"),
     proj=f"{_BLOCK}.attn.to_out.0",
     fc1=f"{_BLOCK}.ff.net.0.proj",
     fc2=f"{_BLOCK}.ff.net.2",
     dual_qkv=(f"{_BLOCK}.attn2.to_q", f"{_BLOCK}.attn2.to_k", f"{_BLOCK}.attn2.to_v"),
-    dual_norms=(f"{_BLOCK}.attn2.norm_q", f"{_BLOCK}.attn2.norm_k"),
+    dual_norms=(f"{_BLOCK}.attn2.norm_q.weight", f"{_BLOCK}.attn2.norm_k.weight"),
     dual_proj=f"{_BLOCK}.attn2.to_out.0",
 )
 DIFFUSERS_TEXT = StreamNames(
     modulation=f"{_BLOCK}.norm1_context.linear",
     qkv=(f"{_BLOCK}.attn.add_q_proj", f"{_BLOCK}.attn.add_k_proj", f"{_BLOCK}.attn.add_v_proj"),
-    norms=(f"{_BLOCK}.attn.norm_added_q", f"{_BLOCK}.attn.norm_added_k"),
+    norms=(f"{_BLOCK}.attn.norm_added_q.weight", f"{_BLOCK}.attn.norm_added_k.weight"),
     proj=f"{_BLOCK}.attn.to_add_out",
     fc1=f"{_BLOCK}.ff_context.net.0.proj",
     fc2=f"{_BLOCK}.ff_context.net.2",

@@ -47,6 +47,10 @@ class Part(NamedTuple):
 
     `read` and `write` are pure NumPy, inverses of each other, and only move values. `copies`
     names more tensors that hold the same values: they must be equal in a file that is read.
+
+    `joined` is `(axis, place)` where the tensor holds several parts one after the other: along
+    which axis, and the how-manieth this one is. There `read` takes its own out of the whole tensor,
+    and `write` gives it alone.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Part(NamedTuple):
     read: Transform = identity
     write: Transform = identity
     copies: tuple[str, ...] = ()
+    joined: tuple[int, int] | None = None
 
 
 class Layout(NamedTuple):
@@ -116,6 +121,11 @@ def tensor_shapes(model: PyTree, layout: Layout) -> dict[str, Shape]:
         for part in layout.leaves[path]:
             shape = part.write(whole[part.where]).shape
             size += math.prod(shape)
+            if part.joined is not None and part.name in shapes:
+                axis, so_far = part.joined[0], shapes[part.name]
+                longer = so_far[axis] + shape[axis]
+                shapes[part.name] = (*so_far[:axis], longer, *so_far[axis + 1 :])
+                continue
             for name in (part.name, *part.copies):
                 if name in shapes:
                     raise WeightsError(f"{_name(model)}: its table uses {name} twice.")
@@ -192,12 +202,18 @@ def unfill(model: PyTree, layout: Layout) -> dict[str, np.ndarray]:
     [0.0, 0.0, 0.0]
     """
     tensor_shapes(model, layout)  # refuses an incomplete table
-    tensors = {}
+    tensors, pieces = {}, {}
     for path, leaf in array_leaves(model).items():
         array = np.asarray(jax.device_get(leaf))
         for part in layout.leaves[path]:
             value = np.ascontiguousarray(part.write(array[part.where]))
+            if part.joined is not None:
+                pieces.setdefault(part.name, {})[part.joined] = value
+                continue
             tensors |= dict.fromkeys((part.name, *part.copies), value)
+    for name, parts in pieces.items():  # of one axis, by their places
+        order = sorted(parts)
+        tensors[name] = np.concatenate([parts[at] for at in order], axis=order[0][0])
     fixed = layout.fixed if layout.writes_fixed else {}
     return tensors | {name: value() for name, value in fixed.items()}
 

@@ -25,7 +25,7 @@ ORIGINAL = dict(
     text=StreamNames(
         modulation=f"{_TEXT}.adaLN_modulation.1",
         qkv=(f"{_TEXT}.attn.qkv",),
-        norms=(f"{_TEXT}.attn.ln_q", f"{_TEXT}.attn.ln_k"),
+        norms=(f"{_TEXT}.attn.ln_q.weight", f"{_TEXT}.attn.ln_k.weight"),
         proj=f"{_TEXT}.attn.proj",
         fc1=f"{_TEXT}.mlp.fc1",
         fc2=f"{_TEXT}.mlp.fc2",
@@ -33,12 +33,12 @@ ORIGINAL = dict(
     image=StreamNames(
         modulation=f"{_X}.adaLN_modulation.1",
         qkv=(f"{_X}.attn.qkv",),
-        norms=(f"{_X}.attn.ln_q", f"{_X}.attn.ln_k"),
+        norms=(f"{_X}.attn.ln_q.weight", f"{_X}.attn.ln_k.weight"),
         proj=f"{_X}.attn.proj",
         fc1=f"{_X}.mlp.fc1",
         fc2=f"{_X}.mlp.fc2",
         dual_qkv=(f"{_X}.attn2.qkv",),
-        dual_norms=(f"{_X}.attn2.ln_q", f"{_X}.attn2.ln_k"),
+        dual_norms=(f"{_X}.attn2.ln_q.weight", f"{_X}.attn2.ln_k.weight"),
         dual_proj=f"{_X}.attn2.proj",
     ),
 )

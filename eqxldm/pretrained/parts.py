@@ -74,12 +74,12 @@ def stacked_qkv(ours: str, theirs: tuple[str, str, str], blocks: range) -> Leave
 
 
 def stacked_scales(ours: str, theirs: str, blocks: range) -> Leaves:
-    """The scale of a norm of every block.
+    """The scale of a norm of every block, by its whole name there.
 
-    >>> list(stacked_scales("blocks.stacked.norm", "{}.norm", range(2)))
+    >>> list(stacked_scales("blocks.stacked.norm", "{}.norm.weight", range(2)))
     ['.blocks.stacked.norm.scale']
     """
-    parts = (Part(f"{theirs.format(number)}.weight", (i,)) for i, number in enumerate(blocks))
+    parts = (Part(theirs.format(number), (i,)) for i, number in enumerate(blocks))
     return {f".{ours}.scale": tuple(parts)}
 
 

@@ -16,6 +16,7 @@ CONFIGS: dict[str, type] = {
         models.ByteTextConfig,
         models.DiscriminatorConfig,
         models.DiTConfig,
+        models.FluxConfig,
         models.LPIPSConfig,
         models.MMDiTConfig,
         models.UNetConfig,

@@ -127,6 +127,23 @@ def times(timestep):
     return ((timestep + 1) / 1000).astype(np.float32)
 
 
+def flow_times(draw: Draw, n: int = 2) -> dict[str, np.ndarray]:
+    """`t` in [0, 1] with its ends, and the timestep `1000 t` of networks of flows."""
+    t = draw.rng.random(n, np.float32)
+    t[0] = draw.one(t[0], 0.0, 1.0)
+    return dict(t=t, timestep=np.float32(1000) * t)
+
+
+def check_original(model: Any, module: torch.nn.Module, convert: Callable, prefix: str) -> None:
+    """The original layout by diffusers' own conversion is what diffusers has, and is read again."""
+    layout = getattr(pretrained, type(model).__name__.lower()).original_layout
+    state = pretrained.to_state(model, layout)
+    tensors = {prefix + name: torch.from_numpy(value.copy()) for name, value in state.items()}
+    expected = {name: value.float() for name, value in module.state_dict().items()}
+    same_bits(convert(tensors), expected)
+    assert eqx.tree_equal(pretrained.load_state(model, state), model)
+
+
 def leaves(model: Any) -> list[jax.Array]:
     return jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
 
@@ -214,12 +231,9 @@ def _of_jax(model, pair):
 
 def _parameter_errors(found, expected, layout):
     """Of each tensor; the gradient of those that hold the same values is the sum over them."""
-    mine = {
-        part.name: np.asarray(part.write(np.asarray(leaf)[part.where]))
-        for path, leaf in pretrained.layout.array_leaves(found).items()
-        for part in layout.leaves[path]
-    }
     copies = {part.name: part.copies for parts in layout.leaves.values() for part in parts}
+    tensors = pretrained.layout.unfill(found, layout)
+    mine = {name: tensors[name] for name in copies}
     theirs = {
         name: sum(expected[copy].double().numpy() for copy in (name, *copies[name]))
         for name in mine

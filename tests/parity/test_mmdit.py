@@ -16,20 +16,14 @@ from harness import (
     Draw,
     Pair,
     check_dtypes,
+    check_original,
     compare,
     compare_back,
     each_configuration,
+    flow_times,
     randomise,
-    same_bits,
     save,
 )
-
-
-def flow_times(draw, n=2):
-    """`t` and diffusers' timestep of it, `1000 t`, with the ends."""
-    t = draw.rng.random(n, np.float32)
-    t[0] = draw.one(t[0], 0.0, 1.0)
-    return dict(t=t, timestep=np.float32(1000) * t)
 
 
 def configuration(draw):
@@ -86,17 +80,8 @@ def test_mmdit(number, tmp_path, record_property):
     errors = compare(module, mmdit, pair)
     errors["exported"] = compare_back(type(module), module, mmdit, tmp_path / "ours", pair)
     record_property("MMDiT", errors)
-    check_original(mmdit, module, convert_sd3_transformer_checkpoint_to_diffusers)
-
-
-def check_original(model, module, convert, prefix="model.diffusion_model."):
-    """The original layout by diffusers' own conversion is what diffusers has, and is read again."""
-    layout = getattr(pretrained, type(model).__name__.lower()).original_layout
-    state = pretrained.to_state(model, layout)
-    tensors = {prefix + name: torch.from_numpy(value.copy()) for name, value in state.items()}
-    expected = {name: value.float() for name, value in module.state_dict().items()}
-    same_bits(convert(tensors), expected)
-    assert eqx.tree_equal(pretrained.load_state(model, state), model)
+    convert = convert_sd3_transformer_checkpoint_to_diffusers
+    check_original(mmdit, module, convert, "model.diffusion_model.")
 
 
 @pytest.mark.parametrize("skip", [(1, 2), (2, 0)])
