@@ -32,10 +32,19 @@ from .checks import (
     checked as checked,
 )
 from .diffusion import Diffusion as Diffusion, Estimate as Estimate
+from .flow_maps import (
+    FlowMap as FlowMap,
+    average_velocity_map as average_velocity_map,
+    change_diffusion as change_diffusion,
+    consistency_function as consistency_function,
+    renoise as renoise,
+    sample_map as sample_map,
+)
 from .gaussian_mixture import (
     GaussianMixture as GaussianMixture,
 )
 from .times import (
+    angle_time as angle_time,
     discrete_time as discrete_time,
     karras_times as karras_times,
     leading_timesteps as leading_timesteps,
@@ -49,6 +58,7 @@ from .times import (
     shifted_times as shifted_times,
     stratified_time as stratified_time,
     stride as stride,
+    time_at_angle as time_at_angle,
     timestep_times as timestep_times,
     trailing_timesteps as trailing_timesteps,
     uniform_time as uniform_time,
@@ -85,13 +95,26 @@ from .loss_weights import (
 )
 from .objectives import (
     AbstractObjective as AbstractObjective,
+    AbstractVelocityTarget as AbstractVelocityTarget,
+    ConditionedGuidance as ConditionedGuidance,
     Context as Context,
+    DataVelocity as DataVelocity,
     Denoising as Denoising,
+    EasyConsistency as EasyConsistency,
+    FixedGuidance as FixedGuidance,
     Hybrid as Hybrid,
+    MeanFlow as MeanFlow,
+    SCM as SCM,
+    Shortcut as Shortcut,
+    SplitMeanFlow as SplitMeanFlow,
+    TeacherVelocity as TeacherVelocity,
     denoising_loss as denoising_loss,
+    frechet_loss as frechet_loss,
+    guided_condition as guided_condition,
     hinge_discriminator_loss as hinge_discriminator_loss,
     hinge_generator_loss as hinge_generator_loss,
     hybrid_loss as hybrid_loss,
+    improved_mean_flow as improved_mean_flow,
     kl_to_standard_normal as kl_to_standard_normal,
 )
 from .paths import (

@@ -11,10 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import log_ndtr
 from jaxtyping import Float
 
-from .paths import AbstractPath
-from .predictions import Denoiser, Prediction, target
+from .paths import AbstractPath, Coefficients
+from .predictions import Denoiser, Prediction, predict_velocity, target
 
 Numbers = Float[np.ndarray, "*shape"]
 
@@ -109,6 +110,68 @@ class GaussianMixture(eqx.Module):
             low, high = np.where(left, middle, low), np.where(left, high, middle)
         return np.asarray((low + high) / 2)
 
+    def flow_map(self, path: AbstractPath) -> Any:
+        """`transport` in JAX, differentiable once: the exact `flow_maps.FlowMap` of the data.
+
+        `(x_t, t, s, cond=None, key=None) -> x_s`. By bisection on the logarithm of the smaller
+        tail, then a step of Newton's method that has the derivatives of the inverse in `x_t`, `t`
+        and `s`. Needs a density at `s`.
+
+        >>> from eqxldm import LinearFlow
+        >>> step = GaussianMixture([1.0], [2.0], [0.5]).flow_map(LinearFlow())
+        >>> round(float(step(jnp.array(1.0), jnp.array(1.0), jnp.array(0.0))), 5)
+        2.5
+        """
+
+        def flow_map(x_t: Any, t: Any, s: Any, cond: Any = None, /, *, key: Any = None) -> Any:
+            t, s = (jnp.asarray(time, x_t.dtype) for time in (t, s))
+            at_t, at_s = path.coefficients(t), path.coefficients(s)
+            below, above, _ = self._log_tails(x_t, at_t)
+            lower = jax.lax.stop_gradient(below < above)  # by the smaller tail: it has more digits
+            side = lambda b, a: jnp.where(lower, b, -a)  # both increase in x
+            wanted = side(below, above)
+            reach = 40 * jnp.hypot(at_s.alpha * max(self.stds), at_s.sigma)
+            reach = reach + jnp.abs(at_s.alpha) * np.max(np.abs(self.means))
+
+            def halve(_: Any, ends: Any) -> Any:
+                middle = (ends[0] + ends[1]) / 2
+                b, a, _ = self._log_tails(middle, at_s)
+                left = side(b, a) < wanted
+                return jnp.where(left, middle, ends[0]), jnp.where(left, ends[1], middle)
+
+            ends = jnp.broadcast_to(-reach, x_t.shape), jnp.broadcast_to(reach, x_t.shape)
+            ends = jax.lax.stop_gradient(ends)
+            halvings = jnp.finfo(x_t.dtype).nmant + 8
+            low, high = jax.lax.fori_loop(0, halvings, halve, ends)
+            x = jax.lax.stop_gradient((low + high) / 2)
+            b, a, log_density = self._log_tails(x, at_s)
+            slope = jax.lax.stop_gradient(jnp.exp(log_density - jnp.where(lower, b, a)))
+            return x + (wanted - side(b, a)) / slope
+
+        return flow_map
+
+    def average_velocity(self, path: AbstractPath) -> Any:
+        """`u(x_t, t, h) = (x_t - x_s) / h`, `s = t - h`, and the velocity where `h = 0`.
+
+        The network that mean flows are to learn, `(x_t, t, cond, key=None, h=0)`. Its digits are
+        those of `x_t` divided by `h`: for small steps use float64.
+
+        >>> from eqxldm import LinearFlow
+        >>> u = GaussianMixture([1.0], [2.0], [0.5]).average_velocity(LinearFlow())
+        >>> round(float(u(jnp.array(1.0), jnp.array(1.0), h=jnp.array(1.0))), 5)
+        -1.5
+        """
+        flow_map, velocity = self.flow_map(path), self.denoiser(path, predict_velocity)
+
+        def denoiser(
+            x_t: Any, t: Any, cond: Any = None, /, *, key: Any = None, h: Any = 0.0
+        ) -> Any:
+            t, h = jnp.asarray(t, x_t.dtype), jnp.asarray(h, x_t.dtype)
+            moved = x_t - flow_map(x_t, t, t - h)
+            return jnp.where(h > 0, moved / jnp.where(h > 0, h, 1), velocity(x_t, t))
+
+        return denoiser
+
     def draw(self, count: int, *, seed: int) -> Numbers:
         """`count` independent values of `x0`, float64.
 
@@ -126,3 +189,14 @@ class GaussianMixture(eqx.Module):
         z = (np.asarray(x)[..., None] - alpha * self.means) / spread
         below, above = np.sum(self.weights * ndtr(z), -1), np.sum(self.weights * ndtr(-z), -1)
         return np.asarray(below), np.asarray(above)
+
+    def _log_tails(self, x: Any, at: Coefficients) -> tuple[Any, Any, Any]:
+        """The logarithms of both tails and of the density at `x`."""
+        log_w, m, s = (
+            jnp.asarray(v, x.dtype) for v in (np.log(self.weights), self.means, self.stds)
+        )
+        spread = jnp.hypot(at.alpha * s, at.sigma)
+        z = (x[..., None] - at.alpha * m) / spread
+        total = lambda logs: jax.nn.logsumexp(log_w + logs, axis=-1)
+        log_density = -0.5 * z**2 - jnp.log(spread * np.sqrt(2 * np.pi))
+        return total(log_ndtr(z)), total(log_ndtr(-z)), total(log_density)

@@ -23,6 +23,7 @@ DIFFUSION = {
     "loss_weights": {"paths", "predictions"},
     "guidance": {"paths", "predictions"},
     "checks": {"predictions"},
+    "flow_maps": {"times", "paths", "predictions", "diffusion"},
     "gaussian_mixture": {"paths", "predictions"},
     "solvers": {"paths", "predictions", "diffusion"},
     "sampling": {"times", "paths", "predictions", "diffusion", "solvers"},
