@@ -167,6 +167,9 @@ def change_diffusion(denoiser: Denoiser, source: Diffusion, to: Diffusion) -> De
         t = jnp.asarray(t, at_least_float32(x_t.dtype))
         at = to.path.coefficients(t)
         time = time_at_angle(source.path, jnp.arctan2(at.sigma, at.alpha))
+        # Beside the ends, where v and velocity are an eps or an x0 and lose their derivative in t.
+        beside = jnp.clip(time, 1e-6, 1 - 1e-6)
+        time = time + jax.lax.stop_gradient(beside - time)
         there = source.path.coefficients(time)
         scale = jnp.hypot(there.alpha, there.sigma) / jnp.hypot(at.alpha, at.sigma)
         x = (scale * x_t.astype(t.dtype)).astype(x_t.dtype)

@@ -163,14 +163,12 @@ class GaussianMixture(eqx.Module):
         """
         flow_map, velocity = self.flow_map(path), self.denoiser(path, predict_velocity)
 
-        def denoiser(
-            x_t: Any, t: Any, cond: Any = None, /, *, key: Any = None, h: Any = 0.0
-        ) -> Any:
+        def average(x_t: Any, t: Any, cond: Any = None, /, *, key: Any = None, h: Any = 0.0) -> Any:
             t, h = jnp.asarray(t, x_t.dtype), jnp.asarray(h, x_t.dtype)
             moved = x_t - flow_map(x_t, t, t - h)
-            return jnp.where(h > 0, moved / jnp.where(h > 0, h, 1), velocity(x_t, t))
+            return jnp.where(h > 0, moved / jnp.where(h > 0, h, 1), velocity(x_t, t, None))
 
-        return denoiser
+        return average
 
     def draw(self, count: int, *, seed: int) -> Numbers:
         """`count` independent values of `x0`, float64.

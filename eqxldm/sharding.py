@@ -58,8 +58,12 @@ RULES: tuple[Rule, ...] = (
     # Layers that `tensor` does not divide.
     Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.weight", None, True),
     Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.bias"),
-    Rule(r"(time|step|pooled|guidance)_embedding\.linear[12]\.weight", None, True),
-    Rule(r"(time|step|pooled|guidance)_embedding\.linear[12]\.bias"),
+    Rule(
+        r"(time|step|pooled|guidance|strength|low|high)_embedding\.linear[12]\.weight", None, True
+    ),
+    Rule(r"(time|step|pooled|guidance|strength|low|high)_embedding\.linear[12]\.bias"),
+    Rule(r"weight_head\.weight", None, True),
+    Rule(r"weight_head\.bias"),
     Rule(r"modulation\.linear\.weight", None, True),
     Rule(r"modulation\.linear\.bias"),
     Rule(r"(attentions|middle|levels)(\.\d+)+\.(query|key|value|out)\.weight", None, True),

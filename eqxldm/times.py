@@ -331,8 +331,8 @@ def logit_normal_time(mean: float = 0.0, stddev: float = 1.0) -> TimeSampler:
 def angle_time(mean: float = -0.3, stddev: float = 1.4) -> TimeSampler:
     """`t = 2/pi arctan(e^tau)`, `tau ~ N(mean, stddev^2)`: `log(sigma / alpha)` of `CosineVP`.
 
-    The proposal of sCM, `phi = arctan(e^tau / sigma_d)` (Lu & Song 2025, section 5): `mean` is theirs
-    minus `log sigma_d`, as data have unit variance here. -0.3 and 1.4 are those of CIFAR-10.
+    The proposal of sCM, `phi = arctan(e^tau / sigma_d)` (Lu & Song 2025, section 5): `mean` is
+    theirs minus `log sigma_d`, as data have unit variance here. -0.3 and 1.4 are those of CIFAR-10.
     On `LinearFlow` the same is `logit_normal_time`. Stratified over the batch.
 
     >>> angle_time()(jax.random.key(0), 3).shape

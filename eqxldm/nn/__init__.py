@@ -36,6 +36,11 @@ from .embeddings import (
     sincos_positions as sincos_positions,
     sinusoidal as sinusoidal,
 )
+from .few_step import (
+    GuidanceEmbedding as GuidanceEmbedding,
+    Guided as Guided,
+    Weighted as Weighted,
+)
 from .fields import with_fields as with_fields
 from .linear import (
     Linear as Linear,

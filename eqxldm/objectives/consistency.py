@@ -56,9 +56,9 @@ class SCM(AbstractObjective):
 
     `exp(w) / D |F - sg(F) - g|^2 - w` with `g` of `consistency_tangent`, normalised to
     `g / (|g| + c)`. The network is a v network of `CosineVP` (`F`) with one time, read unscaled
-    (`nn.Sinusoid(scale=1.0, offset=0.0)`). `consistency_function`, `renoise` and `sample_map` sample
-    it. `w` is the network's `log_weight(t)` if it has that (`nn.Weighted`): the weight learns to
-    make the loss of all times alike; otherwise it is 0.
+    (`nn.Sinusoid(scale=1.0, offset=0.0)`). `consistency_function`, `renoise` and `sample_map`
+    sample it. `w` is the network's `log_weight(t)` if it has that (`nn.Weighted`), a weight that
+    learns to make the loss of all times alike. Otherwise it is 0.
 
     **Arguments**:
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ..diffusion import Diffusion
 from ..paths import LinearFlow, at_least_float32
-from ..predictions import Denoiser, predict_velocity
+from ..predictions import predict_velocity
 from ..times import TimeSampler, logit_normal_time
 from .base import AbstractObjective, Aux, Context
 from .velocity_targets import AbstractVelocityTarget, DataVelocity, Velocities
@@ -58,7 +58,7 @@ def boundary_tangent(v: Velocities) -> X:
 
 
 def mean_flow_velocity(
-    denoiser: Denoiser, z: X, t: T, h: T, cond: PyTree, tangent: X, *, key: Any = None
+    denoiser: Any, z: X, t: T, h: T, cond: PyTree, tangent: X, *, key: Any = None
 ) -> tuple[X, X]:
     """`V = u + h sg(du/dt)` and `h du/dt`, with `du/dt` the derivative along `(tangent, 1, 1)`.
 

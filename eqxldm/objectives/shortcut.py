@@ -27,7 +27,7 @@ T = Float[Array, ""]
 def split_velocity(
     teacher: Denoiser, z: X, t: T, first: T, second: T, cond: PyTree, clip: float | None = None
 ) -> X:
-    """The average velocity of two steps in a row, `first` from `t` and then `second`, as a constant.
+    """The average velocity of two steps in a row, `first` from `t`, then `second`; a constant.
 
     `(a u(z, t, a) + b u(z - a u, t - a, b)) / (a + b)`. A step of 0 counts nothing. The state in
     between and the result are clipped to `[-clip, clip]`.
@@ -129,8 +129,8 @@ class Shortcut(AbstractObjective):
 class SplitMeanFlow(AbstractObjective):
     """Split mean flows: the same for any two times and any place between them.
 
-    `t` and `r` are drawn as in `MeanFlow`, and `s = t - lambda h`, `lambda ~ U(0, 1)`. The target is
-    made by the averaged network, or by the network itself. The loss is a mean over the entries.
+    `t` and `r` are drawn as in `MeanFlow`, and `s = t - lambda h`, `lambda ~ U(0, 1)`. The averaged
+    network makes the target, or the network itself. The loss is a mean over the entries.
 
     (Guo et al. 2025, "SplitMeanFlow: interval splitting consistency in few-step generative
     modeling")

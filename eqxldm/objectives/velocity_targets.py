@@ -182,7 +182,7 @@ class ConditionedGuidance(AbstractVelocityTarget):
 def guided_condition(
     cond: PyTree, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[PyTree, Float[Array, " 3"]]:
-    """The condition of a network trained with `ConditionedGuidance`: `(cond, (1 - 1/w, low, high))`.
+    """The condition of a network of `ConditionedGuidance`: `(cond, (1 - 1/w, low, high))`.
 
     **Arguments**: `scale >= 1`, 1 for none; `interval` that of `t` with guidance.
 

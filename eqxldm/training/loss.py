@@ -62,13 +62,19 @@ def in_dtype(denoiser: Any, dtype: Any) -> Any:
     >>> half(jnp.ones(2), 0.5, None).dtype
     dtype('float32')
     """
-    if jnp.dtype(dtype) == jnp.float32:
-        return denoiser
+    return denoiser if jnp.dtype(dtype) == jnp.float32 else _Cast(denoiser, dtype)
 
-    def cast(x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
-        return denoiser(x_t.astype(dtype), t, cond, key=key, **options).astype(jnp.float32)
 
-    return cast
+class _Cast:
+    """What `in_dtype` gives; a `log_weight` of the denoiser (`nn.Weighted`) stays one."""
+
+    def __init__(self, denoiser: Any, dtype: Any):
+        self._denoiser, self._dtype = denoiser, dtype
+        self.log_weight = getattr(denoiser, "log_weight", None)
+
+    def __call__(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
+        out = self._denoiser(x_t.astype(self._dtype), t, cond, key=key, **options)
+        return out.astype(jnp.float32)
 
 
 def make_loss(
