@@ -135,7 +135,7 @@ bench-mixture: $(RUNTIME) ## every solver's error against the exact solution (2 
 bench: $(PARITY) ## ours beside PyTorch: training, sampling, compile time (15 minutes)
 	.venv-parity/bin/python benchmarks/models.py $(ARGS)
 
-bench-accelerator: $(RUNTIME) ## training steps on a GPU or TPU in many variants; small ones on a CPU
+bench-accelerator: $(RUNTIME) ## training and sampling on a GPU or TPU in many variants; small on a CPU
 	.venv/bin/python benchmarks/accelerator.py $(ARGS)
 
 bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)

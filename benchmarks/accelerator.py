@@ -8,6 +8,7 @@ try the script. Results also go to $OUT or benchmarks/results, accelerator-*.jso
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -88,14 +89,13 @@ def seconds(run, budget):
 def dit_rows(small, budget):
     sizes = [("dit_s_2", 4)] if small else [("dit_xl_2", 256), ("dit_b_2", 512), ("dit_s_2", 1024)]
     shape = (4, 8, 8) if small else (4, 32, 32)
-    attentions = {"XLA": nn.attend}
-    if jax.default_backend() == "gpu":
-        attentions["cuDNN"] = nn.cudnn_attend
-    for name, batch in sizes:
-        plain = None
-        for attention, function in attentions.items():
-            for policy, remat in POLICIES.items():
-                for unroll in (1, True):
+    attentions = {"cuDNN": nn.cudnn_attend} if jax.default_backend() == "gpu" else {}
+    attentions["XLA"] = nn.attend
+    for unroll in (1, True):
+        for name, batch in sizes:
+            plain = None
+            for attention, function in attentions.items():
+                for policy, remat in POLICIES.items():
                     variant = dict(attention=attention, remat=policy, unrolled=unroll is True)
                     make = lambda options=(function, remat, unroll), name=name: getattr(
                         models, name
@@ -108,6 +108,35 @@ def dit_rows(small, budget):
                         plain = row["loss"] if plain is None else plain
                         row["agrees"] = abs(row["loss"] - plain) < 0.02 * plain
                     yield row
+
+
+def sampler_row(small, budget):
+    """A batch of 16 by 50 guided steps of DDIM, compiled once, in bfloat16."""
+    name, shape = ("dit_s_2", (4, 8, 8)) if small else ("dit_xl_2", (4, 32, 32))
+    batch, steps = (2, 4) if small else (16, 50)
+
+    def make():
+        attention = nn.cudnn_attend if jax.default_backend() == "gpu" else nn.attend
+        dit = getattr(models, name)(shape, attention=attention, key=KEY)
+        params, static = eqx.partition(dit, eqx.is_array)
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        path = ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000)))
+        diffusion = ex.Diffusion(path, ex.LearnedRange(ex.predict_eps))
+        times = ex.timestep_times(1000, ex.trailing_timesteps(1000, steps))
+
+        @jax.jit
+        def draw(params, x_T, labels):
+            dit = HalfPrecision(eqx.combine(params, static))
+            guided = ex.guide(dit, dit.null, 4.0)
+            one = lambda x, label: ex.sample(guided, diffusion, ex.DDIM(), times, x, label)
+            return jax.vmap(one)(x_T, labels)
+
+        x_T, labels = jax.random.normal(KEY, (batch, *shape)), jnp.zeros(batch, jnp.int32)
+        memory = draw.lower(params, x_T, labels).compile().memory_analysis()
+        used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        return lambda: draw(params, x_T, labels), 0.0, used
+
+    yield measured(f"{name}, {steps} guided steps", {}, make, batch, None, budget)
 
 
 def other_rows(small, budget):
@@ -128,7 +157,7 @@ def other_rows(small, budget):
         state, static = init_state(unet, optimizer, num_emas=1)
         x = jax.random.normal(KEY, (batch, *shape))
 
-        def loss(model, x, key):
+        def loss(model, x, key, context):
             return jnp.mean(jax.vmap(lambda x: model(x, jnp.array(0.5), None))(x) ** 2), {}
 
         step = make_train_step(loss, static, optimizer, ema_decays=AVERAGES)
@@ -181,13 +210,16 @@ def measured(name, variant, make, batch, flops, budget):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each variant")
-    budget = parser.parse_args().seconds
+    parser.add_argument("--minutes", type=float, default=1e9, help="no variant starts after them")
+    args = parser.parse_args()
+    budget, begin = args.seconds, time.monotonic()
     small = jax.default_backend() == "cpu"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print("| model | batch | variant | ms | images/s | TFLOP/s | MFU | GiB compiled |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
-    for row in (*dit_rows(small, budget), *other_rows(small, budget)):
+    parts = sampler_row, other_rows, dit_rows
+    for row in itertools.chain.from_iterable(part(small, budget) for part in parts):
         rows.append(row)
         kind = [row[k] for k in ("attention", "remat") if k in row]
         kind += ["unrolled"] if row.get("unrolled") else []
@@ -203,6 +235,8 @@ def main():
             f"| {rate} | {mfu} | {row['compiled_bytes'] / 2**30:.2f} |",
             flush=True,
         )
+        if time.monotonic() - begin > 60 * args.minutes:
+            break
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, rows=rows)

@@ -14,22 +14,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
-import official_dit
+sys.path.insert(0, str(Path(__file__).parent))
+from torch_dit import Trainer, official_dit
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 torch.manual_seed(0)
-
-
-def fused_attention(self, x):
-    batch, tokens, width = x.shape
-    qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v)
-    return self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
-
-
-official_dit.Attention.forward = fused_attention
 
 
 def network(case, library):
@@ -76,20 +65,6 @@ def forward(case, library):
         apply(x, t, y)
 
     return run
-
-
-class Trainer:
-    """AdamW and the average of one network."""
-
-    def __init__(self, model):
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.params]
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, weight_decay=0.0, fused=True)
-
-    def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1e-3)
 
 
 def train(case, library):

@@ -87,7 +87,7 @@ def modulate(x, shift, scale):
 def waves(timestep, size):
     half = size // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-    angles = timestep[:, None].float() * frequencies
+    angles = timestep[:, None].float() * frequencies.to(timestep.device)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 

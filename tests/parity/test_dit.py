@@ -48,7 +48,7 @@ def heads_and_size(draw):
 
 def inputs(draw, shape, classes):
     """A batch with a label of no class, and every other time the first and the last timestep."""
-    timestep = draw.rng.integers(0, 1000, 4)
+    timestep = draw.timesteps(4)
     timestep[:2] = draw.one(timestep[:2], (0, 999))
     label = draw.rng.integers(0, classes, 4)
     label[draw.between(0, 3)] = classes

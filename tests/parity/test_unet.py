@@ -57,7 +57,7 @@ def check(draw, module, theirs, folder, *, context=None):
     unet = pretrained.load(folder / "theirs")
     factor = 2 ** (len(module.config.block_out_channels) - 1)
     sides = [factor * draw.between(2, 4) for _ in range(2)]
-    timestep = draw.rng.integers(0, 1000, 2)
+    timestep = draw.timesteps(2)
     timestep[0] = draw.one(timestep[0], 0, 999)
     values = dict(x=draw.normal(2, module.config.in_channels, *sides), timestep=timestep)
     values["t"] = times(timestep)
