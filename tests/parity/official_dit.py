@@ -86,7 +86,9 @@ def modulate(x, shift, scale):
 
 def waves(timestep, size):
     half = size // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    # Of float64, rounded: what torch's exp makes of float32 depends on the processor by a bit.
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+    frequencies = torch.exp(exponents.double()).float()
     angles = timestep[:, None].float() * frequencies.to(timestep.device)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
