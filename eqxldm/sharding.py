@@ -59,9 +59,11 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.weight", None, True),
     Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.bias"),
     Rule(
-        r"(time|step|pooled|guidance|strength|low|high)_embedding\.linear[12]\.weight", None, True
+        r"(time|step|pooled|guidance|added|strength|low|high)_embedding\.linear[12]\.weight",
+        None,
+        True,
     ),
-    Rule(r"(time|step|pooled|guidance|strength|low|high)_embedding\.linear[12]\.bias"),
+    Rule(r"(time|step|pooled|guidance|added|strength|low|high)_embedding\.linear[12]\.bias"),
     Rule(r"weight_head\.weight", None, True),
     Rule(r"weight_head\.bias"),
     Rule(r"modulation\.linear\.weight", None, True),

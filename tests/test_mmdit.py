@@ -61,10 +61,11 @@ def test_published_sizes_have_the_published_counts():
         assert net.config.width == 64 * net.config.num_heads
 
 
-def test_the_untrained_network_gives_zero_and_knows_how_it_was_made():
+def test_it_starts_at_zero_and_knows_how_it_was_made():
     net = make(depth=1, dual_depth=0)()
     assert net.dual_blocks is None and net.blocks is None
-    assert not run(net, X, T, COND).any()
+    assert not net.final_linear.weight.any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(net.last_block.stacked.image.modulation))
     assert net.config.build(key=jax.random.key(0)).config == net.config
     assert net.time_embedding.config == nn.Sinusoid(offset=0.0)  # 1000 t, not 1000 t - 1
 

@@ -160,7 +160,10 @@ def shipped():
             dual_depth=1, qk_norm=nn.RMSNorm,
         ),
         "unet": partial(models.UNet, 3, **unet, num_classes=5),
-        "text unet": partial(models.UNet, 3, **unet, context_size=6, linear_projection=True),
+        "text unet": partial(
+            models.UNet, 3, **unet, context_size=6, linear_projection=True, added_size=9,
+            number_size=2,
+        ),
         "autoencoder": partial(models.AutoencoderKL, 3, 4, **deep),
         "quant": partial(models.AutoencoderKL, 3, 4, **deep, quant_convs=True),
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),

@@ -10,7 +10,7 @@ import pytest
 
 import eqxldm
 from eqxldm import nn, pretrained
-from eqxldm.models import UNet, parameter_count, unet_ddpm, unet_sd1
+from eqxldm.models import UNet, parameter_count, unet_ddpm, unet_sd1, unet_sd2, unet_sdxl
 from eqxldm.models.config import arguments
 from eqxldm.pretrained.files import WEIGHTS, write_safetensors
 
@@ -80,6 +80,13 @@ def test_the_published_sizes():
     assert parameter_count(sd) == 859_520_964  # Stable Diffusion 1.x
     assert parameter_count(ddpm) == 35_746_307  # DDPM, CIFAR-10: 35.7 M in the paper
     assert sd.downs[1].attentions[0].blocks[0].self_attention.qkv.num_heads == 8
+    sd2, xl = (eqx.filter_eval_shape(make, key=KEY) for make in (unet_sd2, unet_sdxl))
+    assert parameter_count(sd2) == 865_910_724
+    assert parameter_count(xl) == 2_567_463_684
+    assert {
+        level.attentions[0].blocks[0].self_attention.qkv.weight.shape[1] // n
+        for level, n in zip(xl.downs[1:], xl.config.num_heads[1:], strict=True)
+    } == {64}
     context = jax.ShapeDtypeStruct((77, 768), jnp.float32)
     apply = lambda make, x, cond: eqx.filter_eval_shape(
         lambda x, cond: make(key=KEY)(x, T, cond), jax.ShapeDtypeStruct(x, jnp.float32), cond
@@ -96,6 +103,7 @@ OPTIONS = {
     "no null": dict(embed_cond=NO_NULL, middle_attention=False),
     "context": dict(context_size=6, num_heads=2, transformer_depth=2, linear_projection=True),
     "both": dict(context_size=6, num_classes=3, out_channels=4, attention_levels=(True, False)),
+    "xl": dict(context_size=6, added_size=9, number_size=2, transformer_depth=(1, 2)),
     "ddpm": dict(time_embedding=DDPM_TIME, downsample_padding=(0, 1), norm_eps=1e-6),
     "no attention": dict(attention_levels=(False, False), middle_attention=False),
     "remat": dict(remat=jax.checkpoint_policies.nothing_saveable),
@@ -107,6 +115,8 @@ each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
 def cond_of(changes):
     label = jnp.array(1) if {"num_classes", "embed_cond"} & changes.keys() else None
     context = jnp.ones((5, 6)) if "context_size" in changes else None
+    if "added_size" in changes:  # 9 = 5 + 2 x 2
+        return nn.Conditioning(jnp.ones(5), context, numbers=jnp.array([1024.0, 512.0]))
     return (label, context) if "num_classes" in changes and context is not None else (
         label if context is None else context
     )  # fmt: skip
@@ -242,6 +252,8 @@ REFUSED = {
     "attention": (dict(attention_levels=(True,)), "one entry for each of the 2 levels"),
     "num_heads": (dict(num_heads=(1, 1, 1)), "heads needs one entry for each of the 2 levels"),
     "odd heads": (dict(num_heads=3), "width 16 does not divide into 3 heads"),
+    "depths": (dict(transformer_depth=(1,)), "transformer_depth needs one entry for each"),
+    "added": (dict(added_size=9), "added_size must be positive and needs a context_size"),
     "groups": (dict(groups=3), "8 channels do not divide into 3 groups"),
     "two conditions": (
         dict(num_classes=3, embed_cond=nn.Linear(5, 32, key=KEY)),
@@ -268,6 +280,18 @@ CALLS = {
         r"must be an array \(tokens, 6\), got None",
     ),
     "other context": (OPTIONS["context"], (2, 4, 4), jnp.ones((5, 4)), r"got \(5, 4\)"),
+    "no numbers": (
+        OPTIONS["xl"],
+        (2, 4, 4),
+        nn.Conditioning(jnp.ones(5), jnp.ones((5, 6))),
+        "together 9 features, 2 a number; got 5 in the vector and 0 numbers",
+    ),
+    "needless vector": (
+        OPTIONS["context"],
+        (2, 4, 4),
+        nn.Conditioning(jnp.ones(5), jnp.ones((5, 6))),
+        "the network takes tokens alone",
+    ),
     "no pair": (OPTIONS["both"], (2, 4, 4), jnp.array(1), r"must be a pair \(label, context\)"),
 }
 
@@ -305,6 +329,20 @@ def test_a_config_with_what_we_have_not_is_refused(option, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(pretrained.WeightsError, match=f"has not .in brackets.: .*{option} = "):
         pretrained.load(folder)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(addition_embed_type="image"), r"addition_embed_type = 'image' \(None or 'text_time'"),
+        (dict(addition_embed_type="text_time"), r"addition_time_embed_dim = None \(a number\)"),
+        (dict(transformer_layers_per_block=[1, 2]), r"= \[1, 2\] \(a number, or 4 of them\)"),
+        (dict(transformer_layers_per_block=[[1], 1, 1, 1]), "transformer_layers_per_block = "),
+    ],
+)
+def test_what_we_have_not_of_sdxl_is_named(options, message):
+    with pytest.raises(pretrained.WeightsError, match=message):
+        pretrained.unet.from_diffusers(options, key=KEY)
 
 
 def test_files_of_2022_have_other_names_for_attention(tmp_path):

@@ -59,9 +59,10 @@ from .tiling import (
     encode_sliced as encode_sliced,
     encode_tiled as encode_tiled,
 )
-from .unet import (
-    UNet as UNet,
-    UNetConfig as UNetConfig,
+from .unet import UNet as UNet, UNetConfig as UNetConfig
+from .unet_sizes import (
     unet_ddpm as unet_ddpm,
     unet_sd1 as unet_sd1,
+    unet_sd2 as unet_sd2,
+    unet_sdxl as unet_sdxl,
 )

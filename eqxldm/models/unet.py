@@ -1,4 +1,4 @@
-"""UNet: the convolutional denoiser of DDPM (Ho et al. 2020) and of Stable Diffusion 1."""
+"""UNet: the convolutional denoiser of DDPM (Ho et al. 2020) and of Stable Diffusion 1, 2, XL."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..nn.attention import Attention, AttentionBlock, attend
 from ..nn.conditioning import Conditioning, embed_condition, embed_times
 from ..nn.conv import Conv, upsample_nearest
-from ..nn.embeddings import LabelEmbedding, Sinusoid
+from ..nn.embeddings import LabelEmbedding, Sinusoid, VectorEmbedding
 from ..nn.linear import xavier_uniform
 from ..nn.norms import GroupNorm
 from ..nn.resnet import ConditionedResnetBlock
@@ -35,7 +35,7 @@ class UNetLevel(eqx.Module):
 class UNetConfig:
     """How a `UNet` was made: the arguments of its constructor, all of them explained there.
 
-    `num_heads` has an entry a level.
+    `num_heads` and `transformer_depth` have an entry a level.
 
     >>> config = UNetConfig(1, (8, 16), 1, (False, True), groups=4)
     >>> config.build(key=jax.random.key(0)).config.num_heads
@@ -52,8 +52,10 @@ class UNetConfig:
     out_channels: int | None = None
     middle_attention: bool = True
     num_heads: int | tuple[int, ...] = 1
-    transformer_depth: int = 1
+    transformer_depth: int | tuple[int, ...] = 1
     linear_projection: bool = False
+    added_size: int | None = None
+    number_size: int = 256
     groups: int = 32
     norm_eps: float = 1e-5
     time_width: int | None = None
@@ -89,8 +91,12 @@ class UNet(eqx.Module):
     - `out_channels`: None means `in_channels`; `2 in_channels` holds the prediction and then the
       variance's part, as `eqxldm.LearnedRange` reads it.
     - `middle_attention`: whether there is one in the middle too. `num_heads`: of every attention,
-      or one number a level. `transformer_depth`: blocks in each `nn.SpatialTransformer`;
+      or one number a level. `transformer_depth`: blocks in each `nn.SpatialTransformer`, alike;
       `linear_projection`: see there.
+    - `added_size`: of what is told with the time, through an MLP: the `vector` of the condition,
+      then the waves of each of its `numbers`, `number_size` of them (Podell et al. 2023, section
+      2.2). SDXL has 2816: the pooled text's 1280 and six numbers of 256, the height and width of
+      the original picture, top and left of the crop, height and width of what is wanted.
     - `groups`, `norm_eps`: of every GroupNorm; `groups` divides every width.
     - `time_width`: of the embedding of the time; None means `4 channels[0]`. `time_embedding` and
       `step_embedding` are those of `DiT`; None is `nn.Sinusoid(size=channels[0])` for the time.
@@ -102,6 +108,7 @@ class UNet(eqx.Module):
     `cond` is what the network was made for: a label (`num_classes`), what `embed_cond` takes, or
     None. With a `context_size` and without `embed_cond` it is the context: an array `(tokens,
     context_size)`, or `nn.Conditioning` with a mask; with labels it is the pair `(label, context)`.
+    With an `added_size` the context is `nn.Conditioning` with `vector`, `tokens` and `numbers`.
 
     On the way down the stem's output and that of every block and downsampling is kept; on the way
     up each block sees one of them, last one first, concatenated to its input. The second
@@ -123,6 +130,7 @@ class UNet(eqx.Module):
     time_embedding: Callable[..., Any]
     step_embedding: Callable[..., Any] | None
     embed_cond: Callable[..., Any] | None  # a table of labels, or the argument
+    added_embedding: VectorEmbedding | None
     downs: list[UNetLevel]
     middle: UNetLevel
     ups: list[UNetLevel]
@@ -148,7 +156,9 @@ class UNet(eqx.Module):
         sizes |= dict(context_size=context_size, embed_cond=embed_cond)
         config = _completed(make_record(UNetConfig, "UNet", sizes | options))
         levels, groups, norm_eps = len(channels), config.groups, config.norm_eps
-        num_heads: Any = config.num_heads  # one a level and a width: `_completed` saw to it
+        # One a level, and a width: `_completed` saw to it.
+        num_heads: Any = config.num_heads
+        depths: Any = config.transformer_depth
         d: Any = config.time_width
         keys = iter(jax.random.split(key, 16 + 4 * levels * (blocks + 2)))
 
@@ -157,15 +167,16 @@ class UNet(eqx.Module):
                 width, out, d, groups=groups, norm_eps=norm_eps, key=next(keys)
             )
 
-        def attend_at(width: int, n: int) -> Block:
-            common: dict[str, Any] = dict(num_heads=n, groups=groups, attention=config.attention)
+        def attend_at(width: int, i: int) -> Block:
+            common: dict[str, Any] = dict(num_heads=num_heads[i], groups=groups)
+            common |= dict(attention=config.attention)
             if context_size is None:
                 return AttentionBlock(width, norm_eps=norm_eps, **common, key=next(keys))
-            common |= dict(depth=config.transformer_depth, linear=config.linear_projection)
+            common |= dict(depth=depths[i], linear=config.linear_projection)
             return SpatialTransformer(width, context_size, **common, key=next(keys))
 
         def make_level(widths: list[tuple[int, int]], i: int, resample: Conv | None) -> UNetLevel:
-            attentions = [attend_at(b, num_heads[i]) for _, b in widths if attention_levels[i]]
+            attentions = [attend_at(b, i) for _, b in widths if attention_levels[i]]
             return UNetLevel([resnet(a, b) for a, b in widths], attentions, resample)
 
         self.stem = Conv(in_channels, channels[0], 3, key=next(keys))
@@ -179,6 +190,10 @@ class UNet(eqx.Module):
             self.embed_cond = LabelEmbedding(num_classes, d, stddev=1.0, key=next(keys))
         else:
             self.embed_cond = build_part(embed_cond, key=jax.random.fold_in(time_key, 2))
+        self.added_embedding = None
+        if config.added_size is not None:
+            k = jax.random.fold_in(time_key, 3)
+            self.added_embedding = VectorEmbedding(config.added_size, d, init=xavier_uniform, key=k)
         self.downs, skips, width, side = [], [channels[0]], channels[0], config.downsample_padding
         for i, out in enumerate(channels):
             down = None
@@ -190,7 +205,7 @@ class UNet(eqx.Module):
             width = out
         self.middle = UNetLevel(
             [resnet(width, width), resnet(width, width)],
-            [attend_at(width, num_heads[-1])] if config.middle_attention else [],
+            [attend_at(width, -1)] if config.middle_attention else [],
             None,
         )
         self.ups = []
@@ -269,21 +284,48 @@ class UNet(eqx.Module):
                     f"it with context_size={found.tokens.shape[-1]}."
                 )
             return found
-        if self.embed_cond is None or isinstance(self.embed_cond, LabelEmbedding):
-            label, context = None, cond
-            if self.embed_cond is not None:
-                if not isinstance(cond, tuple) or len(cond) != 2:
-                    raise ValueError("UNet: cond must be a pair (label, context).")
-                label, context = cond
-            vector = embed_condition("UNet", time, self.embed_cond, label).vector
-            if not isinstance(context, Conditioning):
-                self._check_context(context)
-                context = Conditioning(tokens=context)
-            found = Conditioning(vector, context.tokens, context.mask)
-        else:
+        labels = self.embed_cond if isinstance(self.embed_cond, LabelEmbedding) else None
+        if self.embed_cond is not labels and self.added_embedding is None:
             found = embed_condition("UNet", time, self.embed_cond, cond)
-        self._check_context(found.tokens)
-        return found
+            self._check_context(found.tokens)
+            return found
+        label, context = None, cond
+        if labels is not None:
+            if not isinstance(cond, tuple) or len(cond) != 2:
+                raise ValueError("UNet: cond must be a pair (label, context).")
+            label, context = cond
+        elif self.embed_cond is not None:
+            context = self.embed_cond(cond)
+        vector: Any = embed_condition("UNet", time, labels, label).vector
+        if not isinstance(context, Conditioning):
+            self._check_context(context)
+            context = Conditioning(tokens=context)
+        self._check_context(context.tokens)
+        vector = vector + self._added(context, vector.dtype)
+        return Conditioning(vector, context.tokens, context.mask)
+
+    def _added(self, context: Conditioning, dtype: Any) -> Array | float:
+        """What the vector and the numbers of the condition add to the embedding of the time."""
+        vector, numbers, ours = context.vector, context.numbers, self.config
+        counts = [0 if part is None else part.shape[-1] for part in (vector, numbers)]
+        if self.added_embedding is None:
+            if any(counts):
+                raise ValueError(
+                    "UNet: cond has a vector or numbers, and the network takes tokens alone. Leave "
+                    "them at None, or make it with added_size."
+                )
+            return 0.0
+        if counts[0] + ours.number_size * counts[1] != ours.added_size:
+            raise ValueError(
+                f"UNet: cond must be nn.Conditioning with a vector and numbers, together "
+                f"{ours.added_size} features, {ours.number_size} a number; got {counts[0]} in the "
+                f"vector and {counts[1]} numbers."
+            )
+        time = ours.time_embedding if isinstance(ours.time_embedding, Sinusoid) else Sinusoid()
+        waves = replace(time, scale=1.0, offset=0.0, size=ours.number_size)
+        parts = [] if vector is None else [vector.astype(dtype)]
+        parts += [] if numbers is None else [waves(number.astype(dtype)) for number in numbers]
+        return self.added_embedding(jnp.concatenate(parts))
 
     def _check_context(self, context: Any) -> None:
         shape, size = getattr(context, "shape", None), self.config.context_size
@@ -321,11 +363,12 @@ def _times(part: Any, width: int, key: Any) -> Any:
 def _completed(config: UNetConfig) -> UNetConfig:
     """The configuration without a default left open, checked."""
     channels, levels = config.channels, len(config.channels)
-    num_heads = config.num_heads
-    num_heads = (num_heads,) * levels if isinstance(num_heads, int) else num_heads
+    each = lambda value: (value,) * levels if isinstance(value, int) else value
+    num_heads, depths = each(config.num_heads), each(config.transformer_depth)
     config = replace(
         config,
         num_heads=num_heads,
+        transformer_depth=depths,
         out_channels=config.in_channels if config.out_channels is None else config.out_channels,
     )
     sizes: dict[str, Any] = dict(
@@ -334,49 +377,25 @@ def _completed(config: UNetConfig) -> UNetConfig:
         channels=channels,
         blocks=(config.blocks,),
         num_heads=num_heads,
+        transformer_depth=depths,
         context_size=() if config.context_size is None else (config.context_size,),
     )
     if not channels or min(size for group in sizes.values() for size in group) < 1:
         listed = ", ".join(f"{name} {group}" for name, group in sizes.items())
         raise ValueError(f"UNet: need at least one level and sizes of at least 1, got {listed}.")
-    for name in ("attention_levels", "num_heads"):
+    for name in ("attention_levels", "num_heads", "transformer_depth"):
         if len(getattr(config, name)) != levels:
             raise ValueError(
                 f"UNet: {name} needs one entry for each of the {levels} levels of channels, "
                 f"got {getattr(config, name)}."
             )
+    if config.added_size is not None and (config.added_size < 1 or config.context_size is None):
+        raise ValueError(
+            f"UNet: added_size must be positive and needs a context_size; got "
+            f"{config.added_size} and {config.context_size}."
+        )
     if config.num_classes is not None and config.embed_cond is not None:
         raise ValueError("UNet: give num_classes or embed_cond, not both.")
     time = Sinusoid(size=channels[0]) if config.time_embedding is None else config.time_embedding
     width = 4 * channels[0] if config.time_width is None else config.time_width
     return replace(config, time_embedding=time, time_width=width)
-
-
-def unet_sd1(in_channels: int = 4, context_size: int = 768, *, key, **options: Any) -> UNet:
-    """Stable Diffusion 1.x's U-Net (Rombach et al. 2022): 859,520,964 parameters.
-
-    There inputs are 4 x 64 x 64 and `cond`, the context, is `(77, 768)` from CLIP. `options` are
-    further arguments of `UNet`.
-
-    >>> unet = eqx.filter_eval_shape(unet_sd1, key=jax.random.key(0))
-    >>> unet.downs[0].resnets[0].block.conv1.weight.shape
-    (3, 3, 320, 320)
-    """
-    sizes: dict[str, Any] = dict(channels=(320, 640, 1280, 1280), blocks=2, num_heads=8)
-    sizes |= dict(attention_levels=(True, True, True, False), context_size=context_size)
-    return UNet(in_channels, **{**sizes, **options}, key=key)
-
-
-def unet_ddpm(in_channels: int = 3, *, key, **options: Any) -> UNet:
-    """DDPM's U-Net for 32 x 32 pixels (Ho et al. 2020, appendix B): 35,746,307 parameters.
-
-    `options` are further arguments of `UNet`.
-
-    >>> unet = eqx.filter_eval_shape(unet_ddpm, key=jax.random.key(0))
-    >>> unet.stem.weight.shape
-    (3, 3, 3, 128)
-    """
-    sizes: dict[str, Any] = dict(channels=(128, 256, 256, 256), blocks=2, norm_eps=1e-6)
-    sizes |= dict(attention_levels=(False, True, False, False), downsample_padding=(0, 1))
-    sizes |= dict(time_embedding=Sinusoid(size=128, freq_shift=1, sin_first=True))
-    return UNet(in_channels, **{**sizes, **options}, key=key)

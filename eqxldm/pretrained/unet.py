@@ -43,6 +43,7 @@ CONDITION_DEFAULTS: dict[str, Any] = BOTH_DEFAULTS | dict(
     cross_attention_dim=1280, transformer_layers_per_block=1, num_attention_heads=None,
     reverse_transformer_layers_per_block=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
     dual_cross_attention=False, use_linear_projection=False, addition_embed_type=None,
+    addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
     resnet_skip_time_act=False, resnet_out_scale_factor=1.0, time_embedding_act_fn=None,
     timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3,
     attention_type="default", class_embeddings_concat=False, cross_attention_norm=None,
@@ -60,7 +61,8 @@ FREE = {
     "attention_head_dim", "layers_per_block", "downsample_padding", "flip_sin_to_cos",
     "freq_shift", "norm_eps", "norm_num_groups", "num_class_embeds", "time_embedding_dim",
     "cross_attention_dim", "transformer_layers_per_block", "use_linear_projection",
-    "add_attention",
+    "add_attention", "addition_embed_type", "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 }  # fmt: skip
 PLAIN_DOWN, PLAIN_UP = "DownBlock2D", "UpBlock2D"
 
@@ -97,9 +99,11 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
     attention = tuple(name != PLAIN_DOWN for name in downs)
     if attention != tuple(name != PLAIN_UP for name in reversed(ups)):
         wrong.append(f"up_block_types = {ups!r} (the mirror of down_block_types)")
-    for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
+    for name in ("layers_per_block", "cross_attention_dim"):
         if crossed and not isinstance(given[name], int):
             wrong.append(f"{name} = {given[name]!r} (one number)")
+    if crossed:
+        wrong += _wrong_depths_or_additions(given, levels)
     if given["downsample_padding"] not in (0, 1):
         wrong.append(f"downsample_padding = {given['downsample_padding']!r} (0 or 1)")
     if wrong:
@@ -117,7 +121,8 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
         middle_attention=crossed or given["add_attention"],
         context_size=given["cross_attention_dim"] if crossed else None,
         num_heads=_given_heads(given["attention_head_dim"], channels, crossed),
-        transformer_depth=given["transformer_layers_per_block"] if crossed else 1,
+        transformer_depth=_tupled(given["transformer_layers_per_block"]) if crossed else 1,
+        **_added(given),
         linear_projection=crossed and given["use_linear_projection"],
         embed_cond=None if rows is None else Labels(rows, width, has_null=False, stddev=1.0),
         groups=given["norm_num_groups"],
@@ -196,12 +201,20 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
             attention_head_dim=next(iter(sizes), None),
             **common,
         )
+    in_order: Any = ours.transformer_depth
+    depths = set(in_order)
+    additions = dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=ours.number_size,
+        projection_class_embeddings_input_dim=ours.added_size,
+    )
     return CONDITION_DEFAULTS | dict(
         _class_name="UNet2DConditionModel",
         attention_head_dim=list(num_heads),  # the number of heads, in spite of its name
         cross_attention_dim=ours.context_size,
-        transformer_layers_per_block=ours.transformer_depth,
+        transformer_layers_per_block=depths.pop() if len(depths) == 1 else list(in_order),
         use_linear_projection=ours.linear_projection,
+        **(additions if ours.added_size is not None else {}),
         **common,
     )
 
@@ -218,6 +231,9 @@ def diffusers_layout(unet: UNet) -> Layout:
     leaves = conv("stem", "conv_in")
     for n in (1, 2):
         leaves |= linear(f"time_embedding.linear{n}", f"time_embedding.linear_{n}")
+    if unet.added_embedding is not None:
+        for n in (1, 2):
+            leaves |= linear(f"added_embedding.linear{n}", f"add_embedding.linear_{n}")
     if isinstance(unet.embed_cond, LabelEmbedding):
         leaves[".embed_cond.table"] = (Part("class_embedding.weight"),)
     sides = {
@@ -287,3 +303,34 @@ def _given_heads(given: Any, channels: list[int], crossed: bool) -> tuple[int, .
     if crossed:
         return tuple(given) if isinstance(given, list | tuple) else (given,) * len(channels)
     return tuple(1 if given is None else max(1, width // given) for width in channels)
+
+
+def _wrong_depths_or_additions(given: dict[str, Any], levels: int) -> list[str]:
+    """What our network has not of `transformer_layers_per_block` and of SDXL's additions."""
+    wrong, depths = [], given["transformer_layers_per_block"]
+    whole = isinstance(depths, int) or (
+        len(depths) == levels and all(isinstance(depth, int) for depth in depths)
+    )
+    if not whole:
+        wrong.append(f"transformer_layers_per_block = {depths!r} (a number, or {levels} of them)")
+    kind = given["addition_embed_type"]
+    if kind not in (None, "text_time"):
+        wrong.append(f"addition_embed_type = {kind!r} (None or 'text_time')")
+    for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if kind == "text_time" and not isinstance(given[name], int):
+            wrong.append(f"{name} = {given[name]!r} (a number)")
+    return wrong
+
+
+def _added(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that make SDXL's additions."""
+    if given.get("addition_embed_type") is None:
+        return {}
+    return dict(
+        added_size=given["projection_class_embeddings_input_dim"],
+        number_size=given["addition_time_embed_dim"],
+    )
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value

@@ -84,8 +84,8 @@ def test_flux(number, tmp_path, record_property):
         pooled=draw.normal(2, config["pooled_projection_dim"]),
     )
     if config["guidance_embeds"]:
-        # Up to 1, as the time: of an angle of 3500 the last bit alone is above the bound.
-        inputs["guidance"] = draw.rng.random((2, 1), "float32")
+        # Small: of an angle of 3500, which 3.5 gives, the last bit alone is above the bound.
+        inputs["guidance"] = 0.1 * draw.rng.random((2, 1), "float32")
     fixed = ("t", "timestep", "guidance")
     pair = Pair(theirs, ours, pretrained.flux.diffusers_layout, inputs, fixed=fixed)
     errors = compare(module, flux, pair)
