@@ -9,6 +9,7 @@ names of its images and of those skipped. `latent_writer` writes it.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def open_latents(folder: str | Path, expect: Mapping[str, Any] | None = None) ->
     if header is None:
         raise DataError(f"{folder}: expected a latent cache, but there is no header.json in it.")
     compare_headers(folder, header, {"format": FORMAT, **(expect or {})})
+    _check_header(folder, header)
     missing = [path for path in shard_paths(folder, header) if not path.exists()]
     if missing:
         raise DataError(
@@ -258,7 +260,9 @@ def read_footer(files: RecordFiles, k: int, header: Header, shard: int) -> dict[
     try:
         footer = json.loads(files.footer(k))
         cache, number = footer["cache"], footer["shard"]
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(footer["ids"], list) or not isinstance(footer["skipped"], dict):
+            cache = None
+    except (ValueError, KeyError, TypeError, RecursionError):
         cache, number = None, None
     if cache != cache_id(header):
         what = "is no shard of the cache of header.json, but of another one"
@@ -275,14 +279,34 @@ def read_footer(files: RecordFiles, k: int, header: Header, shard: int) -> dict[
 def read_header(folder: Path) -> Header | None:
     path = folder / "header.json"
     try:
-        header = json.loads(path.read_text())
+        header = json.loads(path.read_bytes())
         if not isinstance(header, dict):
             raise ValueError("no JSON object")
         return header
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Delete the cache.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read: {reason}. Delete the cache.") from error
+
+
+def _check_header(folder: Path, header: Header) -> None:
+    """Refuses a header whose fields make no sense, before shards are looked for by it."""
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31
+    shape, images, per_shard = (header.get(n) for n in ("shape", "images", "images_per_shard"))
+    try:
+        right = isinstance(shape, list) and all(map(whole, shape)) and math.prod(shape) < 2**31
+        right = right and whole(images) and whole(per_shard) and header["dtype"] in DTYPES
+        right = right and isinstance(header.get("mirrored", True), bool)
+        right = right and -(-header["images"] // header["images_per_shard"]) < 10**6
+        # Of numbers: anything else could not be read from bytes.
+        types = jax.tree.leaves(condition_template(header["condition"]))
+        right = right and all(t.base.kind in "biufV" and not t.base.hasobject for t in types)
+        right = right and 0 < record_dtype(header).itemsize < 2**31
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise DataError(f"{folder / 'header.json'}: is damaged. Delete the cache, or restore it.")
 
 
 def compare_headers(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

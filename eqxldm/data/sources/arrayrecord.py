@@ -257,15 +257,22 @@ class ImageArrayRecord:
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
         (record,) = self._files.read([i])
-        label, name, text = _HEAD.unpack_from(record)
-        ends = np.cumsum([_HEAD.size, name, max(text, 0)])
-        id = record[ends[0] : ends[1]].decode("utf-8", "surrogateescape")
+        try:
+            label, name, text = _HEAD.unpack_from(record)
+            ends = np.cumsum([_HEAD.size, name, max(text, 0)])
+            id = record[ends[0] : ends[1]].decode("utf-8", "surrogateescape")
+            caption = None if text < 0 else record[ends[1] : ends[2]].decode()
+            if name < 0 or ends[2] > len(record) or (text >= 0) != self._has_captions:
+                raise ValueError
+        except (struct.error, ValueError):
+            raise DataError(
+                f"{self.path}: record {i} is not of {_FORMAT}. Write the file again."
+            ) from None
         if not -1 <= label < len(self._class_names) or (label < 0) != (not self._class_names):
             raise DataError(
                 f"{self.path}: {id}: its label is {label}, but the file names "
                 f"{len(self._class_names)} classes. Write the file again."
             )
-        caption = None if text < 0 else record[ends[1] : ends[2]].decode()
         return ImageRecord(record[ends[2] :], id, None if label < 0 else label, caption)
 
     def digest(self) -> str:
@@ -276,9 +283,12 @@ class ImageArrayRecord:
 def _about(files: RecordFiles, k: int) -> dict:
     try:
         about = json.loads(files.footer(k))
-        if about["format"] == _FORMAT:
+        names = about["class_names"]
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        known = known and isinstance(about["has_captions"], bool)
+        if about["format"] == _FORMAT and known and isinstance(about["digest"], str):
             return about
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise DataError(
         f"{files.paths[k]}: expected an ArrayRecord file of images that write_array_record wrote "

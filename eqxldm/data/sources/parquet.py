@@ -1,8 +1,10 @@
 """Parquet shards as the Hugging Face hub publishes image datasets."""
 
+import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -49,7 +51,8 @@ class ImageParquet:
         columns: set[str] | None = None
         for k, file in enumerate(self._files):
             opened = _open(file)
-            schema = opened.schema_arrow
+            with _reading(file):
+                schema = opened.schema_arrow
             found = {"image", "label", *_CAPTIONS} & set(schema.names)
             columns = found if columns is None else columns
             if "image" not in found or found != columns:
@@ -107,7 +110,8 @@ class ImageParquet:
         k, group, first = self._groups[at]
         file, row = self._files[k], i - int(self._starts[at])
         id = f"{file.name}:{first + row}"
-        image = _row_group(file, group)[row].as_py()
+        with _reading(file):
+            image = _row_group(file, group)[row].as_py()
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
             raise DataError(
@@ -152,19 +156,30 @@ def _pyarrow() -> Any:
 
 def _open(file: Path) -> Any:
     pq = _pyarrow()
-    try:
+    with _reading(file):
         return pq.ParquetFile(file, memory_map=True)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{file}: cannot be read as parquet: {error}.") from error
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What Arrow raises for a damaged file is OSError, ValueError, KeyError or another; one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{file}: cannot be read as parquet: {reason}.") from error
 
 
 def _labels(file: Path, opened: Any) -> np.ndarray:
-    column = opened.read(columns=["label"])["label"]
+    with _reading(file):
+        column = opened.read(columns=["label"])["label"]
     try:
         labels = column.to_numpy()
         if column.null_count or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
             raise ValueError
-    except ValueError:
+    except (ValueError, TypeError, NotImplementedError):  # a type that NumPy has not
         raise DataError(
             f"{file}: expected an integer of at least 0 as every label, got {column.type}"
             f"{' with nulls' if column.null_count else ''} or -1, as unlabelled test splits have."
@@ -176,7 +191,8 @@ def _captions(file: Path, opened: Any, columns: set[str]) -> list[str]:
     name = next((name for name in _CAPTIONS if name in columns), None)
     if name is None:
         return []
-    captions = opened.read(columns=[name])[name].to_pylist()
+    with _reading(file):
+        captions = opened.read(columns=[name])[name].to_pylist()
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise DataError(
@@ -187,10 +203,8 @@ def _captions(file: Path, opened: Any, columns: set[str]) -> list[str]:
 
 @functools.lru_cache(maxsize=_GROUPS)
 def _row_group(file: Path, group: int) -> Any:
-    try:
+    with _reading(file):
         return _open(file).read_row_group(group, columns=["image"])["image"]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: row group {group} cannot be read: {error}.") from error
 
 
 def _class_names(schema: Any) -> list[str] | None:

@@ -24,6 +24,8 @@ from ..image_source import (
 )
 
 _BLOCK = 512  # of the tar format
+# The arrays of an index and their kinds.
+_INDEX = dict(class_names="U", labels="i", ends="i", joined="u", tar="i", offset="i", size="i")
 
 
 class ImageTars:
@@ -175,10 +177,15 @@ def _members(file: Path, stream: BinaryIO, begin: int, size: int) -> Iterator[tu
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as index:
-            return dict(index)
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            index = dict(file)
     except Exception:  # not there, or damaged: numpy and zipfile raise half a dozen kinds
         return None
+    if {name: array.dtype.kind for name, array in index.items()} != _INDEX:
+        return None
+    rows = [index[name] for name in ("labels", "ends", "tar", "offset", "size")]
+    same = all(array.shape == rows[0].shape and array.ndim == 1 for array in rows)
+    return index if same and index["class_names"].ndim == index["joined"].ndim == 1 else None
 
 
 def _save(path: Path, index: dict[str, np.ndarray]) -> None:
