@@ -173,6 +173,10 @@ def read_source(path):
         images[i]
 
 
+def read_folder(path):
+    read_source(path.parent)
+
+
 def decode(path):
     decode_and_crop(path.read_bytes(), 16, name=path.name)
 
@@ -201,7 +205,7 @@ def read_checkpoint(path):
 def read_run(path):
     run = RunFolder(path.parent)
     config = finished_config(run)
-    run.metrics(), run.log_entries(), run.delete
+    run.metrics(), run.log_entries()
     run.file("x")
     read_data(run, config)
 
@@ -359,7 +363,7 @@ READERS = {
        for kind, mode in (("PNG", "RGB"), ("PNG", "L"), ("JPEG", "RGB"), ("WEBP", "RGB"),
                           ("GIF", "L"), ("BMP", "RGB"), ("PPM", "RGB"), ("TIFF", "RGB"))},
     "tar": Reader(outer_tar, "outer.tar", read_source),
-    "tars": Reader(tars, "dog.tar", lambda path: read_source(path.parent)),
+    "tars": Reader(tars, "dog.tar", read_folder),
     "parquet": Reader(parquet, "train.parquet", read_source),
     "arrayrecord": Reader(
         lambda folder: write_array_record(source(), folder / "a.arrayrecord"),
@@ -372,8 +376,8 @@ READERS = {
         one(struct.pack("<iii", 0, 1, -1) + b"a" + picture()), "file", read_record
     ),
     "footer of latents": Reader(footer, "footer", read_footer_of_latents, damaged_json),
-    "captions": Reader(captions, "captions.json", lambda path: read_source(path.parent), damaged_json),
-    "metadata": Reader(metadata, "metadata.jsonl", lambda path: read_source(path.parent), damaged_json),
+    "captions": Reader(captions, "captions.json", read_folder, damaged_json),
+    "metadata": Reader(metadata, "metadata.jsonl", read_folder, damaged_json),
     "latents": Reader(latents, "latents-00000-of-00001.arrayrecord", read_latents),
     "header": Reader(latents, "header.json", read_latents, damaged_json),
     "safetensors": Reader(weights, "dit.safetensors", load, damaged_safetensors),

@@ -260,9 +260,11 @@ def read_footer(files: RecordFiles, k: int, header: Header, shard: int) -> dict[
     try:
         footer = json.loads(files.footer(k))
         cache, number = footer["cache"], footer["shard"]
-        if not isinstance(footer["ids"], list) or not isinstance(footer["skipped"], dict):
+        ids, skipped = footer["ids"], footer["skipped"]
+        texts = [*ids, *skipped, *skipped.values()]
+        if not isinstance(ids, list) or not all(isinstance(text, str) for text in texts):
             cache = None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         cache, number = None, None
     if cache != cache_id(header):
         what = "is no shard of the cache of header.json, but of another one"

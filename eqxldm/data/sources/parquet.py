@@ -162,7 +162,7 @@ def _open(file: Path) -> Any:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """What Arrow raises for a damaged file is OSError, ValueError, KeyError or another; one line."""
+    """Arrow raises OSError, ValueError, KeyError and others for a damaged file: one line of it."""
     try:
         yield
     except DataError:
