@@ -51,7 +51,7 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder compare-mnist bench-solvers \
 	bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces gpu-check test \
-	test-parity test-soak lint format typecheck pins docs docs-serve clean
+	test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
 
 ##@ To train and to sample
 
@@ -161,6 +161,9 @@ test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for
 
 test-soak: $(DEV) ## kill a run KILLS=20 times, fill its disk FAULTS=10 times, compare with one left alone
 	.venv/bin/python tests/soak.py --kills $(or $(KILLS),20) --faults $(or $(FAULTS),10)
+
+fuzz: $(DEV) ## feed every reader of outside bytes CASES=1000 damaged inputs
+	EQXLDM_FUZZ_CASES=$(or $(CASES),1000) .venv/bin/python -m pytest tests/test_fuzz.py $(ARGS)
 
 lint: $(DEV) ## check style and format
 	.venv/bin/ruff check

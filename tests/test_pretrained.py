@@ -710,6 +710,8 @@ NUMBERS = {
     "classes": ({"num_embeds_ada_norm": 10**7}, "num_embeds_ada_norm = 10000000 is too much"),
     "infinite": ({"norm_eps": float("inf")}, "norm_eps = inf is too much"),
     "text": ({"num_layers": "two"}, "no model can be made of its configuration"),
+    "truth": ({"in_channels": True}, "no model can be made of its configuration"),
+    "fraction": ({"patch_size": 0.5}, "no model can be made of its configuration"),
     "none": ({"patch_size": 0}, "no model can be made of its configuration"),
     "negative": ({"num_layers": -3}, "no model can be made of its configuration"),
     "list": ({"sample_size": [8]}, "no model can be made of its configuration"),

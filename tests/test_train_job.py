@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -21,14 +22,14 @@ from children import ROOT, free_port, run_together
 from PIL import Image
 
 from eqxldm import pretrained
-from eqxldm.data import loader, open_latents
+from eqxldm.data import loader, open_images, open_latents
 from eqxldm.digests import digest
 from eqxldm.models import LPIPS
 from eqxldm.sharding import make_mesh
 from experiments.train import autoencoder as ae, commands, job as jobs, sampling
 from experiments.train.__main__ import PRESETS, chosen_preset, main
 from experiments.train.commands import finished_config, run_folder
-from experiments.train.conditions import Labels, Nothing
+from experiments.train.conditions import Labels, Nothing, choose_condition
 from experiments.train.diffusion import diffusion_state, load_finished, posthoc_average
 from experiments.train.evaluate import EVALUATORS
 from experiments.train.hooks import open_snapshots
@@ -38,7 +39,7 @@ from experiments.train.presets import preset
 from experiments.train.run import RunFolder
 from experiments.train.shapes import EACH, SHAPES, shapes
 from experiments.train.streams import STREAMS, stream_key, stream_seed
-from experiments.train.terminal import run_main
+from experiments.train.terminal import UserError, run_main
 
 from helpers import filled
 
@@ -582,6 +583,31 @@ def test_another_configuration_or_other_images_are_refused(copied, images, capsy
     assert "has another autoencoder than --vae" in capsys.readouterr().err
     assert train(copied, "--images", images) == 2
     assert "is about other images" in capsys.readouterr().err
+
+
+def test_images_of_the_same_names_and_sizes_but_other_pixels_are_refused(tmp_path, capsys):
+    """Files without compression always have the size that they had."""
+    folder = write_images(tmp_path / "images", [f"{k}/{i}.bmp" for k in "ab" for i in range(12)])
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    config = preset("images", size=(16, 16), count=24).config
+
+    def describe():
+        source = open_images(folder)
+        job = SimpleNamespace(
+            source=source, condition=choose_condition(config, source), run=run, lpips=None
+        )
+        jobs.describe_data(job, folder, trains=True)  # type: ignore[arg-type]
+
+    describe()
+    before = (run.path / "data.json").read_bytes()
+    describe()
+    content = bytearray((folder / "a" / "5.bmp").read_bytes())
+    content[-1] ^= 1
+    (folder / "a" / "5.bmp").write_bytes(content)
+    with pytest.raises(UserError, match="about other images:\n  content: it has"):
+        describe()
+    assert (run.path / "data.json").read_bytes() == before
 
 
 def test_overwrite_starts_anew_and_leaves_what_is_not_the_runs(copied, capsys):

@@ -39,6 +39,7 @@ from .layout import (
     array_leaves,
     fill,
     own_layout,
+    tensor_shapes,
     unfill,
 )
 from .limits import check_config, check_count
@@ -142,6 +143,7 @@ def load(
         model = eqx.filter_eval_shape(make, key=jax.random.key(0))
         check_count(model, tensors, str(path))
         table = layout(model)
+        tensor_shapes(model, table)
     except WeightsError:
         raise
     except Exception as error:  # whatever a constructor raises for a number that makes no sense

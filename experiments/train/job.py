@@ -9,6 +9,7 @@ import equinox as eqx
 from jax.sharding import Mesh
 
 from eqxldm.data import ImageSource, image_batches
+from eqxldm.data.image_source import sample_digest
 from eqxldm.digests import digest
 from eqxldm.models import LPIPS, AutoencoderKL
 from eqxldm.sharding import own_rows
@@ -156,6 +157,7 @@ def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
         about["lpips"] = None if job.lpips is None else digest(eqx.filter(job.lpips, eqx.is_array))
     if not job.run.primary:
         return
+    about["content"] = sample_digest(job.source)
     try:
         found = read_json(job.run.path / DATA, *about, repair="--overwrite starts anew.")
     except FileNotFoundError:
