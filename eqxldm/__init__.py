@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
         pretrained as pretrained,
         sharding as sharding,
         telemetry as telemetry,
+        text as text,
         training as training,
     )
 
@@ -203,6 +204,7 @@ _LAZY = (
     "pretrained",
     "sharding",
     "telemetry",
+    "text",
     "training",
 )
 

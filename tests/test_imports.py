@@ -44,11 +44,11 @@ LAYERS = {
     "models": {"nn", "models"},
     "pretrained": {"nn", "models", "pretrained", "durable"},
 }
-APART = {"metrics": {"metrics"}}
+APART = {"metrics": {"metrics"}, "text": {"text"}}
 OPTIONAL = {
     "PIL", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips", "matplotlib",
-    "orbax", "pandas", "safetensors", "sklearn", "tensorboard", "tensorboardX", "tensorstore",
-    "torch", "torchvision", "tqdm", "transformers", "wandb",
+    "orbax", "pandas", "safetensors", "sentencepiece", "sklearn", "tensorboard", "tensorboardX",
+    "tensorstore", "tokenizers", "torch", "torchvision", "tqdm", "transformers", "wandb",
 }  # fmt: skip
 
 

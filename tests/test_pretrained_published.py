@@ -45,6 +45,24 @@ PUBLISHED = {
         "sd_unet",
         859_520_964,
     ),
+    "clip_l": Published(
+        lambda key: models.clip_text_l(key=key),
+        pretrained.clip_text.transformers_layout,
+        "clip_l",
+        123_060_480,
+    ),
+    "clip_h": Published(
+        lambda key: models.clip_text_h(key=key),
+        pretrained.clip_text.transformers_layout,
+        "clip_h",
+        340_387_840,
+    ),
+    "clip_bigg": Published(
+        lambda key: models.clip_text_bigg(key=key),
+        pretrained.clip_text.transformers_layout,
+        "clip_bigg",
+        694_659_840,
+    ),
 }
 each_network = pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
 

@@ -169,6 +169,7 @@ def shipped():
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),
         "lpips": partial(models.LPIPS, channels=(4,) * 5),
+        "clip": partial(models.CLIPText, 8, 2, 2, projection=4, vocabulary=9, length=5),
     }  # fmt: skip
     key = jax.random.key(0)
     return {name: parameter_names(eqx.filter_eval_shape(m, key=key)) for name, m in makes.items()}

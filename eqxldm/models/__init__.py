@@ -10,6 +10,14 @@ from .autoencoder import (
     kl_f16 as kl_f16,
 )
 from .byte_text import ByteTextConfig as ByteTextConfig, ByteTextEncoder as ByteTextEncoder
+from .clip_text import (
+    CLIPOutput as CLIPOutput,
+    CLIPText as CLIPText,
+    CLIPTextConfig as CLIPTextConfig,
+    clip_text_bigg as clip_text_bigg,
+    clip_text_h as clip_text_h,
+    clip_text_l as clip_text_l,
+)
 from .counting import multiply_adds as multiply_adds, parameter_count as parameter_count
 from .discriminator import (
     DiscriminatorConfig as DiscriminatorConfig,
@@ -37,6 +45,7 @@ from .dit_blocks import (
     CrossAttentionDiTBlock as CrossAttentionDiTBlock,
     DiTBlock as DiTBlock,
 )
+from .encoder_block import EncoderBlock as EncoderBlock
 from .flux import (
     Flux as Flux,
     FluxConfig as FluxConfig,

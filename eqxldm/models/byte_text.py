@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ..nn.attention import SelfAttention
 from ..nn.conditioning import Conditioning
 from ..nn.linear import Linear, normal
 from ..nn.norms import LayerNorm
 from ..nn.stack import Stack
 from .config import arguments, make_record
+from .encoder_block import EncoderBlock
 
 # 0 is padding, 1 .. 255 the bytes of UTF-8, which has no zero byte in a text, 256 the start.
 VOCABULARY = 257
@@ -34,35 +34,6 @@ class ByteTextConfig:
     def build(self, *, key) -> "ByteTextEncoder":
         """The encoder, with random weights."""
         return ByteTextEncoder(**arguments(self), key=key)
-
-
-class EncoderBlock(eqx.Module):
-    """`x += attention(norm(x), mask)`, `x += W2 gelu(W1 norm(x) + b1) + b2` (Vaswani et al. 2017).
-
-    The norms stand before the layers (Xiong et al. 2020); the MLP has `4 width` hidden units.
-
-    >>> EncoderBlock(8, 2, key=jax.random.key(0))(jnp.ones((5, 8)), jnp.ones(5, bool)).shape
-    (5, 8)
-    """
-
-    norm1: LayerNorm
-    attention: SelfAttention
-    norm2: LayerNorm
-    fc1: Linear
-    fc2: Linear
-
-    def __init__(self, width: int, num_heads: int, *, key):
-        k1, k2, k3 = jax.random.split(key, 3)
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.attention = SelfAttention(width, num_heads, key=k1)
-        self.fc1 = Linear(width, 4 * width, key=k2)
-        self.fc2 = Linear(4 * width, width, key=k3)
-
-    def __call__(
-        self, x: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
-    ) -> Float[Array, "n d"]:
-        x = x + self.attention(self.norm1(x), mask)
-        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
 
 
 class ByteTextEncoder(eqx.Module):

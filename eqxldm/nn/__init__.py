@@ -1,5 +1,6 @@
 """Layers: small modules of one example, from which the models are built."""
 
+from .activations import gelu as gelu, gelu_tanh as gelu_tanh, quick_gelu as quick_gelu
 from .attention import (
     QKV as QKV,
     Attention as Attention,

@@ -2,6 +2,7 @@
 
 from . import (
     autoencoder as autoencoder,
+    clip_text as clip_text,
     dit as dit,
     flux as flux,
     lpips as lpips,

@@ -16,7 +16,8 @@ import numpy as np
 from ..durable import replacing
 from .layout import Tensor, WeightsError
 
-WEIGHTS = "diffusion_pytorch_model"
+# How the names of weights begin in the folders of diffusers, and of transformers.
+WEIGHTS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
 
 
@@ -63,11 +64,12 @@ def write_safetensors(
         temporary.write_bytes(save(dict(tensors), metadata=dict(header)))
 
 
-def open_folder(folder: Path) -> dict[str, Tensor]:
+def open_folder(folder: Path, stem: str = WEIGHTS) -> dict[str, Tensor]:
     """The tensors of a diffusers folder: one safetensors file, several with an index, or `.bin`.
 
     Where a folder holds several forms, the first of these counts: full precision, sharded, fp16,
-    fp16 sharded, `.bin`.
+    fp16 sharded, `.bin`. `stem` is what their names begin with; that of transformers is `model`,
+    whose folders are read from safetensors only.
 
     **Raises** `WeightsError` if there is none, if a file that the index names is missing, or if
     index and files disagree.
@@ -79,16 +81,24 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     ['w']
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-        f"{WEIGHTS}.safetensors": lambda path: open_safetensors(path)[0],
-        f"{WEIGHTS}.safetensors.index.json": open_index,
-        f"{WEIGHTS}.fp16.safetensors": lambda path: open_safetensors(path)[0],
-        f"{WEIGHTS}.safetensors.index.fp16.json": open_index,
-        f"{WEIGHTS}.bin": open_pt,
+        f"{stem}.safetensors": lambda path: open_safetensors(path)[0],
+        f"{stem}.safetensors.index.json": open_index,
+        f"{stem}.fp16.safetensors": lambda path: open_safetensors(path)[0],
+        f"{stem}.safetensors.index.fp16.json": open_index,
     }
+    if stem == WEIGHTS:
+        readers[f"{WEIGHTS}.bin"] = open_pt
     for name, reader in readers.items():
         if (folder / name).exists():
             return reader(folder / name)
-    raise WeightsError(f"{folder} holds no weights; looked for {', '.join(readers)}.")
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    hint = (
+        f" {', '.join(pickled)} can hold code and is not read: take the safetensors file, or write "
+        "one with save_pretrained of transformers."
+    )
+    raise WeightsError(
+        f"{folder} holds no weights; looked for {', '.join(readers)}.{hint if pickled else ''}"
+    )
 
 
 def open_index(path: Path) -> dict[str, Tensor]:

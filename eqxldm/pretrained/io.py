@@ -15,14 +15,16 @@ from ..models import (
     LPIPS,
     AutoencoderKL,
     ByteTextEncoder,
+    CLIPText,
     DiT,
     Flux,
     MMDiT,
     PatchDiscriminator,
     UNet,
 )
-from . import autoencoder, dit, flux, lpips, mmdit, unet
+from . import autoencoder, clip_text, dit, flux, lpips, mmdit, unet
 from .files import (
+    TRANSFORMERS,
     WEIGHTS,
     from_arrays,
     open_folder,
@@ -52,19 +54,22 @@ HEADER = "eqxldm"  # of our files: the model's configuration, in the format's ow
 class Diffusers(NamedTuple):
     """What is known of diffusers' form of a model: its configuration both ways, and its names.
 
-    `complete(config, tensors)` adds to the configuration what only the tensors say.
+    `complete(config, tensors)` adds to the configuration what only the tensors say; `weights` is
+    how the names of the files begin.
     """
 
     config: Callable[..., dict[str, Any]]
     from_config: Callable[..., Any]
     layout: Callable[..., Layout]
     complete: Callable[..., dict[str, Any]] = lambda config, tensors: config
+    weights: str = WEIGHTS
 
 
 # The ways in which the tensors of a model are named in files, besides our own.
 LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     AutoencoderKL: (autoencoder.diffusers_layout,),
     ByteTextEncoder: (),
+    CLIPText: (clip_text.transformers_layout, clip_text.open_clip_layout),
     DiT: (dit.official_layout, dit.diffusers_layout),
     Flux: (flux.original_layout, flux.diffusers_layout),
     LPIPS: (lpips.published_layout,),
@@ -76,6 +81,12 @@ DIFFUSERS: dict[type, Diffusers] = {
     AutoencoderKL: Diffusers(
         autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
     ),
+    CLIPText: Diffusers(
+        clip_text.transformers_config,
+        clip_text.from_transformers,
+        clip_text.transformers_layout,
+        weights=TRANSFORMERS,
+    ),
     DiT: Diffusers(dit.diffusers_config, dit.from_diffusers, dit.diffusers_layout),
     Flux: Diffusers(flux.diffusers_config, flux.from_diffusers, flux.diffusers_layout),
     MMDiT: Diffusers(
@@ -86,11 +97,14 @@ DIFFUSERS: dict[type, Diffusers] = {
     ),
     UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
 }
-# The `_class_name` of a config.json. Transformer2DModel is the old name of diffusers' DiT.
+# The `_class_name` of a config.json, or the one entry of `architectures` in those of transformers.
+# Transformer2DModel is the old name of diffusers' DiT.
 CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "CLIPTextModel": CLIPText,
+    "CLIPTextModelWithProjection": CLIPText,
     "FluxTransformer2DModel": Flux,
     "SD3Transformer2DModel": MMDiT,
     "UNet2DConditionModel": UNet,
@@ -107,7 +121,7 @@ def load(
 
     - `path`: a `.safetensors` file written by `save`, or a folder of diffusers' format:
       `config.json` with `diffusion_pytorch_model.safetensors`, the same in several files with an
-      index, or `.bin`.
+      index, or `.bin`; of a text encoder, transformers' format: `model.safetensors`, likewise.
     - `dtype`: of the parameters, whatever the file's is; None keeps the file's.
     - `sharding`: `(path, shape) -> jax.sharding.Sharding` for each leaf, `path` as
       `jax.tree_util.keystr` gives it. Each leaf goes straight to its devices.
@@ -181,7 +195,8 @@ def load_into(
     """
     path = Path(path)
     if path.is_dir():
-        tensors = open_folder(path)
+        known = DIFFUSERS.get(type(model))
+        tensors = open_folder(path, WEIGHTS if known is None else known.weights)
     elif path.suffix in PYTORCH:
         tensors = open_pt(path)
     else:
@@ -259,7 +274,9 @@ def save(model: PyTree, path: str | Path) -> None:
 
 
 def export(model: PyTree, folder: str | Path) -> None:
-    """Writes a folder that diffusers' `from_pretrained` reads: `config.json` and weights.
+    """Writes a folder for `from_pretrained` of diffusers, or, for text encoders, of transformers.
+
+    It holds `config.json` and the weights as safetensors.
 
     **Raises** `WeightsError` if diffusers has no such network; the message says why.
 
@@ -281,7 +298,7 @@ def export(model: PyTree, folder: str | Path) -> None:
     config = known.config(model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = unfill(model, known.layout(model))
-    write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / f"{known.weights}.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -291,12 +308,15 @@ def _from_folder(folder: Path) -> tuple[Callable[..., Any], Callable, dict[str, 
         hint = f" Load one of its folders: {', '.join(parts)}." if parts else ""
         raise WeightsError(f"{folder} has no config.json, which says what the model is.{hint}")
     config = read_json(folder / "config.json")
-    name = config.get("_class_name")
+    architectures = config.get("architectures")
+    listed = architectures if isinstance(architectures, list) and architectures else [None]
+    name = config.get("_class_name", listed[0])
     if not isinstance(name, str) or name not in CLASS_NAMES:
         raise WeightsError(
             f"{folder}: unknown architecture {name!r}; known are {', '.join(CLASS_NAMES)}."
         )
-    known, tensors = DIFFUSERS[CLASS_NAMES[name]], open_folder(folder)
+    known = DIFFUSERS[CLASS_NAMES[name]]
+    tensors = open_folder(folder, known.weights)
     check_config(config, tensors, str(folder / "config.json"))
     config = known.complete(config, tensors)
     make = lambda *, key: known.from_config(config, key=key)

@@ -67,12 +67,15 @@ class Layout(NamedTuple):
     `fixed`: tensors that are no parameters, with what they must hold. A file may lack them; where
     it has them they are compared and not loaded; `writes_fixed`: files of this layout have them.
     `aliases`: other names that files have for some tensors, `{alias: name}`.
+    `ties`: tensors that some files have beside another one that holds the same values, `{copy:
+    name}`: they must be equal where both are, and either alone will do. They are not written.
     """
 
     leaves: dict[str, tuple[Part, ...]]
     fixed: dict[str, Callable[[], np.ndarray]]
     aliases: Mapping[str, str] = MappingProxyType({})
     writes_fixed: bool = False
+    ties: Mapping[str, str] = MappingProxyType({})
 
     def names(self) -> list[str]:
         """The tensors of all leaves, copies included."""
@@ -170,12 +173,17 @@ def fill(
       missing: bias (3,)
     """
     expected, tensors = tensor_shapes(model, layout), _renamed(tensors, layout)
+    ties = {copy: tensors.pop(copy) for copy in layout.ties if copy in tensors}
     _report(source, model, _mismatches(expected, layout, tensors))
     problems = [
+        f"differs from {layout.ties[copy]}, must be equal: {copy}"
+        for copy, tensor in ties.items()
+        if not np.array_equal(tensor.read(), tensors[layout.ties[copy]].read())
+    ]
+    problems += [
         f"not the constant of the architecture: {name}"
         for name, value in layout.fixed.items()
-        if name in tensors
-        and not (tensors[name].floating and _close(tensors[name].read(), value()))
+        if name in tensors and not _is_constant(tensors[name], value())
     ]
     filled, paths = [], array_leaves(model)
     for path, leaf in paths.items():
@@ -247,7 +255,9 @@ def _mismatches(
 def _renamed(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The tensors under their names; an alias whose name is there too stays, as unexpected."""
     aliases = {old: new for old, new in layout.aliases.items() if new not in tensors}
-    return {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+    found = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+    alone = {copy: name for copy, name in layout.ties.items() if name not in found}
+    return {alone.get(name, name): tensor for name, tensor in found.items()}
 
 
 def _report(source: str, model: PyTree, problems: list[str]) -> None:
@@ -291,12 +301,15 @@ def _finite(array: np.ndarray) -> bool:
     return all(bool(np.isfinite(part).all()) for part in parts)
 
 
-def _close(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal to the rounding of the file's dtype, wherever it was computed.
+def _is_constant(tensor: Tensor, expected: np.ndarray) -> bool:
+    """Integers exactly; floats to the rounding of the file's dtype, wherever it was computed.
 
     A sine of a position near 100, which float32 has to 4e-6, is no nearer than that.
     """
+    if tensor.shape != expected.shape or tensor.floating != (expected.dtype.kind == "f"):
+        return False
+    found = tensor.read()
+    if not tensor.floating:
+        return np.array_equal(found, expected)
     tolerance = max(1e-5, float(jnp.finfo(found.dtype).eps))
-    return found.shape == expected.shape and np.allclose(
-        found.astype(np.float32), expected, rtol=0, atol=tolerance
-    )
+    return np.allclose(found.astype(np.float32), expected, rtol=0, atol=tolerance)

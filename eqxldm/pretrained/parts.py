@@ -157,6 +157,23 @@ def norm(ours: str, theirs: str) -> Leaves:
     }
 
 
+def stacked(leaves: Leaves, depth: int, ours: str = "blocks") -> Leaves:
+    """The table of one block for all blocks of a `Stack`; `{}` in a name is the block's number.
+
+    >>> table = stacked(linear("fc1", "layers.{}.fc1", bias=False), 2)
+    >>> [part.name for part in table[".blocks.stacked.fc1.weight"]]
+    ['layers.0.fc1.weight', 'layers.1.fc1.weight']
+    """
+    return {
+        f".{ours}.stacked{path}": tuple(
+            part._replace(name=part.name.format(i), where=(i, *part.where))
+            for i in range(depth)
+            for part in parts
+        )
+        for path, parts in leaves.items()
+    }
+
+
 def resnet(block: ResnetBlock, ours: str, theirs: str) -> Leaves:
     """A `ResnetBlock`.
 

@@ -14,6 +14,7 @@ CONFIGS: dict[str, type] = {
     for kind in (
         models.AutoencoderConfig,
         models.ByteTextConfig,
+        models.CLIPTextConfig,
         models.DiscriminatorConfig,
         models.DiTConfig,
         models.FluxConfig,
@@ -34,6 +35,7 @@ def functions() -> dict[str, Any]:
     True
     """
     known = (nn.attend, nn.cudnn_attend, nn.RMSNorm, nn.LayerNorm, nn.Conv, nn.SpectralConv)
+    known += (nn.gelu, nn.gelu_tanh, nn.quick_gelu)
     known += (models.DiTBlock, models.CrossAttentionDiTBlock, eqx.nn.Identity)
     named = {function.__name__: function for function in known}
     return vars(jax.checkpoint_policies) | named | {"save_narrow": nn.save_narrow}

@@ -182,7 +182,7 @@ def compare(module: torch.nn.Module, model: Any, pair: Pair) -> dict[str, float]
         by_input=_errors(found_inputs, gradient_inputs),
         by_parameter=_parameter_errors(found_gradient, gradient, pair.layout(model)),
     )
-    largest = {kind: float(np.max(list(e.values()))) for kind, e in errors.items()}
+    largest = {kind: float(np.max(list(e.values()))) for kind, e in errors.items() if e}
     # Not "above": a NaN is neither.
     wrong = [
         f"{n} {error:.1e}" for e in errors.values() for n, error in e.items() if not error <= BOUND
@@ -192,7 +192,9 @@ def compare(module: torch.nn.Module, model: Any, pair: Pair) -> dict[str, float]
     return largest
 
 
-def compare_back(kind: Any, module: Any, model: Any, folder: Path, pair: Pair) -> float:
+def compare_back(
+    kind: Any, module: Any, model: Any, folder: Path, pair: Pair, *, read: Callable = read
+) -> float:
     """Export, read by diffusers: bit for bit the same weights; the forward pass's error."""
     pretrained.export(model, folder)
     again = read(kind, folder)

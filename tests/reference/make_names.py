@@ -1,16 +1,30 @@
 """Writes names_*.txt: every tensor of the published networks, a line `name size size ...` each.
 
-Run it in an environment with torch and diffusers:
+Run it in an environment with torch, diffusers and transformers:
 
     .venv-parity/bin/python tests/reference/make_names.py
 
-The networks are made on torch's meta device, which takes no memory. Made with diffusers 0.42.1.
+The networks are made on torch's meta device, which takes no memory. Made with diffusers 0.42.1
+and transformers 5.24.0.
 """
 
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+
+def clip(kind, width, depth, heads):
+    """In files the names have a `text_model.` that the module without projection has not."""
+    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth)
+    module = kind(CLIPTextConfig(**sizes, num_attention_heads=heads, projection_dim=width))
+    return (
+        module
+        if kind is CLIPTextModelWithProjection
+        else torch.nn.ModuleDict({"text_model": module})
+    )
+
 
 NETWORKS = {
     "sd_vae": lambda: AutoencoderKL(
@@ -34,6 +48,9 @@ NETWORKS = {
         act_fn="silu",
     ),
     "dit_xl_2": lambda: DiTTransformer2DModel(out_channels=8),
+    "clip_l": lambda: clip(CLIPTextModel, 768, 12, 12),
+    "clip_h": lambda: clip(CLIPTextModel, 1024, 23, 16),
+    "clip_bigg": lambda: clip(CLIPTextModelWithProjection, 1280, 32, 20),
 }
 
 

@@ -1,0 +1,10 @@
+"""Texts to the ids of published text encoders: CLIP's byte pairs and T5's sentence pieces.
+
+Needs the extra `text`: `pip install 'eqxldm[text]'`.
+"""
+
+from .clip import clip_tokenizer as clip_tokenizer
+from .errors import TokenizerError as TokenizerError
+from .folder import load_tokenizer as load_tokenizer
+from .t5 import t5_tokenizer as t5_tokenizer
+from .tokenizer import Tokenizer as Tokenizer, Tokens as Tokens
