@@ -112,9 +112,8 @@ class CLIPText(eqx.Module):
         if min(counted.values()) < 1:
             raise ValueError(f"CLIPText: every size must be at least 1, got {counted}.")
         k1, k2, k3, k4 = jax.random.split(key, 4)
-        block = dict(
-            hidden=self.config.hidden, activation=config.activation, norm_eps=config.norm_eps
-        )
+        block: dict[str, Any] = dict(hidden=self.config.hidden, activation=config.activation)
+        block |= dict(norm_eps=config.norm_eps)
         make = lambda k: EncoderBlock(width, num_heads, **block, key=k)
         self.table = normal(0.02)(k1, (config.vocabulary, width))
         self.positions = normal(0.01)(k2, (config.length, width))

@@ -92,6 +92,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocabulary: Any
     plain = [folder / name for name in ("vocab.json", "merges.txt")]
     absent = [path.name for path in plain if not path.exists()]
     if not absent:

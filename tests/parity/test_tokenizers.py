@@ -165,8 +165,8 @@ def pieces(request, tmp_path_factory):
     """Two folders of one model: `spiece.model`, and what transformers makes of it."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts()), model_writer=written, vocab_size=request.param, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc",
+        sentence_iterator=iter(texts()), model_writer=written, vocab_size=request.param,
+        minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc",
         hard_vocab_limit=False,
     )  # fmt: skip
     folder, converted = (tmp_path_factory.mktemp("t5") for _ in range(2))
