@@ -710,7 +710,7 @@ NUMBERS = {
     "classes": ({"num_embeds_ada_norm": 10**7}, "num_embeds_ada_norm = 10000000 is too much"),
     "infinite": ({"norm_eps": float("inf")}, "norm_eps = inf is too much"),
     "text": ({"num_layers": "two"}, "no model can be made of its configuration"),
-    "truth": ({"in_channels": True}, "no model can be made of its configuration"),
+    "truth": ({"in_channels": True}, "out_channels = 6"),
     "fraction": ({"patch_size": 0.5}, "no model can be made of its configuration"),
     "none": ({"patch_size": 0}, "no model can be made of its configuration"),
     "negative": ({"num_layers": -3}, "no model can be made of its configuration"),
@@ -776,6 +776,11 @@ def test_nested_json_and_fields_of_the_wrong_type(tmp_path):
     for index in ('{"weight_map": {"w": 5}}', '{"weight_map": {"w": ["x"], "v": "y"}}'):
         (folder / f"{FILE}.index.json").write_text(index)
         with pytest.raises(pretrained.WeightsError, match="names files outside its folder"):
+            pretrained.load(folder)
+    for name in ("", "..", "a\0b", "x" * 5000):
+        index = json.dumps({"weight_map": {"w": name}})
+        (folder / f"{FILE}.index.json").write_text(index)
+        with pytest.raises(pretrained.WeightsError, match="names files"):
             pretrained.load(folder)
 
 

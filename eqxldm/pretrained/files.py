@@ -4,6 +4,7 @@ Opening reads headers only; each tensor is read when it is asked for.
 """
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,8 +122,8 @@ def open_index(path: Path) -> dict[str, Tensor]:
     if odd := [s for s in index.values() if not isinstance(s, str) or Path(s).name != s]:
         raise WeightsError(f"{path} names files outside its folder: {str(odd)[:200]}.")
     shards = sorted(set(index.values()))
-    if absent := [shard for shard in shards if not (path.parent / shard).exists()]:
-        raise WeightsError(f"{path} names files that are not there: {', '.join(absent)}.")
+    if absent := [shard for shard in shards if not os.path.isfile(path.parent / shard)]:
+        raise WeightsError(f"{path} names files that are not there: {', '.join(absent)[:200]}.")
     tensors, problems = {}, []
     for shard in shards:
         held = open_safetensors(path.parent / shard)[0]
