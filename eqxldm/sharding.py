@@ -74,7 +74,7 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(stem|head)(\.first|\.second|\.conv)?\.bias"),
     Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.weight", None, True),
     Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.bias"),
-    Rule(r"(convs|downs|ups|blocks)(\.\d+)+(\.conv)?\.weight", None, True),
+    Rule(r"(convs|downs|ups|resample|blocks)(\.\d+)+(\.conv)?\.weight", None, True),
     Rule(r"(convs|downs|ups|blocks)(\.\d+)+(\.conv)?\.bias"),
     # Norms, tables and the weights of channels.
     Rule(r"(\w*norm[12345]?|norms\.\d+)\.(scale|bias)"),

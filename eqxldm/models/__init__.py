@@ -68,6 +68,10 @@ from .tiling import (
     encode_sliced as encode_sliced,
     encode_tiled as encode_tiled,
 )
+from .tiny_autoencoder import (
+    TinyAutoencoder as TinyAutoencoder,
+    TinyAutoencoderConfig as TinyAutoencoderConfig,
+)
 from .unet import UNet as UNet, UNetConfig as UNetConfig
 from .unet_sizes import (
     unet_ddpm as unet_ddpm,

@@ -20,21 +20,33 @@ class Conv(eqx.Module):
     **Arguments**: `size` is the kernel's side, `stride` the step. `padding` is `((top, bottom),
     (left, right))`; the default keeps `h / stride`. Weights are `U(-a, a)`, `a =
     sqrt(3 / fan_in)` times `gain`, so that a unit-variance input gives a variance of `gain^2`.
+    Without `use_bias`, `b` is None.
 
     >>> Conv(3, 8, 3, stride=2, key=jax.random.key(0))(jnp.ones((4, 4, 3))).shape
     (2, 2, 8)
     """
 
     weight: Float[Array, "size size in out"]
-    bias: Float[Array, " out"]
+    bias: Float[Array, " out"] | None
     stride: int = eqx.field(static=True)
     padding: tuple[tuple[int, int], tuple[int, int]] = eqx.field(static=True)
 
-    def __init__(self, in_channels, out_channels, size, *, stride=1, padding=None, gain=1.0, key):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        size,
+        *,
+        stride=1,
+        padding=None,
+        gain=1.0,
+        use_bias=True,
+        key,
+    ):
         bound = gain * math.sqrt(3 / (size * size * in_channels))
         shape = (size, size, in_channels, out_channels)
         self.weight = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        self.bias = jnp.zeros(out_channels)
+        self.bias = jnp.zeros(out_channels) if use_bias else None
         self.stride = stride
         total = size - stride if size > stride else 0
         side = (total // 2, total - total // 2)
@@ -44,7 +56,7 @@ class Conv(eqx.Module):
         weight = gather_params(self, x.dtype).weight
         # A product, which XLA:CPU does two to three times as fast, gradients included.
         if weight.shape[:2] == (1, 1) and self.stride == 1 and self.padding == NO_PADDING:
-            return x @ weight[0, 0] + self.bias.astype(x.dtype)
+            return self._with_bias(x @ weight[0, 0])
         y = jax.lax.conv_general_dilated(
             x[None],
             weight,
@@ -52,7 +64,10 @@ class Conv(eqx.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y[0] + self.bias.astype(x.dtype)
+        return self._with_bias(y[0])
+
+    def _with_bias(self, y: Float[Array, "h w out"]) -> Float[Array, "h w out"]:
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
 class ConvPair(eqx.Module):

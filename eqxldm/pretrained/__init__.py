@@ -7,6 +7,7 @@ from . import (
     flux as flux,
     lpips as lpips,
     mmdit as mmdit,
+    tiny_autoencoder as tiny_autoencoder,
     unet as unet,
 )
 from .dit import (
@@ -24,3 +25,4 @@ from .io import (
 )
 from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
 from .lpips import load_lpips as load_lpips
+from .tiny_autoencoder import load_tiny_autoencoder as load_tiny_autoencoder

@@ -20,9 +20,10 @@ from ..models import (
     Flux,
     MMDiT,
     PatchDiscriminator,
+    TinyAutoencoder,
     UNet,
 )
-from . import autoencoder, clip_text, dit, flux, lpips, mmdit, unet
+from . import autoencoder, clip_text, dit, flux, lpips, mmdit, tiny_autoencoder, unet
 from .files import (
     TRANSFORMERS,
     WEIGHTS,
@@ -75,6 +76,7 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     LPIPS: (lpips.published_layout,),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
+    TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
     UNet: (unet.diffusers_layout,),
 }
 DIFFUSERS: dict[type, Diffusers] = {
@@ -95,6 +97,11 @@ DIFFUSERS: dict[type, Diffusers] = {
         mmdit.diffusers_layout,
         mmdit.with_grid_of_table,
     ),
+    TinyAutoencoder: Diffusers(
+        tiny_autoencoder.diffusers_config,
+        tiny_autoencoder.from_diffusers,
+        tiny_autoencoder.diffusers_layout,
+    ),
     UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
 }
 # The `_class_name` of a config.json, or the one entry of `architectures` in those of transformers.
@@ -103,6 +110,7 @@ CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": TinyAutoencoder,
     "CLIPTextModel": CLIPText,
     "CLIPTextModelWithProjection": CLIPText,
     "FluxTransformer2DModel": Flux,

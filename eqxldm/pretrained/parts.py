@@ -110,13 +110,13 @@ def swap_halves(array: np.ndarray) -> np.ndarray:
     return np.roll(array, len(array) // 2, axis=0)
 
 
-def conv(ours: str, theirs: str) -> Leaves:
+def conv(ours: str, theirs: str, *, bias: bool = True) -> Leaves:
     """A `Conv`: kernels are `(h, w, in, out)` here and `(out, in, h, w)` there.
 
     >>> conv("stem", "conv_in")[".stem.weight"][0].read(np.ones((5, 4, 3, 2))).shape
     (3, 2, 4, 5)
     """
-    return linear(ours, theirs, (_to_hwio, _to_oihw))
+    return linear(ours, theirs, (_to_hwio, _to_oihw), bias=bias)
 
 
 def patch_conv(
