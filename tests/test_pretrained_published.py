@@ -57,6 +57,18 @@ PUBLISHED = {
         "clip_h",
         340_387_840,
     ),
+    "t5_xxl": Published(
+        lambda key: models.t5_xxl(key=key),
+        pretrained.t5.transformers_layout,
+        "t5_xxl",
+        4_762_310_656,
+    ),
+    "umt5_xxl": Published(
+        lambda key: models.umt5_xxl(key=key),
+        pretrained.t5.transformers_layout,
+        "umt5_xxl",
+        5_680_910_336,
+    ),
     "clip_bigg": Published(
         lambda key: models.clip_text_bigg(key=key),
         pretrained.clip_text.transformers_layout,
@@ -124,3 +136,17 @@ def test_the_official_names_of_dit_xl_2():
     fixed = {name: value().shape for name, value in layout.fixed.items()}
     assert fixed == {"pos_embed": (1, 256, width)}
     assert len(expected | fixed) == 292
+
+
+@pytest.mark.parametrize(
+    "make, count",
+    [
+        (models.t5_small, 35_332_800),
+        (models.t5_base, 109_628_544),
+        (models.t5_large, 341_231_104),
+        (models.t5_xl, 1_223_527_424),
+    ],
+)
+def test_the_smaller_t5_have_the_published_counts(make, count):
+    model = eqx.filter_eval_shape(lambda key: make(key=key), jax.random.key(0))
+    assert models.parameter_count(model) == count

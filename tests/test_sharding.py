@@ -171,6 +171,8 @@ def shipped():
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),
         "lpips": partial(models.LPIPS, channels=(4,) * 5),
+        "t5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9),
+        "umt5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9, shared_bias=False),
         "clip": partial(models.CLIPText, 8, 2, 2, projection=4, vocabulary=9, length=5),
     }  # fmt: skip
     key = jax.random.key(0)

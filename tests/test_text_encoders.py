@@ -1,4 +1,4 @@
-"""CLIP's text encoder: hidden states, masks, the pooled token, files and what is refused.
+"""CLIP's and T5's text encoders: hidden states, masks, the pooled token, files, refusals.
 
 The comparison with transformers is tests/parity/test_text.py, the published sizes are in
 tests/test_pretrained_published.py.
@@ -154,3 +154,112 @@ def test_what_transformers_cannot_hold_is_not_exported(tmp_path):
     for changes, what in (({"activation": jax.nn.relu}, "activation"), ({"end_id": 2}, "end_id")):
         with pytest.raises(pretrained.WeightsError, match=f"cannot hold this network: its {what}"):
             pretrained.export(clip(**changes), tmp_path)
+
+
+TEXT = jnp.array([5, 7, 2, 1, 0, 0])
+SEEN = jnp.array([True, True, True, True, False, False])
+
+
+def t5(**changes):
+    options = dict(head_size=3, vocabulary=10, buckets=8, max_distance=16) | changes
+    return filled(lambda: models.T5Encoder(8, 2, 2, 12, **options, key=jax.random.key(0)))
+
+
+KINDS = {"T5": t5(), "umT5": t5(shared_bias=False)}
+each_t5 = pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
+
+
+@each_t5
+def test_a_masked_token_changes_no_other_and_one_that_is_not_does(model):
+    a, b = call(model, TEXT, SEEN), call(model, TEXT.at[4].set(6), SEEN)
+    np.testing.assert_array_equal(a[SEEN], b[SEEN])
+    a, b = call(model, TEXT), call(model, TEXT.at[4].set(6))
+    assert (jnp.abs(a - b).max(1) > 1e-4).all()
+
+
+@each_t5
+def test_t5_knows_distances_and_no_positions(model):
+    """Behind masked tokens a text is the same text; in another order it is another one."""
+    moved = call(model, jnp.roll(TEXT, 2), jnp.roll(SEEN, 2))
+    np.testing.assert_allclose(moved[2:], call(model, TEXT, SEEN)[:4], atol=1e-5)
+    turned = call(model, TEXT.at[:4].set(TEXT[3::-1]), SEEN)
+    assert float(jnp.abs(turned[3::-1] - call(model, TEXT, SEEN)[:4]).max()) > 1e-3
+
+
+def test_the_buckets_of_t5():
+    """Of 32 and 128: exact to 7, then coarser, the last from 91 on."""
+    found = models.relative_buckets(200, 32, 128)
+    assert found[0, :8].tolist() == [0, *range(17, 24)]
+    ends = [int(np.flatnonzero(found[:, 0] == bucket)[0]) for bucket in range(16)]
+    assert ends == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]
+    np.testing.assert_array_equal(found[0, 1:], found[1:, 0] + 16)
+    assert found.max() == 31 and found[50, 60] == found[0, 10] and found.dtype == np.int32
+
+
+def test_umt5_has_a_table_for_every_block():
+    model = KINDS["umT5"]
+    assert model.bias_table is None and model.blocks.stacked.bias_table.shape == (2, 8, 2)
+    other = eqx.tree_at(lambda m: m.blocks.stacked.bias_table, model, replace_fn=lambda a: a[::-1])
+    assert float(jnp.abs(call(model, TEXT) - call(other, TEXT)).max()) > 1e-3
+
+
+@each_t5
+def test_t5_in_bfloat16_is_near_float32_and_refuses_float16(model):
+    """Activations of a thousand times the usual size are no more inexact than others."""
+    loud = eqx.tree_at(lambda m: m.blocks.stacked.fc2.weight, model, replace_fn=lambda a: 1e5 * a)
+    narrow = lambda m, dtype: jax.tree.map(lambda a: a.astype(dtype), m)
+    out, exact = call(narrow(loud, jnp.bfloat16), TEXT, SEEN), call(loud, TEXT, SEEN)
+    assert out.dtype == jnp.bfloat16 and bool(jnp.isfinite(out).all())
+    assert float(jnp.abs(out - exact).max() / jnp.abs(exact).max()) < 0.05
+    with pytest.raises(ValueError, match=r"float16 is too small .* dtype=jnp\.bfloat16"):
+        narrow(model, jnp.float16)(TEXT)
+
+
+@each_t5
+def test_t5_comes_back_identical_from_each_format(tmp_path, model):
+    pretrained.save(model, tmp_path / "t5.safetensors")
+    pretrained.export(model, tmp_path / "folder")
+    for path in (tmp_path / "t5.safetensors", tmp_path / "folder"):
+        assert eqx.tree_equal(pretrained.load(path), model), path
+    assert eqx.tree_equal(pretrained.load_into(model, tmp_path / "folder"), model)
+
+
+def test_the_embeddings_of_t5_by_either_name_or_both(tmp_path):
+    model, other = KINDS["T5"], "encoder.embed_tokens.weight"
+    pretrained.export(model, tmp_path)
+    tensors = pretrained.to_state(model, pretrained.t5.transformers_layout)
+    for kept in (("shared.weight",), (other,), ("shared.weight", other)):
+        written = {n: v for n, v in tensors.items() if n != "shared.weight"}
+        written |= {name: tensors["shared.weight"] for name in kept}
+        write_safetensors(tmp_path / "model.safetensors", written, {})
+        assert eqx.tree_equal(pretrained.load(tmp_path), model), kept
+    written[other] = written[other] + 1
+    write_safetensors(tmp_path / "model.safetensors", written, {})
+    with pytest.raises(
+        pretrained.WeightsError, match=f"differs from shared.weight, must be equal: {other}"
+    ):
+        pretrained.load(tmp_path)
+    written = {n: v for n, v in tensors.items() if n != "shared.weight"}
+    write_safetensors(tmp_path / "model.safetensors", written, {})
+    with pytest.raises(pretrained.WeightsError, match=r"missing: shared\.weight \(10, 8\)"):
+        pretrained.load(tmp_path)
+
+
+def test_sizes_and_configurations_that_t5_cannot_have(tmp_path):
+    for changes, message in (
+        ({"buckets": 6}, "buckets must be a multiple of 4"),
+        ({"buckets": 64}, "a quarter of it between 1 and max_distance; got 64 and 16"),
+        ({"head_size": 0}, "every size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            t5(**changes)
+    pretrained.export(KINDS["T5"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'; only 'gated-gelu'"),
+        ({"architectures": ["UMT5EncoderModel"]}, r"missing: .*block\.1.*relative_attention_bias"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "unknown architecture 'T5For"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(pretrained.WeightsError, match=message):
+            pretrained.load(tmp_path)

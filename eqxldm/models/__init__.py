@@ -62,6 +62,18 @@ from .mmdit import (
     mmdit_sd35_large as mmdit_sd35_large,
     mmdit_sd35_medium as mmdit_sd35_medium,
 )
+from .t5 import (
+    T5Block as T5Block,
+    T5Config as T5Config,
+    T5Encoder as T5Encoder,
+    relative_buckets as relative_buckets,
+    t5_base as t5_base,
+    t5_large as t5_large,
+    t5_small as t5_small,
+    t5_xl as t5_xl,
+    t5_xxl as t5_xxl,
+    umt5_xxl as umt5_xxl,
+)
 from .tiling import (
     decode_sliced as decode_sliced,
     decode_tiled as decode_tiled,

@@ -144,7 +144,7 @@ class QKV(eqx.Module):
 
     The weight is `(3, heads * size, in)` and not `(3 * heads * size, in)`: divided over devices
     along its second axis, each has the queries, keys and values of its own heads. It starts as
-    one Xavier matrix, as in DiT.
+    one Xavier matrix, as in DiT. `head_size` is `width / num_heads` by default.
 
     >>> q, k, v = QKV(8, num_heads=2, key=jax.random.key(0))(jnp.ones((5, 8)))
     >>> q.shape
@@ -155,10 +155,20 @@ class QKV(eqx.Module):
     bias: Float[Array, "3 out"] | None
     num_heads: int = eqx.field(static=True)
 
-    def __init__(self, width: int, *, num_heads: int, use_bias: bool = True, key):
-        check_heads(width, num_heads)
-        self.weight = xavier_uniform(key, (3 * width, width)).reshape(3, width, width)
-        self.bias = jnp.zeros((3, width)) if use_bias else None
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        head_size: int | None = None,
+        use_bias: bool = True,
+        key,
+    ):
+        if head_size is None:
+            check_heads(width, num_heads)
+        out = width if head_size is None else num_heads * head_size
+        self.weight = xavier_uniform(key, (3 * out, width)).reshape(3, out, width)
+        self.bias = jnp.zeros((3, out)) if use_bias else None
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n in"]) -> list[Float[Array, "n heads size"]]:
@@ -177,14 +187,14 @@ class SelfAttention(eqx.Module):
 
     **Arguments**:
 
-    - `width` must be a multiple of `num_heads`.
+    - `width` must be a multiple of `num_heads`, or `head_size` be given.
     - `attention`: `attend`, `cudnn_attend`, or any function of such arguments.
     - `qk_norm`: makes a norm of the queries, and one of the keys, from a size: `RMSNorm`. By
       default from the head size, one for all heads (Dehghani et al. 2023; SD3.5 and FLUX have
       it so); with `qk_norm_full_width` from the width, before the heads are split (Wan, LTX).
     - `qkv_bias`: whether queries, keys and values have one.
-    - `use_proj`: whether a linear layer follows, `proj`. Without it the heads' outputs are what
-      comes out.
+    - `use_proj`: whether a linear layer follows, `proj`, and `proj_bias` whether it has a bias.
+      Without it the heads' outputs are what comes out.
 
     In the call, `mask` and `bias` are those of `attend`, and `rotation` turns queries and keys
     after their norms (`RoPE`). `heads` are the queries, keys and values alone, for attention over
@@ -206,17 +216,20 @@ class SelfAttention(eqx.Module):
         width: int,
         num_heads: int,
         *,
+        head_size: int | None = None,
         qk_norm: Callable[[int], Any] | None = None,
         qk_norm_full_width: bool = False,
         qkv_bias: bool = True,
         use_proj: bool = True,
+        proj_bias: bool = True,
         attention: Attention = attend,
         key,
     ):
         k1, k2 = jax.random.split(key)
-        self.qkv = QKV(width, num_heads=num_heads, use_bias=qkv_bias, key=k1)
-        self.proj = Linear(width, width, key=k2) if use_proj else None
-        self.query_norm, self.key_norm = _qk_norms(qk_norm, width, num_heads, qk_norm_full_width)
+        self.qkv = QKV(width, num_heads=num_heads, head_size=head_size, use_bias=qkv_bias, key=k1)
+        out = self.qkv.weight.shape[1]
+        self.proj = Linear(out, width, use_bias=proj_bias, key=k2) if use_proj else None
+        self.query_norm, self.key_norm = _qk_norms(qk_norm, out, num_heads, qk_norm_full_width)
         self.qk_norm_full_width, self.attention = qk_norm_full_width, attention
 
     def __call__(
@@ -228,7 +241,7 @@ class SelfAttention(eqx.Module):
         rotation: Rotation | None = None,
     ) -> Float[Array, "n d"]:
         q, k, v = self.heads(x, rotation=rotation)
-        y = self.attention(q, k, v, **_present(mask, bias)).reshape(x.shape)
+        y = self.attention(q, k, v, **_present(mask, bias)).reshape(len(x), -1)
         y = checkpoint_name(y, "attention")
         return y if self.proj is None else self.proj(y)
 

@@ -7,6 +7,7 @@ from . import (
     flux as flux,
     lpips as lpips,
     mmdit as mmdit,
+    t5 as t5,
     tiny_autoencoder as tiny_autoencoder,
     unet as unet,
 )

@@ -20,10 +20,11 @@ from ..models import (
     Flux,
     MMDiT,
     PatchDiscriminator,
+    T5Encoder,
     TinyAutoencoder,
     UNet,
 )
-from . import autoencoder, clip_text, dit, flux, lpips, mmdit, tiny_autoencoder, unet
+from . import autoencoder, clip_text, dit, flux, lpips, mmdit, t5, tiny_autoencoder, unet
 from .files import (
     TRANSFORMERS,
     WEIGHTS,
@@ -76,6 +77,7 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     LPIPS: (lpips.published_layout,),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
+    T5Encoder: (t5.transformers_layout,),
     TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
     UNet: (unet.diffusers_layout,),
 }
@@ -97,6 +99,9 @@ DIFFUSERS: dict[type, Diffusers] = {
         mmdit.diffusers_layout,
         mmdit.with_grid_of_table,
     ),
+    T5Encoder: Diffusers(
+        t5.transformers_config, t5.from_transformers, t5.transformers_layout, weights=TRANSFORMERS
+    ),
     TinyAutoencoder: Diffusers(
         tiny_autoencoder.diffusers_config,
         tiny_autoencoder.from_diffusers,
@@ -115,6 +120,8 @@ CLASS_NAMES: dict[str, type] = {
     "CLIPTextModelWithProjection": CLIPText,
     "FluxTransformer2DModel": Flux,
     "SD3Transformer2DModel": MMDiT,
+    "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
     "UNet2DConditionModel": UNet,
     "UNet2DModel": UNet,
 }

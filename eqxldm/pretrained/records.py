@@ -20,6 +20,7 @@ CONFIGS: dict[str, type] = {
         models.FluxConfig,
         models.LPIPSConfig,
         models.MMDiTConfig,
+        models.T5Config,
         models.TinyAutoencoderConfig,
         models.UNetConfig,
         nn.Labels,

@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from eqxldm import models, pretrained
 
@@ -146,3 +154,88 @@ def test_clip_with_the_names_of_open_clip(tmp_path):
     assert state["text_projection"].shape == (32, 8)
     again = pretrained.load_state(clip, state)
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (again, clip)), strict=True))
+
+
+def of_t5(module, ids, mask=None):
+    return {"out": module(ids, attention_mask=mask).last_hidden_state}
+
+
+def our_t5(t5, ids, mask=None):
+    return {"out": jax.vmap(t5)(ids, mask) if mask is not None else jax.vmap(t5)(ids)}
+
+
+def t5_pair(draw, umt5):
+    sizes = dict(
+        vocab_size=draw.one(20, 100),
+        d_model=draw.between(16, 30),
+        d_kv=draw.between(4, 12),
+        d_ff=draw.between(8, 60),
+        num_layers=draw.between(1, 3),
+        num_heads=draw.between(1, 3),
+        relative_attention_num_buckets=draw.one(8, 16, 32, 32),
+        relative_attention_max_distance=draw.one(20, 128, 128),
+        feed_forward_proj="gated-gelu",
+    )
+    if umt5:
+        return UMT5EncoderModel(UMT5Config(**sizes))
+    return T5EncoderModel(T5Config(**sizes))
+
+
+def t5_written_as(way, folder):
+    """The embeddings by their other name, or twice."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if way != "as it is":
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
+    if way == "the other name":
+        del tensors["shared.weight"]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def check_t5(name, umt5, number, folder, record_property):
+    draw = Draw(name, number)
+    module, form = t5_pair(draw, umt5), SAFE_FORMS[number % len(SAFE_FORMS)]
+    randomise(module, draw)
+    with torch.no_grad():  # T5 divides no scores, but starts with smaller queries
+        for block in module.encoder.block:
+            block.layer[0].SelfAttention.q.weight.div_(module.config.d_kv**0.5)
+    save(module, folder / "theirs", form)
+    module = read(type(module), folder / "theirs", variant=FORMS[form][1].get("variant"))
+    check_dtypes(folder / "theirs", form)
+    if form in ("float32", "bf16"):
+        ways = ["as it is", "the other name", "twice"]
+        t5_written_as(ways[number // len(SAFE_FORMS) % 3], folder / "theirs")
+    t5 = pretrained.load(folder / "theirs")
+    assert t5.config.shared_bias is not umt5
+    n = draw.one(1, 5, 40)
+    values = dict(ids=draw.rng.integers(0, module.config.vocab_size, (3, n)))
+    if draw.one(False, True):
+        values["mask"] = np.arange(n) < draw.rng.integers(1, n + 1, (3, 1))
+    pair = Pair(of_t5, our_t5, pretrained.t5.transformers_layout, values)
+    errors = compare(module, t5, pair)
+    errors["exported"] = compare_back(type(module), module, t5, folder / "ours", pair, read=read)
+    record_property("umT5" if umt5 else "T5", errors)
+
+
+@each_configuration
+def test_t5(number, tmp_path, record_property):
+    check_t5("t5", False, number, tmp_path, record_property)
+
+
+@each_configuration
+def test_umt5(number, tmp_path, record_property):
+    check_t5("umt5", True, number, tmp_path, record_property)
+
+
+def test_the_buckets_of_all_distances():
+    """The floor is taken of numbers that are whole but for rounding."""
+    for buckets, distance in ((32, 128), (16, 64), (8, 20), (64, 512)):
+        config = UMT5Config(
+            relative_attention_num_buckets=buckets, relative_attention_max_distance=distance,
+            d_model=8, num_heads=1, d_kv=8, num_layers=1, vocab_size=9, d_ff=8,
+        )  # fmt: skip
+        layer = UMT5EncoderModel(config).encoder.block[0].layer[0].SelfAttention
+        n = 600
+        way = torch.arange(n)[None] - torch.arange(n)[:, None]
+        expected = layer._relative_position_bucket(way).numpy()
+        np.testing.assert_array_equal(models.relative_buckets(n, buckets, distance), expected)

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 def clip(kind, width, depth, heads):
@@ -26,6 +34,9 @@ def clip(kind, width, depth, heads):
     )
 
 
+XXL = dict(d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
+# A tied copy, which is not in the file.
+COPIES = ["encoder.embed_tokens.weight"]
 NETWORKS = {
     "sd_vae": lambda: AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -50,6 +61,8 @@ NETWORKS = {
     "dit_xl_2": lambda: DiTTransformer2DModel(out_channels=8),
     "clip_l": lambda: clip(CLIPTextModel, 768, 12, 12),
     "clip_h": lambda: clip(CLIPTextModel, 1024, 23, 16),
+    "t5_xxl": lambda: T5EncoderModel(T5Config(**XXL)),
+    "umt5_xxl": lambda: UMT5EncoderModel(UMT5Config(**XXL, vocab_size=256384)),
     "clip_bigg": lambda: clip(CLIPTextModelWithProjection, 1280, 32, 20),
 }
 
@@ -58,6 +71,7 @@ def main() -> None:
     for name, make in NETWORKS.items():
         with torch.device("meta"):
             state = make().state_dict()
+        state = {key: value for key, value in state.items() if key not in COPIES}
         lines = [" ".join([key, *map(str, value.shape)]) for key, value in sorted(state.items())]
         path = Path(__file__).with_name(f"names_{name}.txt")
         path.write_text("\n".join(lines) + "\n")
