@@ -1,0 +1,164 @@
+"""Tiny pipelines saved by diffusers and read by both: the same latents from the same noise."""
+
+import contextlib
+from unittest import mock
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from eqxldm import pipelines
+from eqxldm.nn import Conditioning
+
+from harness import BOUND, Draw, each_configuration, randomise
+from helpers import relative_error
+from schedulers import draw_config
+
+# diffusers hands torch's tensors to NumPy in a way that NumPy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+TOKENS, WIDTH, SIZE = 5, 12, 16
+MODES = ("text", "image", "inpaint", "inpaint with 9 channels")
+
+
+def unet(draw, in_channels):
+    return randomise(
+        diffusers.UNet2DConditionModel(
+            sample_size=SIZE // 2,
+            in_channels=in_channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        draw,
+    )
+
+
+def vae(draw):
+    module = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    return randomise(module, draw)
+
+
+def sd_pipeline(draw, folder, mode, scheduler):
+    """The pipeline of this mode, whose parts are saved; text is given as its encodings."""
+    parts = dict(
+        unet=unet(draw, 9 if mode == MODES[3] else 4),
+        vae=vae(draw),
+        scheduler=scheduler,
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    kind = dict(text="", image="Img2Img").get(mode, "Inpaint")
+    pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+@contextlib.contextmanager
+def drawn(noise):
+    """Whatever the pipelines draw for latents is `noise`, and autoencoders give their mode."""
+    given = lambda shape, **options: torch.from_numpy(noise).reshape(shape)
+    zero = lambda shape, **options: torch.zeros(shape)
+    base = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    with contextlib.ExitStack() as stack:
+        for name in ("", "_img2img", "_inpaint"):
+            stack.enter_context(mock.patch(f"{base}{name}.randn_tensor", given))
+        stack.enter_context(mock.patch("diffusers.models.autoencoders.vae.randn_tensor", zero))
+        yield
+
+
+def inputs(draw):
+    mask = np.zeros((1, 1, SIZE, SIZE), np.float32)
+    mask[..., : draw.between(2, SIZE - 2), draw.between(0, 4) :] = 1
+    return dict(
+        noise=draw.normal(1, 4, SIZE // 2, SIZE // 2),
+        cond=draw.normal(1, TOKENS, WIDTH),
+        null=draw.normal(1, TOKENS, WIDTH),
+        image=draw.rng.uniform(0, 1, (1, 3, SIZE, SIZE)).astype(np.float32),
+        mask=mask,
+    )
+
+
+def ours(pipe, mode, given, steps, guidance, strength, rescale):
+    """As `make generate` does it."""
+    times = pipe.times(steps)
+    cond = Conditioning(tokens=jnp.asarray(given["cond"]))
+    noise = jnp.asarray(given["noise"])
+    null = Conditioning(tokens=jnp.asarray(given["null"][0]))
+    network, keep = pipe.denoiser, None
+    if mode == "text":
+        x = pipe.schedule.start_std(times) * noise
+    else:
+        image = 2 * jnp.asarray(given["image"][0]) - 1
+        latent = pipe.encode_image(image)
+        whole = times
+        times = pipelines.steps_of_strength(times, strength)
+        x = pipelines.start_latents(pipe.diffusion, times, latent, noise)
+        if mode != "image":
+            if strength == 1:
+                x = pipe.schedule.start_std(whole) * noise
+            mask = pipelines.latent_mask(jnp.asarray(given["mask"][0, 0]), latent.shape[1:])
+            if mode == "inpaint":
+                keep = pipelines.Keep(mask, latent, noise)
+            else:
+                hidden = pipe.encode_image(image * (given["mask"][0] < 0.5))
+                channels = jnp.concatenate([mask, hidden])
+                network = pipelines.ExtraChannels(network, channels)
+    if guidance > 1:
+        network = pipelines.GuidedDenoiser(network, null, jnp.asarray(guidance), rescale)
+    arguments = network, pipe.diffusion, pipe.solver, times, x, cond
+    return pipelines.sample_latents(*arguments, keep=keep)
+
+
+def theirs(pipe, mode, given, steps, guidance, strength, rescale):
+    tensor = {name: torch.from_numpy(value) for name, value in given.items()}
+    options = dict(guidance_scale=guidance, num_inference_steps=steps, output_type="latent")
+    options |= dict(prompt_embeds=tensor["cond"], negative_prompt_embeds=tensor["null"])
+    if mode == "text":
+        options |= dict(height=SIZE, width=SIZE, guidance_rescale=rescale)
+    else:
+        options |= dict(image=tensor["image"], strength=strength)
+    if mode.startswith("inpaint"):
+        options |= dict(mask_image=tensor["mask"], height=SIZE, width=SIZE)
+    with drawn(given["noise"]), torch.no_grad():
+        return pipe(**options)[0].numpy()
+
+
+@each_configuration
+def test_stable_diffusion(number, tmp_path, record_property):
+    draw = Draw("stable diffusion", number)
+    mode = MODES[number % 4]
+    draw.number = number // 4  # of which the scheduler is drawn
+    name, options, steps = draw_config(draw)
+    while name.startswith("Flow"):
+        draw.number += 1
+        name, options, steps = draw_config(draw)
+    options["steps_offset"] = 1  # diffusers' pipelines set it so, whatever the file says
+    steps = min(steps, 12) if name != "DDIM" else steps
+    pipe = sd_pipeline(draw, tmp_path, mode, getattr(diffusers, f"{name}Scheduler")(**options))
+    guidance, strength = draw.one(1.0, 3.0, 7.5), draw.one(0.6, 0.81, 1.0)
+    rescale = draw.one(0.0, 0.7) if mode == "text" else 0.0
+    given = inputs(draw)
+    settings = steps, guidance, strength, rescale
+    expected = theirs(pipe, mode, given, *settings)
+    loaded = pipelines.load(tmp_path, parts=("unet", "vae"))
+    found = ours(loaded, mode, given, *settings)
+    error = relative_error(found, expected)
+    assert error <= 10 * BOUND, (mode, name, options, settings, error)
+    record_property(f"{mode}", {"latents": float(error)})
