@@ -33,6 +33,7 @@ from .sampling import (
     sample_latents as sample_latents,
     sample_steps as sample_steps,
     start_latents as start_latents,
+    step_program as step_program,
     steps_of_strength as steps_of_strength,
 )
 from .schedules import (

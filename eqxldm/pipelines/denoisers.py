@@ -115,13 +115,14 @@ class GuidedDenoiser(eqx.Module):
     def __call__(self, x_t, t, cond, *, key=None, **options):
         denoiser = guide(self.denoiser, self.null, self.scale, rescale=self.rescale)
         out = denoiser(x_t, t, cond, key=key, **options)
-        if self.skip is None:
+        skip = self.skip
+        if skip is None:
             return out
-        layers, inside = self.skip.layers, (t >= self.skip.low) & (t <= self.skip.high)
+        layers, inside = skip.layers, (t >= skip.low) & (t <= skip.high)
 
         def away_from_the_skipped(out):
             whole = self.denoiser(x_t, t, cond, key=key, **options)
             part = self.denoiser(x_t, t, cond, key=key, skip=layers, **options)
-            return out + self.skip.scale.astype(out.dtype) * (whole - part)
+            return out + skip.scale.astype(out.dtype) * (whole - part)
 
         return jax.lax.cond(inside, away_from_the_skipped, lambda out: out, out)

@@ -11,8 +11,9 @@ class Family(NamedTuple):
 
     `network` is its part's name; `texts` are pairs of tokenizer and text encoder, those from
     `required` on may be absent; `encode` reads them; `every_nth` is that of `read_schedule`,
-    `round_up` that of `steps_of_strength`; `steps` and `guidance` are diffusers' defaults;
-    `distilled` marks those that are told the guidance scale instead of being called twice.
+    `round_up` that of `steps_of_strength`; `steps` and `guidance` are diffusers' defaults; `sizes`:
+    the network is told the picture's; `packed`: its tokens are 2 x 2 latent pixels, whatever its
+    configuration calls them, and it may be told a guidance scale instead of being called twice.
     """
 
     network: str
@@ -24,7 +25,7 @@ class Family(NamedTuple):
     every_nth: bool = False
     round_up: bool = False
     sizes: bool = False
-    distilled: bool = False
+    packed: bool = False
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ STABLE_DIFFUSION_XL = Family("unet", _TEXTS[:2], encode_two_clips, 50, 5.0, size
 STABLE_DIFFUSION_3 = Family("transformer", _TEXTS, encode_clips_and_t5, 28, 7.0, round_up=True)
 FLUX = Family(
     "transformer", _TEXTS[:2], encode_clip_and_t5, 28, 3.5,
-    every_nth=True, round_up=True, distilled=True,
+    every_nth=True, round_up=True, packed=True,
 )  # fmt: skip
 DIT = Family("transformer", (), None, 50, 4.0)
 

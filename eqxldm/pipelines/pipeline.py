@@ -55,8 +55,8 @@ class Pipeline:
     @property
     def diffusion(self) -> Diffusion:
         """The path and what the network predicts on it."""
-        diffusion, out = self.schedule.diffusion, self._network_config("out_channels")
-        if out is not None and out == 2 * (self._network_config("in_channels") or 0):
+        diffusion, out = self.schedule.diffusion, self._config(self.family.network, "out_channels")
+        if out is not None and out == 2 * (self._config(self.family.network, "in_channels") or 0):
             return Diffusion(diffusion.path, LearnedRange(diffusion.prediction))
         return diffusion
 
@@ -73,21 +73,40 @@ class Pipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width of the pictures that the network was trained on."""
-        side = read_json(self.folder.part(self.family.network) / "config.json").get("sample_size")
+        side = self._config(self.family.network, "sample_size")
         height, width = side if isinstance(side, list) else (side, side)
-        factor = self._part("autoencoder").factor
-        return (height or DEFAULT_SIDE) * factor, (width or DEFAULT_SIDE) * factor
+        return (height or DEFAULT_SIDE) * self.factor, (width or DEFAULT_SIDE) * self.factor
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent's pixel is wide."""
+        return 2 ** (len(self._config("vae", "block_out_channels") or [0] * 4) - 1)
 
     @property
     def multiple(self) -> int:
         """What heights and widths must divide by."""
-        ours = self._part("network").config
-        levels = getattr(ours, "channels", None)
-        inner = 2 ** (len(levels) - 1) if levels is not None else ours.patch_size
-        return self._part("autoencoder").factor * inner
+        if self.family.packed:
+            return 2 * self.factor
+        levels = self._config(self.family.network, "block_out_channels")
+        patch = self._config(self.family.network, "patch_size") or 2
+        return self.factor * (patch if levels is None else 2 ** (len(levels) - 1))
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """The latent's shape of a picture; `PipelineError` if the size does not divide."""
+    @property
+    def network_channels(self) -> int:
+        """Of what the network is given: those of the latent, and more for inpainting."""
+        config = self._part("network").config
+        return config.in_channels if hasattr(config, "in_channels") else config.shape[0]
+
+    def check_size(self, height: int, width: int) -> None:
+        """`PipelineError`, with the nearest that does, for a size that does not divide.
+
+        A DiT has one size only: its positions are those of one grid.
+        """
+        if self.family.encode is None and (height, width) != self.default_size:
+            raise PipelineError(
+                f"a picture of {height} x {width} does not do: this model draws "
+                f"{self.default_size[0]} x {self.default_size[1]} only."
+            )
         if height < 1 or width < 1 or height % self.multiple or width % self.multiple:
             nearest = [
                 max(1, round(side / self.multiple)) * self.multiple for side in (height, width)
@@ -96,15 +115,19 @@ class Pipeline:
                 f"a picture of {height} x {width} does not do: both must be multiples of "
                 f"{self.multiple} for this model. The nearest is {nearest[0]} x {nearest[1]}."
             )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """The latent's shape of a picture; `PipelineError` if the size does not divide."""
+        self.check_size(height, width)
         return self._part("autoencoder").latent_shape(height, width)
 
     def times(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         """The folder's grid of so many steps; FLUX.1's looks at the size of the picture."""
         if height is None or width is None:
             return self.schedule.times(steps)
-        _, h, w = self.latent_shape(height, width)
-        patch = getattr(self._part("network").config, "patch_size", 1)
-        return self.schedule.times(steps, (h // patch) * (w // patch))
+        self.check_size(height, width)
+        patch = self.factor * (2 if self.family.packed else 1)
+        return self.schedule.times(steps, (height // patch) * (width // patch))
 
     def noise(
         self, keys: Key[Array, " n"], height: int, width: int, times: Any
@@ -197,16 +220,15 @@ class Pipeline:
         if self.family.sizes:
             height, width = self.default_size if size is None else size
             numbers = [height, width, 0, 0, height, width]
-        elif self.family.distilled and self._network_config("guidance_embeds"):
+        elif self.family.packed and self._config(self.family.network, "guidance_embeds"):
             numbers = [3.5 if guidance is None else guidance]
         else:
             return cond
         numbers = jnp.tile(jnp.asarray(numbers, jnp.float32), (n, 1))
         return dataclasses.replace(cond, numbers=numbers)
 
-    def _network_config(self, option: str) -> Any:
-        path = self.folder.part(self.family.network) / "config.json"
-        return read_json(path).get(option)
+    def _config(self, part: str, option: str) -> Any:
+        return read_json(self.folder.part(part) / "config.json").get(option)
 
     def _part(self, name: str) -> Any:
         part = getattr(self, name)

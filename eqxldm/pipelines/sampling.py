@@ -122,18 +122,13 @@ def sample_steps(
     >>> last.x.tolist(), last.done
     ([[7.0], [7.0]], 3)
     """
-    _, _, rows = sampling_steps(
-        lambda x_t, t, cond, key=None: x_t, diffusion, solver, times, x_T[0],
-        key=None if keys is None else keys[0],
-    )  # fmt: skip
+    given = denoiser, diffusion, solver, times, x_T, cond, keys
+    _, _, anywhere, _, (x, carry), _, _, keys = step_program(*given)
+    rows = _rows(diffusion, solver, times, x_T, keys)
     at = diffusion.path.coefficients(np.asarray(solver.plan(diffusion.path, times).s))
     alpha, sigma = np.array(at.alpha, np.float32), np.array(at.sigma, np.float32)
     alpha[-1], sigma[-1] = 1.0, 0.0  # at the end the picture itself is put back, without noise
-    if not solver.draws_noise:
-        keys = None
-    x = x_T.astype(jnp.float32)
-    carry, calls = jax.vmap(solver.init)(x), len(alpha)
-    anywhere = Diffusion(ANY_PATH, diffusion.prediction)
+    calls = len(alpha)
     for i in range(calls):
         row = jax.tree.map(lambda a, i=i: a[i], rows)
         (x, carry), x0 = _step(denoiser, anywhere, solver, (x, carry), row, cond, keys)
@@ -157,6 +152,41 @@ def sample_latents(*arguments: Any, callback: Callable[[Step], None] | None = No
             callback(step)
     assert step is not None  # a grid has at least one step
     return step.x
+
+
+def step_program(
+    denoiser: Any,
+    diffusion: Diffusion,
+    solver: AbstractSolver,
+    times: Grid,
+    x_T: Float[Array, "n *shape"],
+    cond: PyTree,
+    keys: Any = None,
+) -> tuple[Any, ...]:
+    """The jitted step of `sample_steps` and its first arguments: `step, *arguments`.
+
+    `step.lower(*arguments).compile()` says what memory it takes, before anything is run.
+
+    >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
+    >>> denoiser = eqx.Partial(lambda x_t, t, cond, key=None: jnp.full_like(x_t, 7.0))
+    >>> flow = Diffusion(LinearFlow(), predict_x0)
+    >>> step, *first = step_program(
+    ...     denoiser, flow, DDIM(), uniform_times(3), jnp.ones((2, 1)), None)
+    >>> (x, carry), x0 = step(*first)
+    """
+    keys = keys if solver.draws_noise else None
+    first = jax.tree.map(lambda a: a[0], _rows(diffusion, solver, times, x_T, keys))
+    x = x_T.astype(jnp.float32)
+    state = x, jax.vmap(solver.init)(x)
+    anywhere = Diffusion(ANY_PATH, diffusion.prediction)
+    return _step, denoiser, anywhere, solver, state, first, cond, keys
+
+
+def _rows(diffusion, solver, times, x_T, keys):
+    """A row for each network call: its time, and the coefficients there."""
+    key = None if keys is None else keys[0]
+    network = lambda x_t, t, cond, key=None: x_t  # which is not called
+    return sampling_steps(network, diffusion, solver, times, x_T[0], key=key).rows
 
 
 @eqx.filter_jit

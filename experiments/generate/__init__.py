@@ -1,0 +1,1 @@
+"""`make generate`: pictures from a folder of published weights."""

@@ -1,0 +1,140 @@
+"""The options of `make generate`, what they mean when left out, and their way into a picture."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from beartype.door import is_bearable
+
+import eqxldm as ex
+
+from ..train.options import Range
+from ..train.terminal import UserError
+
+SolverName = Literal[
+    "ddim", "ddpm", "euler", "heun", "dpmsolver++", "dpmsolver++3m", "unipc", "sde-dpmsolver++"
+]
+SOLVERS: dict[str, ex.AbstractSolver] = {
+    "ddim": ex.DDIM(),
+    "ddpm": ex.DDPM(),
+    "euler": ex.Euler(),
+    "heun": ex.Heun(),
+    "dpmsolver++": ex.DPMSolverPP2M(),
+    "dpmsolver++3m": ex.DPMSolverPP3M(),
+    "unipc": ex.UniPC(),
+    "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
+}
+WORDS = 2000  # of a prompt; no text encoder reads a quarter of them
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Pictures from a folder of published weights."""
+
+    # A diffusers folder, with a model_index.json.
+    model: Path | None = None
+    prompt: str | None = None  # What to draw.
+    negative: str | None = None  # What guidance leads away from; by default nothing.
+    label: str | None = None  # Of a DiT: a number, or a name that the folder gives.
+    steps: Annotated[int, Range(1, 1000)] | None = None  # By default as diffusers.
+    guidance: Annotated[float, Range(0, 100)] | None = None  # 1 and below is none.
+    rescale: Annotated[float, Range(0, 1)] | None = None  # Guidance rescaled; 0.7 with zero SNR.
+    # Of FLUX.1, which is told GUIDANCE: guidance by two calls, away from the negative prompt.
+    true_guidance: Annotated[float, Range(1, 100)] | None = None
+    skip_layers: tuple[int, ...] | None = None  # Of Stable Diffusion 3.5: 7 8 9.
+    skip_scale: Annotated[float, Range(0, 100)] | None = None  # Of these; by default 2.5.
+    solver: SolverName | None = None  # By default the one that the folder's scheduler names.
+    seed: Annotated[int, Range(0, 2**63 - 1)] | None = (
+        None  # Picture i of a seed is always the same.
+    )
+    n: Annotated[int, Range(1, 10_000)] | None = None  # How many pictures, at once.
+    size: tuple[int, int] | None = None  # HEIGHT WIDTH; by default the model's, or that of INIT.
+    init: Path | None = None  # A picture to start from.
+    strength: Annotated[float, Range(0, 1, "(]")] | None = None  # How much of it is lost.
+    mask: Path | None = None  # What of it is repainted: white.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # Of the weights.
+    mesh: str | None = None  # Devices, as in tensor=4.
+    out: Path | None = None  # A PNG; by default the next number in pictures/.
+    preview: bool = False  # A small picture every few steps, beside the result.
+    tae: Path | None = None  # A tiny autoencoder's folder, for previews.
+    # A picture that was generated: what is not given again is as it was.
+    repeat: Path | None = None
+
+
+# What is not given, where the folder does not say it.
+DEFAULTS: dict[str, Any] = dict(
+    rescale=0.0, true_guidance=1.0, skip_scale=2.5, seed=0, n=1, dtype="float32"
+)
+# Where a picture is written and how it is watched does not change it.
+NOT_KEPT = ("out", "preview", "tae", "repeat")
+
+
+def complete(options: Generate, written: dict[str, Any] | None) -> Generate:
+    """The options with those of a picture, and then the defaults, in the place of what is open.
+
+    >>> complete(Generate(seed=3), {"seed": 1, "n": 2}).n
+    2
+    """
+    given = {
+        field.name: value
+        for field in dataclasses.fields(options)
+        if (value := getattr(options, field.name)) is not None and value is not False
+    }
+    before = {}
+    if written is not None:
+        before = _from_json(written, options.repeat or Path("picture"))
+    return dataclasses.replace(options, **DEFAULTS | before | given)
+
+
+def _from_json(written: dict[str, Any], where: Path) -> dict[str, Any]:
+    """What `to_json` wrote, checked: it comes from a file that anyone may have made."""
+    hints = typing.get_type_hints(Generate)
+    found = {}
+    for name, value in written.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if name in ("model", "init", "mask") and isinstance(value, str):
+            value = Path(value)
+        if name not in hints or name in NOT_KEPT or not is_bearable(value, hints[name]):
+            raise UserError(f"{where}: its settings are damaged, or another version's: {name}.")
+        found[name] = value
+    return found
+
+
+def to_json(options: Generate) -> dict[str, Any]:
+    """The options as a picture holds them.
+
+    >>> to_json(Generate(model=Path("a"), n=2))["model"]
+    'a'
+    """
+    plain = lambda value: str(value) if isinstance(value, Path) else value
+    held = {k: plain(v) for k, v in dataclasses.asdict(options).items() if k not in NOT_KEPT}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()}
+
+
+def check_request(options: Generate, *, takes_text: bool) -> None:
+    """Refuses what no folder can make, before anything is loaded."""
+    prompt = options.prompt
+    if takes_text:
+        if prompt is None or not prompt.strip():
+            raise UserError('the prompt is empty: PROMPT="a red fox in the snow".')
+        for name, text in (("prompt", prompt), ("negative prompt", options.negative or "")):
+            if len(text.split()) > WORDS or len(text) > 20 * WORDS:
+                raise UserError(
+                    f"the {name} has {len(text.split())} words and {len(text)} characters; text "
+                    f"encoders read some hundred words at most, and {WORDS} are accepted."
+                )
+        if options.label is not None:
+            raise UserError("LABEL is for models of classes; this one takes a PROMPT.")
+    elif options.label is None:
+        raise UserError("this model draws classes: give LABEL=207, or LABEL by its name.")
+    elif prompt is not None or options.negative is not None:
+        raise UserError("this model takes no PROMPT: it draws classes, LABEL=207.")
+    if options.mask is not None and options.init is None:
+        raise UserError("MASK needs INIT, the picture of which a part is repainted.")
+    if options.strength is not None and options.init is None:
+        raise UserError("STRENGTH needs INIT, the picture to start from.")

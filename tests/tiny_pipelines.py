@@ -1,0 +1,78 @@
+"""Tiny diffusers folders with random weights, written by the library's own export."""
+
+import json
+
+import jax
+
+from eqxldm import pretrained
+from eqxldm.models import AutoencoderKL, DiT, UNet
+
+from helpers import perturbed
+
+STABLE = dict(
+    _class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
+    beta_end=0.012, steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+)  # fmt: skip
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_index(folder, class_name, scheduler=STABLE, **more):
+    libraries = {"tokenizer": "transformers", "text_encoder": "transformers"}
+    parts = {
+        part.name: json.loads((part / "config.json").read_text()).get("_class_name")
+        or json.loads((part / "config.json").read_text())["architectures"][0]
+        for part in folder.iterdir()
+        if (part / "config.json").is_file()
+    }
+    parts |= {part.name: "CLIPTokenizer" for part in folder.glob("tokenizer*")}
+    parts["scheduler"] = scheduler["_class_name"]
+    index = {name: [libraries.get(name, "diffusers"), kind] for name, kind in parts.items()}
+    write_json(folder / "model_index.json", {"_class_name": class_name} | index | more)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def tiny_vae(latent_channels=4):
+    key = jax.random.key(1)
+    vae = AutoencoderKL(
+        3,
+        latent_channels,
+        channels=(4, 4),
+        blocks=1,
+        decoder_blocks=2,
+        groups=2,
+        attention=True,
+        quant_convs=True,
+        key=key,
+    )
+    return perturbed(vae.with_latent_stats(0.0, 0.18215), size=0.3)
+
+
+def export(model, folder, **config):
+    """As `pretrained.export`, with what only pipelines read (`sample_size`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pretrained.export(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def write_dit(folder):
+    dit = DiT(
+        (4, 4, 4), patch_size=2, depth=1, width=16, num_heads=2, num_classes=3,
+        learn_sigma=True, key=jax.random.key(0),
+    )  # fmt: skip
+    dit = pretrained.with_diffusers_time(perturbed(dit, size=0.3))
+    export(dit, folder / "transformer", sample_size=4)
+    export(tiny_vae(), folder / "vae")
+    write_index(folder, "DiTPipeline", id2label={"0": "tench, Tinca tinca", "1": "goldfish"})
+
+
+def tiny_unet(in_channels=4, context_size=8):
+    unet = UNet(
+        in_channels, channels=(4, 8), blocks=1, attention_levels=(False, True), num_heads=2,
+        context_size=context_size, out_channels=4, groups=2, key=jax.random.key(2),
+    )  # fmt: skip
+    return perturbed(unet, size=0.3)
