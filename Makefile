@@ -16,6 +16,7 @@ ACCELERATOR ?= $(shell \
 ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
 comma := ,
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
+TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
 DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
 PARITY := .venv-parity/installed-$(MINOR)
@@ -32,26 +33,33 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 JOB = .venv/bin/python -m experiments.train
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
+export NEGATIVE
 WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER))
-FROM = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
+PICTURES = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
 ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
-WITH = $(WHICH) $(FROM) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
+WITH = $(WHICH) $(PICTURES) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
 	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(ARGS)
 HOW = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) $(if $(GUIDANCE),--guidance $(GUIDANCE)) \
 	$(if $(SOLVER),--solver $(SOLVER))
 SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
 	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out "$(OUT)") $(ARGS)
-EVALUATE = $(WHICH) $(FROM) $(HOW) $(ARGS)
+GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
+	$(if $(NEGATIVE),--negative "$$NEGATIVE") $(if $(LABEL),--label "$(LABEL)") $(HOW) \
+	$(if $(SEED),--seed $(SEED)) $(if $(SIZE),--size $(SIZE)) $(if $(INIT),--init "$(INIT)") \
+	$(if $(STRENGTH),--strength $(STRENGTH)) $(if $(MASK),--mask "$(MASK)") \
+	$(if $(PREVIEW),--preview) $(if $(TAE),--tae "$(TAE)") $(if $(DTYPE),--dtype $(DTYPE)) \
+	$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(if $(FROM),--repeat "$(FROM)") $(ARGS)
+EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--update) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
-	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder compare-mnist bench-solvers \
-	bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces gpu-check test \
-	test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
+	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate compare-mnist \
+	bench-solvers bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces \
+	gpu-check test test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
 
 ##@ To train and to sample
 
@@ -109,7 +117,10 @@ evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
 	$(JOB) evaluate $(IMAGENET) $(EVALUATE)
 
 train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
-	$(JOB) autoencoder $(IMAGENET) $(FROM) $(ON) $(ARGS)
+	$(JOB) autoencoder $(IMAGENET) $(PICTURES) $(ON) $(ARGS)
+
+generate: $(TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png; FROM=made.png
+	.venv/bin/python -m experiments.generate $(GENERATE)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)
@@ -195,6 +206,10 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 
 $(RUNTIME): .venv/bin/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) '.$(if $(ACCELERATOR_EXTRA),[$(ACCELERATOR_EXTRA)])'
+	@touch $@
+
+$(TEXT): $(RUNTIME)
+	$(INSTALL) '.[text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
 	@touch $@
 
 $(DEV): $(RUNTIME)
