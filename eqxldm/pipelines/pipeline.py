@@ -126,7 +126,8 @@ class Pipeline:
         if height is None or width is None:
             return self.schedule.times(steps)
         self.check_size(height, width)
-        patch = self.factor * (2 if self.family.packed else 1)
+        patch = 2 if self.family.packed else self._config(self.family.network, "patch_size") or 1
+        patch = patch * self.factor
         return self.schedule.times(steps, (height // patch) * (width // patch))
 
     def noise(

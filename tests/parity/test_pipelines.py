@@ -4,6 +4,7 @@ import contextlib
 from unittest import mock
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def unet(draw, in_channels):
     )
 
 
-def vae(draw):
+def vae(draw, **options):
     module = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -47,6 +48,7 @@ def vae(draw):
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
+        **options,
     )
     return randomise(module, draw)
 
@@ -75,10 +77,11 @@ def drawn(noise):
     """Whatever the pipelines draw for latents is `noise`, and autoencoders give their mode."""
     given = lambda shape, **options: torch.from_numpy(noise).reshape(shape)
     zero = lambda shape, **options: torch.zeros(shape)
-    base = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
     with contextlib.ExitStack() as stack:
-        for name in ("", "_img2img", "_inpaint"):
-            stack.enter_context(mock.patch(f"{base}{name}.randn_tensor", given))
+        for base in ("stable_diffusion", "stable_diffusion_3", "flux"):
+            for name in ("", "_img2img", "_inpaint"):
+                module = f"diffusers.pipelines.{base}.pipeline_{base}{name}"
+                stack.enter_context(mock.patch(f"{module}.randn_tensor", given))
         stack.enter_context(mock.patch("diffusers.models.autoencoders.vae.randn_tensor", zero))
         yield
 
@@ -162,3 +165,118 @@ def test_stable_diffusion(number, tmp_path, record_property):
     error = relative_error(found, expected)
     assert error <= 10 * BOUND, (mode, name, options, settings, error)
     record_property(f"{mode}", {"latents": float(error)})
+
+
+def flow_scheduler(draw):
+    dynamic = draw.one(True, False)
+    options = dict(shift=draw.one(1.0, 3.0), use_dynamic_shifting=dynamic)
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def flow_inputs(draw, width, pooled):
+    given = {name: draw.normal(1, TOKENS, width) for name in ("cond", "null")}
+    given |= {f"{name}_pooled": draw.normal(1, pooled) for name in ("cond", "null")}
+    given["noise"] = draw.normal(1, 4, SIZE // 2, SIZE // 2)
+    given["image"] = draw.rng.uniform(0, 1, (1, 3, SIZE, SIZE)).astype(np.float32)
+    return given
+
+
+def flow_ours(pipe, given, steps, strength, scale, skip, guidance=None):
+    """As `make generate` does it."""
+    numbers = None if guidance is None else jnp.asarray([[guidance]])
+    make = lambda name: Conditioning(
+        jnp.asarray(given[f"{name}_pooled"]), jnp.asarray(given[name]), numbers=numbers
+    )
+    cond, null = make("cond"), jax.tree.map(lambda a: a[0], make("null"))
+    times, noise = pipe.times(steps, SIZE, SIZE), jnp.asarray(given["noise"])
+    x = noise
+    if strength is not None:
+        times = pipelines.steps_of_strength(times, strength, round_up=pipe.family.round_up)
+        latent = pipe.encode_image(2 * jnp.asarray(given["image"][0]) - 1)
+        x = pipelines.start_latents(pipe.diffusion, times, latent, noise)
+    denoiser = pipe.denoiser
+    if scale > 1:
+        skipped = pipelines.skip_layers(times, *skip) if skip else None
+        denoiser = pipelines.GuidedDenoiser(denoiser, null, jnp.asarray(scale), skip=skipped)
+    return pipelines.sample_latents(denoiser, pipe.diffusion, pipe.solver, times, x, cond)
+
+
+def flow_theirs(pipe, given, strength, **options):
+    options |= dict(output_type="latent", height=SIZE, width=SIZE)
+    options |= dict(
+        prompt_embeds=torch.from_numpy(given["cond"]),
+        negative_prompt_embeds=torch.from_numpy(given["null"]),
+        pooled_prompt_embeds=torch.from_numpy(given["cond_pooled"]),
+        negative_pooled_prompt_embeds=torch.from_numpy(given["null_pooled"]),
+    )
+    if strength is not None:
+        options |= dict(image=torch.from_numpy(given["image"]), strength=strength)
+    with drawn(given["noise"]), torch.no_grad():
+        return pipe(**options)[0]
+
+
+def flow_pipeline(draw, folder, name, transformer, texts):
+    latents = dict(scaling_factor=1.5305, shift_factor=0.0609)
+    parts = dict(transformer=transformer, vae=vae(draw, **latents), scheduler=flow_scheduler(draw))
+    none = {f"{part}{n}": None for n in ("", "_2", "_3")[:texts] for part in PARTS}
+    pipe = getattr(diffusers, name)(**parts, **none)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe, pipelines.load(folder, parts=("transformer", "vae"))
+
+
+PARTS = ("text_encoder", "tokenizer")
+
+
+@each_configuration
+def test_stable_diffusion_3(number, tmp_path, record_property):
+    draw = Draw("stable diffusion 3", number)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=3,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=WIDTH,
+        caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=8,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    image = number % 2 == 1
+    name = f"StableDiffusion3{'Img2Img' if image else ''}Pipeline"
+    transformer = randomise(transformer, draw)
+    pipe, loaded = flow_pipeline(draw, tmp_path, name, transformer, 3)
+    given, steps = flow_inputs(draw, WIDTH, 6), draw.between(3, 9)
+    strength, scale = draw.one(0.35, 0.6, 1.0) if image else None, draw.one(1.0, 4.0, 7.0)
+    skip = draw.one(None, ((0, 2), 2.5, 0.1, 0.5), ((1,), 2.0, 0.01, 0.7)) if not image else None
+    options = dict(num_inference_steps=steps, guidance_scale=scale)
+    if skip is not None:
+        names = ("skip_guidance_layers", "skip_layer_guidance_scale")
+        names += ("skip_layer_guidance_start", "skip_layer_guidance_stop")
+        options |= dict(zip(names, (list(skip[0]), *skip[1:]), strict=True))
+    expected = flow_theirs(pipe, given, strength, **options).numpy()
+    found = flow_ours(loaded, given, steps, strength, scale, skip)
+    error = relative_error(found, expected)
+    assert error <= 10 * BOUND, (name, steps, strength, scale, skip, error)
+    record_property("Stable Diffusion 3", {"latents": float(error)})
+
+
+@each_configuration
+def test_flux(number, tmp_path, record_property):
+    draw = Draw("flux", number)
+    guided = draw.one(True, False)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=6,
+        guidance_embeds=guided, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    image = number % 2 == 1
+    name = f"Flux{'Img2Img' if image else ''}Pipeline"
+    transformer = randomise(transformer, draw)
+    pipe, loaded = flow_pipeline(draw, tmp_path, name, transformer, 2)
+    given, steps = flow_inputs(draw, WIDTH, 6), draw.between(3, 9)
+    strength, scale = draw.one(0.35, 0.6, 1.0) if image else None, draw.one(1.0, 4.0)
+    guidance = draw.one(1.0, 3.5)
+    options = dict(num_inference_steps=steps, guidance_scale=guidance, true_cfg_scale=scale)
+    expected = flow_theirs(pipe, given, strength, **options)
+    expected = pipe._unpack_latents(expected, SIZE, SIZE, pipe.vae_scale_factor).numpy()
+    told = guidance if guided else None
+    found = flow_ours(loaded, given, steps, strength, scale, None, guidance=told)
+    error = relative_error(found, expected)
+    assert error <= 10 * BOUND, (name, steps, strength, scale, error)
+    record_property("FLUX.1", {"latents": float(error)})
