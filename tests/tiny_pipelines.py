@@ -7,7 +7,7 @@ import jax
 from eqxldm import pretrained
 from eqxldm.models import AutoencoderKL, DiT, UNet
 
-from helpers import perturbed
+from helpers import filled
 
 STABLE = dict(
     _class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
@@ -35,20 +35,15 @@ def write_index(folder, class_name, scheduler=STABLE, **more):
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
-def tiny_vae(latent_channels=4):
-    key = jax.random.key(1)
-    vae = AutoencoderKL(
-        3,
-        latent_channels,
-        channels=(4, 4),
-        blocks=1,
-        decoder_blocks=2,
-        groups=2,
-        attention=True,
-        quant_convs=True,
-        key=key,
-    )
-    return perturbed(vae.with_latent_stats(0.0, 0.18215), size=0.3)
+def tiny_vae():
+    def make():
+        vae = AutoencoderKL(
+            3, 4, channels=(4, 4), blocks=1, decoder_blocks=2, groups=2, attention=True,
+            quant_convs=True, key=jax.random.key(0),
+        )  # fmt: skip
+        return vae.with_latent_stats(0.0, 0.18215)
+
+    return filled(make, seed=1)
 
 
 def export(model, folder, **config):
@@ -60,19 +55,41 @@ def export(model, folder, **config):
 
 
 def write_dit(folder):
-    dit = DiT(
+    make = lambda: DiT(
         (4, 4, 4), patch_size=2, depth=1, width=16, num_heads=2, num_classes=3,
         learn_sigma=True, key=jax.random.key(0),
     )  # fmt: skip
-    dit = pretrained.with_diffusers_time(perturbed(dit, size=0.3))
-    export(dit, folder / "transformer", sample_size=4)
+    export(
+        pretrained.with_diffusers_time(filled(make, seed=2)), folder / "transformer", sample_size=4
+    )
     export(tiny_vae(), folder / "vae")
     write_index(folder, "DiTPipeline", id2label={"0": "tench, Tinca tinca", "1": "goldfish"})
 
 
 def tiny_unet(in_channels=4, context_size=8):
-    unet = UNet(
+    make = lambda: UNet(
         in_channels, channels=(4, 8), blocks=1, attention_levels=(False, True), num_heads=2,
         context_size=context_size, out_channels=4, groups=2, key=jax.random.key(2),
     )  # fmt: skip
-    return perturbed(unet, size=0.3)
+    return filled(make, seed=3)
+
+
+def write_tokenizer(folder):
+    """CLIP's with the 256 bytes alone, no merges."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    write_json(folder / "tokenizer_config.json", dict(tokenizer_class="CLIPTokenizer"))
+
+
+def write_stable_diffusion(folder, in_channels=4, scheduler=STABLE, **more):
+    from eqxldm.models import CLIPText
+
+    write_tokenizer(folder / "tokenizer")
+    make = lambda: CLIPText(8, 1, 2, vocabulary=514, end_id=513, key=jax.random.key(0))
+    export(filled(make, seed=4), folder / "text_encoder")
+    export(tiny_unet(in_channels), folder / "unet", sample_size=4)
+    export(tiny_vae(), folder / "vae")
+    write_index(folder, "StableDiffusionPipeline", scheduler, **more)

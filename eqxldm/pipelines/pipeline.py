@@ -175,7 +175,7 @@ class Pipeline:
                 "without_texts(), or load them again: load(folder, parts=...)."
             )
         cond, cut = self.family.encode(self.texts, list(prompts))  # pyright: ignore
-        return Encoding(self._with_numbers(cond, size, guidance), cut)
+        return Encoding(self.with_numbers(cond, size=size, guidance=guidance), cut)
 
     def null(
         self,
@@ -215,8 +215,11 @@ class Pipeline:
         pipeline that holds them."""
         return dataclasses.replace(self, texts=())
 
-    def _with_numbers(self, cond, size, guidance):
-        """The numbers that a network is told beside the text."""
+    def with_numbers(
+        self, cond: Any, *, size: tuple[int, int] | None = None, guidance: float | None = None
+    ) -> Any:
+        """Conditions with the numbers that some networks are told beside the text: SDXL the
+        picture's size, FLUX.1 dev the guidance scale. `encode` has added them already."""
         n = cond.tokens.shape[0]
         if self.family.sizes:
             height, width = self.default_size if size is None else size

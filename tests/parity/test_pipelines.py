@@ -78,7 +78,7 @@ def drawn(noise):
     given = lambda shape, **options: torch.from_numpy(noise).reshape(shape)
     zero = lambda shape, **options: torch.zeros(shape)
     with contextlib.ExitStack() as stack:
-        for base in ("stable_diffusion", "stable_diffusion_3", "flux"):
+        for base in ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"):
             for name in ("", "_img2img", "_inpaint"):
                 module = f"diffusers.pipelines.{base}.pipeline_{base}{name}"
                 stack.enter_context(mock.patch(f"{module}.randn_tensor", given))
@@ -280,3 +280,58 @@ def test_flux(number, tmp_path, record_property):
     error = relative_error(found, expected)
     assert error <= 10 * BOUND, (name, steps, strength, scale, error)
     record_property("FLUX.1", {"latents": float(error)})
+
+
+@each_configuration
+def test_stable_diffusion_xl(number, tmp_path, record_property):
+    """Text and image to image: what the network is told beside the text, and its null condition."""
+    draw = Draw("stable diffusion xl", number)
+    image = number % 2 == 1
+    network = diffusers.UNet2DConditionModel(
+        sample_size=SIZE // 2, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH,
+        attention_head_dim=2, norm_num_groups=4, transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 + 6 * 4,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        timestep_spacing=draw.one("leading", "trailing"),
+    )  # fmt: skip
+    parts = dict(unet=randomise(network, draw), vae=vae(draw), scheduler=scheduler)
+    none = {f"{part}{n}": None for n in ("", "_2") for part in PARTS}
+    name = f"StableDiffusionXL{'Img2Img' if image else ''}Pipeline"
+    pipe = getattr(diffusers, name)(**parts, **none, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    # Without an encoder's configuration the pipeline cannot know what it gives.
+    pipe.text_encoder_2 = mock.Mock(config=mock.Mock(projection_dim=6), dtype=torch.float32)
+    given, steps = flow_inputs(draw, WIDTH, 6), draw.between(3, 9)
+    strength, scale = draw.one(0.4, 0.8) if image else None, draw.one(1.0, 5.0)
+    options = dict(num_inference_steps=steps, guidance_scale=scale)
+    expected = flow_theirs(pipe, given, strength, **options).numpy()
+    pipe.text_encoder_2 = None
+    pipe.save_pretrained(tmp_path)
+    loaded = pipelines.load(tmp_path, parts=("unet", "vae"))
+    found = xl_ours(loaded, given, steps, strength, scale)
+    error = relative_error(found, expected)
+    assert error <= 10 * BOUND, (name, steps, strength, scale, error)
+    record_property("Stable Diffusion XL", {"latents": float(error)})
+
+
+def xl_ours(pipe, given, steps, strength, scale):
+    def make(name):
+        vector, tokens = jnp.asarray(given[f"{name}_pooled"]), jnp.asarray(given[name])
+        return pipe.with_numbers(Conditioning(vector, tokens), size=(SIZE, SIZE))
+
+    null = jax.tree.map(lambda a: a[0], make("null"))
+    times, noise = pipe.times(steps), jnp.asarray(given["noise"])
+    x = pipe.schedule.start_std(times) * noise
+    if strength is not None:
+        times = pipelines.steps_of_strength(times, strength)
+        latent = pipe.encode_image(2 * jnp.asarray(given["image"][0]) - 1)
+        x = pipelines.start_latents(pipe.diffusion, times, latent, noise)
+    denoiser = pipe.denoiser
+    if scale > 1:
+        denoiser = pipelines.GuidedDenoiser(denoiser, null, jnp.asarray(scale))
+    return pipelines.sample_latents(denoiser, pipe.diffusion, pipe.solver, times, x, make("cond"))

@@ -1,0 +1,166 @@
+"""`make generate`: pictures that can be repeated, and one message for whatever is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.generate import memory
+from experiments.generate.__main__ import main
+from experiments.generate.pictures import KEY, next_path, read_settings
+from experiments.train.terminal import run_main
+
+from tiny_pipelines import write_dit, write_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    write_stable_diffusion(path / "sd")
+    write_stable_diffusion(path / "inpaint", in_channels=9)
+    write_dit(path / "dit")
+    return path
+
+
+def made(models, out, *options, model="sd", prompt="a fox"):
+    given = ["--model", str(models / model), "--steps", "3", "--out", str(out), *options]
+    given += [] if prompt is None else ["--prompt", prompt]
+    main(given)
+    return pixels(out)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def picture(path, size=(8, 8), mode="RGB"):
+    rng = np.random.default_rng(0)
+    shape = (*size, 3) if mode == "RGB" else size
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path)
+    return path
+
+
+def test_a_picture_says_how_it_was_made_and_is_made_again_bit_for_bit(models, tmp_path, capsys):
+    init = picture(tmp_path / "init.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = ["--init", str(init), "--mask", str(tmp_path / "mask.png"), "--strength", "0.7"]
+    options += ["--n", "2", "--negative", "blue", "--guidance", "4", "--solver", "unipc"]
+    main([
+        "--model", str(models / "sd"), "--prompt", 'a "red" fox', "--steps", "3", "--seed", "7",
+        "--out", str(tmp_path / "a.png"), "--preview", *options,
+    ])  # fmt: skip
+    shown = capsys.readouterr().out
+    for told in ("text_encoder", "UNet2DConditionModel", "parameters", "memory there", "drawing"):
+        assert told in shown
+    settings = read_settings(tmp_path / "a-1.png")
+    assert settings["prompt"] == 'a "red" fox' and settings["index"] == 1
+    assert not list(tmp_path.glob("*preview*"))
+    main(["--repeat", str(tmp_path / "a-1.png"), "--out", str(tmp_path / "b.png")])
+    for i in range(2):
+        again = pixels(tmp_path / f"b-{i}.png")
+        np.testing.assert_array_equal(again, pixels(tmp_path / f"a-{i}.png"))
+    # What is given again counts.
+    main(["--repeat", str(tmp_path / "a-1.png"), "--out", str(tmp_path / "c.png"), "--seed", "8"])
+    assert np.any(pixels(tmp_path / "c-0.png") != again)
+    picture(tmp_path / "init.png", size=(8, 4))
+    assert failed(["--repeat", str(tmp_path / "a-1.png")], capsys).startswith("error: INIT")
+
+
+def test_pictures_of_a_seed_do_not_depend_on_their_number(models, tmp_path):
+    one = made(models, tmp_path / "a.png")
+    main([
+        "--model", str(models / "sd"), "--prompt", "a fox", "--steps", "3", "--n", "2",
+        "--out", str(tmp_path / "b.png"),
+    ])  # fmt: skip
+    np.testing.assert_allclose(one.astype(int), pixels(tmp_path / "b-0.png"), atol=1)
+    assert np.any(one != pixels(tmp_path / "b-1.png"))
+
+
+def test_inpainting_with_nine_channels_and_classes_by_name(models, tmp_path):
+    init, mask = picture(tmp_path / "i.png"), picture(tmp_path / "m.png", mode="L")
+    made(models, tmp_path / "a.png", "--init", str(init), "--mask", str(mask), model="inpaint")
+    options = dict(model="dit", prompt=None)
+    named = made(models, tmp_path / "b.png", "--label", "goldfish", **options)
+    np.testing.assert_array_equal(
+        named, made(models, tmp_path / "c.png", "--label", "1", **options)
+    )
+
+
+def failed(args, capsys):
+    capsys.readouterr()
+    assert run_main(lambda: main(args)) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error:") == 1 and "Traceback" not in shown
+    return shown
+
+
+BAD = {
+    "which model": (["--prompt", "x"], None),
+    "there is no such folder": (["--model", "/no/such", "--prompt", "x"], None),
+    "the prompt is empty": (["--prompt", " "], "sd"),
+    "has 10000 words": (["--prompt", "word " * 10_000], "sd"),
+    "The nearest is 12 x 8": (["--prompt", "x", "--size", "13", "8"], "sd"),
+    "must lie in (0, 1], got 0.0": (["--prompt", "x", "--strength", "0"], "sd"),
+    "must lie in (0, 1], got 1.5": (["--prompt", "x", "--strength", "1.5"], "sd"),
+    "leaves none of 3 steps": (
+        ["--prompt", "x", "--init", "{i}", "--strength", "0.2", "--steps", "3"],
+        "sd",
+    ),
+    "STRENGTH needs INIT": (["--prompt", "x", "--strength", "0.5"], "sd"),
+    "MASK needs INIT": (["--prompt", "x", "--mask", "{i}"], "sd"),
+    "the mask": (["--prompt", "x", "--init", "{i}", "--mask", "{w}", "--steps", "3"], "sd"),
+    "there is no picture": (["--prompt", "x", "--init", "/no.png"], "sd"),
+    "no picture that can be read": (["--prompt", "x", "--init", "{t}"], "sd"),
+    "holds no settings": (["--repeat", "{i}"], None),
+    "LABEL is for models of classes": (["--prompt", "x", "--label", "1"], "sd"),
+    "draws classes": ([], "dit"),
+    "takes no PROMPT": (["--label", "1", "--prompt", "x"], "dit"),
+    "LABEL=3: need 0 .. 2": (["--label", "3"], "dit"),
+    "network for inpainting": (["--prompt", "x", "--steps", "3"], "inpaint"),
+    "would visit timestep": (["--prompt", "x", "--steps", "1000"], "sd"),
+    "SKIP_LAYERS is for": (["--prompt", "x", "--steps", "3", "--skip-layers", "1"], "sd"),
+    "written as PNG": (["--prompt", "x", "--steps", "3", "--out", "a.jpg"], "sd"),
+    "MESH=tensor=3": (["--prompt", "x", "--mesh", "tensor=3"], "sd"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_message(message, models, tmp_path, capsys):
+    args, model = BAD[message]
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    files = dict(i=picture(tmp_path / "i.png"), w=picture(tmp_path / "w.png", (8, 4)), t=text)
+    args = [a.format(**files) if a.startswith("{") else a for a in args]
+    args += [] if model is None else ["--model", str(models / model)]
+    assert message in failed(args, capsys)
+
+
+def test_what_does_not_fit_memory_is_refused_before_it_is_run(models, capsys, monkeypatch):
+    args = ["--model", str(models / "sd"), "--prompt", "x", "--steps", "3", "--n", "4"]
+    monkeypatch.setattr(memory, "available", lambda: 10_000)
+    assert "loading text_encoder needs" in failed(args, capsys)
+    monkeypatch.setattr(memory, "available", lambda: 10**6)
+    monkeypatch.setattr("experiments.generate.run.step_bytes", lambda *_: 4 * 10**6)
+    monkeypatch.setattr("experiments.generate.run.available", lambda: 10**6)
+    assert "drawing 4 pictures at once needs" in (shown := failed(args, capsys))
+    assert "Take N=1" in shown
+
+
+def test_settings_that_were_tampered_with(models, tmp_path, capsys):
+    from PIL import PngImagePlugin
+
+    for value in ({"wobble": 1}, {"steps": "many"}, {"model": 3}, [1]):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(KEY, json.dumps(value))
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+        failed(["--repeat", str(tmp_path / "a.png")], capsys)
+
+
+def test_the_next_number(tmp_path):
+    assert next_path(tmp_path).name == "0000.png"
+    for name in ("0000.png", "0004-1.png", "note.txt"):
+        (tmp_path / name).write_text("")
+    assert next_path(tmp_path).name == "0005.png"
