@@ -1,12 +1,17 @@
 """AutoencoderKL against diffusers', both ways, encoder and decoder."""
 
+import json
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from eqxldm import models, pretrained
+from eqxldm.pretrained.layout import tensor_shapes
 
 from harness import (
     BOUND,
@@ -135,3 +140,34 @@ def test_in_slices_and_in_one_tile(tmp_path):
     decoded = models.decode_tiled(ae, z[0], tile=32, overlap=8)
     assert relative_error(encoded, expected["z"][0]) <= BOUND
     assert relative_error(decoded, expected["image"][0]) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "name, shift, scale", [("SD3", 0.0609, 1.5305), ("FLUX.1", 0.1159, 0.3611)]
+)
+def test_the_autoencoders_of_sixteen_channels_have_diffusers_names(name, shift, scale):
+    """Those of SD3 and FLUX.1: the shape of Stable Diffusion's, without the quant convolutions."""
+    with torch.device("meta"):
+        module = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            scaling_factor=scale,
+            shift_factor=shift,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    config = json.loads(module.to_json_string())
+    make = lambda key: pretrained.autoencoder.from_diffusers(config, key=key)
+    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert tensor_shapes(shapes, pretrained.autoencoder.diffusers_layout(shapes)) == expected
+    assert models.parameter_count(shapes) == 83_819_683
+    assert shapes.shift == (shift,) * 16 and shapes.scale == (scale,) * 16
+    ours = eqx.filter_eval_shape(
+        lambda key: models.kl_f8(3, 16, quant_convs=False, key=key).with_latent_stats(shift, scale),
+        jax.random.key(0),
+    )
+    assert ours.config == shapes.config
