@@ -124,7 +124,7 @@ def test_added_tokens_are_found_in_texts(tmp_path):
     [
         ("a cat", None, "needs a list of prompts"),
         ([], None, "at least one prompt"),
-        (["a", 3], None, r"wrong argument for parameter 'prompts'"),
+        (["a", 3], None, "parameter 'prompts'|prompt 1 must be a string, got 3"),
         (["a", "b\udc80"], None, r"prompt 1 is no valid text: '\\udc80' at character 1"),
         (["a"], 2, "length must be at least 3 and at most 77, got 2"),
         (["a"], 78, "length must be at least 3 and at most 77, got 78"),

@@ -87,6 +87,8 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise ValueError("Tokenizer: needs at least one prompt; an empty one is [''].")
     for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Tokenizer: prompt {i} must be a string, got {prompt!r}.")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

@@ -63,13 +63,14 @@ def save(module, folder, form):
 
 def written_as(way, folder):
     """The file with the names of other years: without a prefix, or with the positions' numbers."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    if way == "without prefix":
-        tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    path, prefix = folder / "model.safetensors", "text_model."
+    tensors = {name.removeprefix(prefix): value for name, value in load_file(path).items()}
     if way == "with position_ids":
-        length = len(tensors["text_model.embeddings.position_embedding.weight"])
-        tensors["text_model.embeddings.position_ids"] = np.arange(length)[None]
+        length = len(tensors["embeddings.position_embedding.weight"])
+        tensors["embeddings.position_ids"] = np.arange(length)[None]
+    if way != "without prefix":
+        project = "text_projection.weight"
+        tensors = {n if n == project else prefix + n: value for n, value in tensors.items()}
     save_file(tensors, path, {"format": "pt"})
 
 
@@ -118,7 +119,7 @@ def test_clip(number, tmp_path, record_property):
     module = read(kind, tmp_path / "theirs", variant=FORMS[form][1].get("variant"))
     check_dtypes(tmp_path / "theirs", form)
     if form in ("float32", "bf16"):
-        ways = ["as it is", "without prefix", "with position_ids"]
+        ways = ["with prefix", "without prefix", "with position_ids"]
         written_as(ways[number // len(SAFE_FORMS) % 3], tmp_path / "theirs")
     clip = pretrained.load(tmp_path / "theirs")
     assert (clip.config.end_id is None) == (config.eos_token_id == 2)
