@@ -186,6 +186,16 @@ def test_t5_knows_distances_and_no_positions(model):
     assert float(jnp.abs(turned[3::-1] - call(model, TEXT, SEEN)[:4]).max()) > 1e-3
 
 
+def test_the_scores_of_t5_are_not_divided():
+    attention = jax.tree.map(lambda a: a[0], KINDS["T5"].blocks.stacked).attention
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+    bias = jax.random.normal(jax.random.key(2), (2, 5, 5))
+    q, k, v = attention.heads(x)
+    weights = jax.nn.softmax(jnp.einsum("nhd,mhd->hnm", q, k) + bias)
+    expected = jnp.einsum("hnm,mhd->nhd", weights, v).reshape(5, 6) @ attention.proj.weight.T
+    np.testing.assert_allclose(attention(x, None, bias), expected, atol=1e-5)
+
+
 def test_the_buckets_of_t5():
     """Of 32 and 128: exact to 7, then coarser, the last from 91 on."""
     found = models.relative_buckets(200, 32, 128)
