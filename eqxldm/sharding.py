@@ -50,8 +50,9 @@ RULES: tuple[Rule, ...] = (
     Rule(r"attention\.qkv\.bias", -1),
     Rule(r"attention\.(query|key|value)\.weight", -2, True),  # (heads * size, width)
     Rule(r"attention\.(query|key|value)\.bias", -1),
-    Rule(r"fc1\.weight", -2, True),  # (hidden, width)
-    Rule(r"fc1\.bias", -1),
+    Rule(r"(fc1|gate|lm_head)\.weight", -2, True),  # (hidden, width), (vocabulary, width)
+    Rule(r"(fc1|lm_head)\.bias", -1),
+    Rule(r"token_table", -1),  # (vocabulary, width): looking up needs no other device's rows
     Rule(r"attention\.proj\.weight", -1, True),  # (width, heads * size)
     Rule(r"fc2\.weight", -1, True),  # (width, hidden)
     Rule(r"(attention\.proj|fc2)\.bias"),
@@ -355,6 +356,19 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     specs = partition_specs(tree, mesh.shape)
     named = lambda spec: NamedSharding(mesh, spec)
     return jax.tree.map(named, specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def leaf_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where each leaf lies on a mesh by its path: what `pretrained.load(sharding=)` takes.
+
+    >>> tuple(leaf_sharding(make_mesh())(".lm_head.weight", (8, 4)).spec)
+    ()
+    """
+
+    def rule(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(path.removeprefix("."), shape, mesh.shape))
+
+    return rule
 
 
 def place(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -28,6 +28,7 @@ DIFFUSION = {
     "solvers": {"paths", "predictions", "diffusion"},
     "sampling": {"times", "paths", "predictions", "diffusion", "solvers"},
     "likelihood": {"times", "paths", "predictions", "diffusion", "solvers", "sampling"},
+    "discrete": {"discrete", "times", "objectives", "sharding"},
     "objectives": {
         "objectives",
         "times",

