@@ -65,6 +65,7 @@ class BlockDiffusion(AbstractObjective):
     in (0, 1]: each is uniform, and their weights vary less together. `block_size` divides the
     length. The network is as `one_pass` says.
 
+    >>> import jax
     >>> BlockDiffusion(Masking(mask_id=2), block_size=4).times(jax.random.key(0), 3).shape
     (3,)
     """

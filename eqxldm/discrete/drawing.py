@@ -29,6 +29,8 @@ def draw_tokens(
     check_drawing("draw_tokens", temperature, top_p)
     if temperature == 0:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise ValueError("draw_tokens: drawing needs a key; temperature=0 takes the likeliest.")
     log_p = log_p / temperature
     if top_p < 1:
         log_p = nucleus(jax.nn.log_softmax(log_p, axis=-1), top_p)

@@ -44,8 +44,8 @@ class AbstractTokenSampler(eqx.Module):
     **Raises** `ValueError` for a temperature below 0, and a `top_p` outside (0, 1].
     """
 
-    temperature: eqx.AbstractVar[float]
-    top_p: eqx.AbstractVar[float]
+    temperature: float = eqx.field(static=True, default=1.0, kw_only=True)
+    top_p: float = eqx.field(static=True, default=1.0, kw_only=True)
 
     def __check_init__(self):
         check_drawing(type(self).__name__, self.temperature, self.top_p)
@@ -105,9 +105,6 @@ class Ancestral(AbstractTokenSampler):
     1.0
     """
 
-    temperature: float = eqx.field(static=True, default=1.0)
-    top_p: float = eqx.field(static=True, default=1.0)
-
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         chance = path.reveals(table.t, table.s)
         return jax.random.uniform(key, open_.shape) < chance
@@ -131,8 +128,6 @@ class Ordered(AbstractTokenSampler):
     """
 
     score: Score = eqx.field(static=True, default_factory=lambda: likeliest)
-    temperature: float = eqx.field(static=True, default=1.0)
-    top_p: float = eqx.field(static=True, default=1.0)
 
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         place = ranks(self.score(log_p, tokens, key), open_)
@@ -151,8 +146,6 @@ class EntropyBounded(AbstractTokenSampler):
     """
 
     bound: float = eqx.field(static=True, default=0.1)
-    temperature: float = eqx.field(static=True, default=1.0)
-    top_p: float = eqx.field(static=True, default=1.0)
 
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         entropy = -certainty(log_p, tokens, key)
@@ -173,8 +166,6 @@ class Threshold(AbstractTokenSampler):
     """
 
     confidence: float = eqx.field(static=True, default=0.9)
-    temperature: float = eqx.field(static=True, default=1.0)
-    top_p: float = eqx.field(static=True, default=1.0)
 
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         score = likeliest(log_p, tokens, key)
@@ -200,19 +191,13 @@ class InBlocks(AbstractTokenSampler):
     start: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
+        if (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError("InBlocks: give temperature and top_p to the sampler inside.")
         if self.block_size < 1 or self.start < 0:
             raise ValueError(
                 "InBlocks: block_size must be at least 1 and start 0 or above, got "
                 f"{self.block_size} and {self.start}."
             )
-
-    @property
-    def temperature(self) -> float:
-        return self.sampler.temperature
-
-    @property
-    def top_p(self) -> float:
-        return self.sampler.top_p
 
     def plan(self, path: Masking, steps: int, n: int) -> TokenPlan:
         starts = np.arange(self.start, n, self.block_size)
@@ -233,6 +218,9 @@ class InBlocks(AbstractTokenSampler):
 
     def init(self, x):
         return self.sampler.init(x)
+
+    def step(self, table, path, x, log_p, carry, *, key):
+        return self.sampler.step(table, path, x, log_p, carry, key=key)  # the table has the block
 
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         return self.sampler.reveal(table, path, open_, log_p, tokens, key=key)

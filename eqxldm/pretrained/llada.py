@@ -69,7 +69,7 @@ def llada_layout(network: TokenTransformer) -> Layout:
     if network.lm_head is not None:
         leaves[".lm_head.weight"] = (Part(f"{PREFIX}.ff_out.weight"),)
     for ours, theirs in (("norm1", "attn_norm"), ("norm2", "ff_norm")):
-        leaves |= stacked_scales(f"{STACK}.{ours}", f"{name}.{theirs}", blocks)
+        leaves |= stacked_scales(f"{STACK}.{ours}", f"{name}.{theirs}.weight", blocks)
     q, k, v = (f"{name}.{letter}_proj" for letter in "qkv")
     leaves |= stacked_qkv(f"{STACK}.attention.qkv", (q, k, v), blocks)
     for ours, theirs in {
