@@ -217,7 +217,7 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 $(DOCS): $(RUNTIME)
-	$(INSTALL) '.[docs$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	$(INSTALL) '.[docs,text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
 	@touch $@
 
 # On the CPU, whatever the machine has: the build of torch is the one that pip's settings give.
