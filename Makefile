@@ -14,7 +14,6 @@ ACCELERATOR ?= $(shell \
 	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1 && [ -n "$$TPU_NAME$$TPU_WORKER_ID$$TPU_ACCELERATOR_TYPE" ]; then echo tpu; \
 	else echo cpu; fi)
 ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
-comma := ,
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
 TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
@@ -187,13 +186,9 @@ format: $(DEV) ## fix style and format
 typecheck: $(DEV) ## check types
 	.venv/bin/pyright
 
-pins: $(RUNTIME) ## renew constraints/ with the newest versions that fit pyproject.toml
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	for minor in 3.11 3.12; do .venv/bin/uv pip compile pyproject.toml --all-extras --universal --upgrade \
-		--python-version $$minor --no-header --no-annotate --no-emit-index-url --quiet \
-		--output-file constraints/python$$minor.txt; done
-	sed -i.bak -e "/python_full_version >= '3.12'/d" -e "s/ ; python_full_version .*//" constraints/python3.11.txt
-	rm constraints/*.bak
+pins: $(RUNTIME) ## renew constraints/, with hashes: the newest versions that fit pyproject.toml
+	$(PYTHON) -m venv .venv/uv && .venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/python constraints/pins.py renew .venv/uv/bin/uv $(ARGS)
 
 .venv/bin/python .venv-parity/bin/python .venv-tpu/bin/python .venv-gpu/bin/python: %/bin/python:
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -201,36 +196,42 @@ pins: $(RUNTIME) ## renew constraints/ with the newest versions that fit pyproje
 	$(PYTHON) -m venv $* || \
 		{ rm -rf $*; echo "Python's venv is missing (Debian: apt install python3-venv)."; exit 1; }
 
-INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-	--constraint $(CONSTRAINTS) --editable
+# What an environment needs, each file by one of its hashes; then this package, built by what is pinned.
+INSTALL = $(1)/bin/python constraints/pins.py select $(CONSTRAINTS) build runtime $(2) > $(1)/pins.txt && \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --no-deps --requirement $(1)/pins.txt && \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .
 
 $(RUNTIME): .venv/bin/python pyproject.toml $(CONSTRAINTS)
-	$(INSTALL) '.$(if $(ACCELERATOR_EXTRA),[$(ACCELERATOR_EXTRA)])'
+	$(call INSTALL,.venv,$(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(TEXT): $(RUNTIME)
-	$(INSTALL) '.[text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	$(call INSTALL,.venv,text $(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(DEV): $(RUNTIME)
-	$(INSTALL) '.[dev$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	$(call INSTALL,.venv,dev $(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(DOCS): $(RUNTIME)
-	$(INSTALL) '.[docs,text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
+	$(call INSTALL,.venv,docs text $(ACCELERATOR_EXTRA))
 	@touch $@
 
-# On the CPU, whatever the machine has: the build of torch is the one that pip's settings give.
-# Of open-clip-torch only the vocabulary file of CLIP is read; what it depends on is not installed.
+# On the CPU, whatever the machine has: the build of torch is the one that pip's settings give, and
+# so has no hash here. Of open-clip-torch only the vocabulary file of CLIP is read; what it depends on
+# is not installed.
 $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
+	$(call INSTALL,.venv-parity,text)
+	.venv-parity/bin/python constraints/pins.py versions $(CONSTRAINTS) > .venv-parity/versions.txt
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(CONSTRAINTS) --constraint constraints/parity.txt \
-		--editable '.[text]' torch diffusers transformers hypothesis pytest pytest-xdist
+		--constraint .venv-parity/versions.txt --constraint constraints/parity.txt \
+		torch diffusers transformers hypothesis pytest pytest-xdist
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--constraint constraints/parity.txt open-clip-torch
 	@touch $@
 
 $(TPU) $(GPU): .venv-%/installed-$(MINOR): .venv-%/bin/python pyproject.toml $(CONSTRAINTS)
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(CONSTRAINTS) --editable '.[$(if $(filter tpu,$*),tpu,cuda)]'
+	$(call INSTALL,.venv-$*,$(if $(filter tpu,$*),tpu,cuda))
 	@touch $@
