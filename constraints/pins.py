@@ -4,9 +4,9 @@
     python constraints/pins.py select FILE SET...          # requirements of some sets, with hashes
     python constraints/pins.py versions FILE               # all versions, as constraints
 
-A block of such a file is a requirement, its hashes, and the sets that need it: `runtime`; the extras
-`dev`, `docs`, `cuda` and `tpu`; `build`, which builds this package; `other` extras. pip takes a file
-from whatever index has it, if its hash is one of them.
+A block of such a file is a requirement, its hashes, and the sets that need it: `runtime`; the
+extras `dev`, `docs`, `cuda` and `tpu`; `build`, which builds this package; `other` extras. pip
+takes a file from whatever index has it, if its hash is one of them.
 """
 
 import re
