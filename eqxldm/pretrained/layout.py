@@ -262,7 +262,8 @@ def _renamed(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
 
 def _report(source: str, model: PyTree, problems: list[str]) -> None:
     if problems:
-        lines = "\n  ".join(problems)
+        more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
+        lines = "\n  ".join(problems[:100] + more)
         raise WeightsError(f"{source} does not fit {_name(model)}:\n  {lines}")
 
 
