@@ -4,9 +4,9 @@
     python constraints/pins.py select FILE SET...          # requirements of some sets, with hashes
     python constraints/pins.py versions FILE               # all versions, as constraints
 
-A block of such a file is a requirement, its hashes, and the sets that need it: `runtime`; the
-extras `dev`, `docs`, `cuda` and `tpu`; `build`, which builds this package; `other` extras. pip
-takes a file from whatever index has it, if its hash is one of them.
+A block of such a file is a requirement, its hashes, and the sets that need it: `runtime`, the
+extras of pyproject.toml, and `build`, which builds this package. pip takes a file from whatever
+index has it, if its hash is one of them.
 """
 
 import re
@@ -63,7 +63,7 @@ def renew(uv: str, minor: str, *, keep: bool) -> None:
     """Resolves all sets at once, then asks which of it each set needs."""
     path = FOLDER / f"python{minor}.txt"
     project = FOLDER.parent / "pyproject.toml"
-    build = [*tomllib.loads(project.read_text())["build-system"]["requires"], "editables"]
+    build = [*PROJECT["build-system"]["requires"], "editables"]
     with tempfile.TemporaryDirectory() as folder:
         built, every = Path(folder, "build.in"), Path(folder, "all.txt")
         built.write_text("\n".join(build) + "\n")
@@ -89,7 +89,7 @@ def renew(uv: str, minor: str, *, keep: bool) -> None:
                 if "python_full_version >= '3.12'" in head:
                     continue
                 head = re.sub(r" ; python_full_version < '3\.12'$", "", head)
-            sets = " ".join(kind for kind in SETS if name(head) in needed[kind]) or "other"
+            sets = " ".join(kind for kind in SETS if name(head) in needed[kind])
             lines.append(f"{head} \\\n{hashes}\n    # {sets}\n")
     path.write_text("".join(lines))
 

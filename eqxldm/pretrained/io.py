@@ -186,8 +186,10 @@ def load(
         check_count(model, tensors, str(path))
         table = layout(model)
         tensor_shapes(model, table)
-    except WeightsError:
-        raise
+    except WeightsError as error:
+        if len(str(error)) < 5000:
+            raise
+        raise WeightsError(f"{str(error)[:5000]} ...") from None
     except Exception as error:  # whatever a constructor raises for a number that makes no sense
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
