@@ -22,7 +22,7 @@ from eqxldm import pretrained
 from helpers import relative_error
 
 BOUND = 2e-5
-COUNT = int(os.environ.get("COUNT", 40))
+COUNT = int(os.environ.get("COUNT", 30))
 SEED = int(os.environ.get("SEED", 0))
 # How a folder may hold its weights: the dtype, and the options of `save_pretrained`.
 FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

@@ -64,4 +64,4 @@ def test_latents(number, tmp_path, record_property):
     # diffusers' Euler has a state sigma_max times as large as the latent, which float32 rounds.
     sigma_max = 0.0 if name != "EulerDiscrete" else float(scheduler.sigmas.max())
     assert error <= BOUND + 2e-7 * sigma_max, (name, options, steps, error)
-    record_property(name, {"latents": error})
+    record_property(name, {"latents": float(error)})
