@@ -26,7 +26,7 @@ from .errors import PipelineError
 from .families import Family, family_of
 from .folder import Folder, describe_part, open_pipeline_folder
 from .schedules import Schedule, load_schedule
-from .text import Encoding, TextPart
+from .text import Encoding, TextPart, TextSizes
 
 DEFAULT_SIDE = 128  # of a latent, where a network's configuration has no sample_size
 
@@ -174,7 +174,11 @@ class Pipeline:
                 "encode: the text encoders are not loaded. Encode all prompts before "
                 "without_texts(), or load them again: load(folder, parts=...)."
             )
-        cond, cut = self.family.encode(self.texts, list(prompts))  # pyright: ignore
+        width = self._config(self.family.network, "joint_attention_dim") or 4096
+        # Of FLUX.1, dev was made with 512 tokens and schnell with 256, as Stable Diffusion 3.
+        length = 512 if self._config(self.family.network, "guidance_embeds") else 256
+        sizes = TextSizes(width, length)
+        cond, cut = self.family.encode(self.texts, [str(p) for p in prompts], sizes)
         return Encoding(self.with_numbers(cond, size=size, guidance=guidance), cut)
 
     def null(

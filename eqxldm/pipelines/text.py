@@ -26,11 +26,18 @@ class Encoding(NamedTuple):
     cut: tuple[tuple[str, ...], ...]
 
 
-# (parts, prompts) -> conditions with a leading axis, and what was cut
-Encode = Callable[[Sequence[TextPart], Sequence[str]], Encoding]
+class TextSizes(NamedTuple):
+    """How wide the network's tokens are, and how many T5 gives."""
+
+    width: int = 4096
+    length: int = 256
 
 
-def encode_clip(parts: Sequence[TextPart], prompts: Sequence[str]) -> Encoding:
+# (parts, prompts, sizes) -> conditions with a leading axis, and what was cut
+Encode = Callable[[Sequence[TextPart], Sequence[str], TextSizes], Encoding]
+
+
+def encode_clip(parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes) -> Encoding:
     """Stable Diffusion 1 and 2: the last hidden states, after the final norm.
 
     Stable Diffusion 2's file has 23 of OpenCLIP's 24 layers, so these are its penultimate ones.
@@ -39,7 +46,9 @@ def encode_clip(parts: Sequence[TextPart], prompts: Sequence[str]) -> Encoding:
     return Encoding(Conditioning(tokens=out.last), (cut,))
 
 
-def encode_two_clips(parts: Sequence[TextPart], prompts: Sequence[str]) -> Encoding:
+def encode_two_clips(
+    parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes
+) -> Encoding:
     """SDXL: both encoders' penultimate states side by side, and the second one's projection."""
     outs, cuts = zip(*(_clip(part, prompts, layer=-2) for part in parts), strict=True)
     tokens = jnp.concatenate([out.hidden for out in outs], axis=-1)
@@ -47,7 +56,7 @@ def encode_two_clips(parts: Sequence[TextPart], prompts: Sequence[str]) -> Encod
 
 
 def encode_clips_and_t5(
-    parts: Sequence[TextPart], prompts: Sequence[str], length: int = 256, width: int = 4096
+    parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes
 ) -> Encoding:
     """Stable Diffusion 3: the two CLIPs' penultimate states side by side, then T5's tokens.
 
@@ -57,9 +66,12 @@ def encode_clips_and_t5(
     outs, cuts = zip(*(_clip(part, prompts, layer=-2) for part in parts[:2]), strict=True)
     clip = jnp.concatenate([out.hidden for out in outs], axis=-1)
     if parts[2].encoder is None:
-        t5, cut = jnp.zeros((len(prompts), length, width), clip.dtype), ("",) * len(prompts)
+        t5, cut = (
+            jnp.zeros((len(prompts), sizes.length, sizes.width), clip.dtype),
+            ("",) * len(prompts),
+        )
     else:
-        t5, cut = _t5(parts[2], prompts, length)
+        t5, cut = _t5(parts[2], prompts, sizes.length)
     clip = jnp.pad(clip, ((0, 0), (0, 0), (0, t5.shape[-1] - clip.shape[-1])))
     tokens = jnp.concatenate([clip.astype(t5.dtype), t5], axis=1)
     vector = jnp.concatenate([out.embeds for out in outs], axis=-1)
@@ -67,11 +79,11 @@ def encode_clips_and_t5(
 
 
 def encode_clip_and_t5(
-    parts: Sequence[TextPart], prompts: Sequence[str], length: int = 512
+    parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes
 ) -> Encoding:
     """FLUX.1: T5's tokens, and CLIP's pooled state without a projection as the vector."""
     out, cut = _clip(parts[0], prompts, layer=None)
-    tokens, t5_cut = _t5(parts[1], prompts, length)
+    tokens, t5_cut = _t5(parts[1], prompts, sizes.length)
     return Encoding(Conditioning(vector=out.pooled, tokens=tokens), (cut, t5_cut))
 
 

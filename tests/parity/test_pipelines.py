@@ -1,6 +1,7 @@
 """Tiny pipelines saved by diffusers and read by both: the same latents from the same noise."""
 
 import contextlib
+import json
 from unittest import mock
 
 import diffusers
@@ -335,3 +336,78 @@ def xl_ours(pipe, given, steps, strength, scale):
     if scale > 1:
         denoiser = pipelines.GuidedDenoiser(denoiser, null, jnp.asarray(scale))
     return pipelines.sample_latents(denoiser, pipe.diffusion, pipe.solver, times, x, make("cond"))
+
+
+LETTERS = [*map(chr, [*range(33, 127), *range(161, 173), *range(174, 256)])]
+LETTERS += [chr(256 + i) for i in range(256 - len(LETTERS))]
+PROMPTS = ["a red fox", "Snow, on a hill: 7 of them!", "word " * 90]
+
+
+def clip_parts(folder, n, **options):
+    """A tiny CLIP and its tokenizer, which has no merges."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    words = LETTERS + [f"{a}</w>" for a in LETTERS] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    pad = "!" if n == 2 else "<|endoftext|>"
+    tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token=pad, model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=514, hidden_size=8 * n, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, bos_token_id=512, eos_token_id=513, pad_token_id=1,
+        projection_dim=6, **options,
+    )  # fmt: skip
+    torch.manual_seed(n)
+    kind = CLIPTextModelWithProjection if options else CLIPTextModel
+    return kind(config).eval(), tokenizer
+
+
+@pytest.mark.parametrize("family", ["", "XL", "3"])
+def test_prompts(family, tmp_path, record_property):
+    """What the text encoders say of prompts, empty and too long ones too."""
+    draw = Draw("prompts", 0)
+    count = {"": 1, "XL": 2, "3": 2}[family]
+    parts = dict(
+        vae=vae(draw), scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+    )
+    if family == "3":
+        network = diffusers.SD3Transformer2DModel(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
+            pooled_projection_dim=12, pos_embed_max_size=8,
+        )  # fmt: skip
+        parts |= dict(transformer=network, scheduler=flow_scheduler(draw))
+        parts |= dict(text_encoder_3=None, tokenizer_3=None)
+    else:
+        parts["unet"] = unet(draw, 4)
+    for n in range(1, count + 1):
+        options = dict(hidden_act="gelu") if n == 2 or family == "3" else {}
+        suffix = "" if n == 1 else f"_{n}"
+        encoder, tokenizer = clip_parts(tmp_path / f"{n}", n, **options)
+        parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
+    if family == "":
+        parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if family == "XL":
+        parts |= dict(add_watermarker=False, force_zeros_for_empty_prompt=True)
+    pipe = getattr(diffusers, f"StableDiffusion{family}Pipeline")(**parts)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with torch.no_grad():
+        options = {} if family else dict(device="cpu", num_images_per_prompt=1)
+        if family == "3":
+            options = dict(prompt_2=None, prompt_3=None)
+        expected = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=True, **options)
+    encoders = [name for name in parts if name.startswith("text_encoder") and parts[name]]
+    loaded = pipelines.load(tmp_path / "pipeline", parts=encoders)
+    cond, null = loaded.encode(PROMPTS, size=(8, 8)), loaded.null(size=(8, 8))
+    pairs = [(cond.tokens, expected[0]), (null.tokens, expected[1][0])]
+    if family:
+        pairs += [(cond.vector, expected[2]), (null.vector, expected[3][0])]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-5)
+    record_property("prompts", {"encodings": float(relative_error(cond.tokens, expected[0]))})
