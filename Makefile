@@ -30,6 +30,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 JOB = .venv/bin/python -m experiments.train
+WORDS = .venv/bin/python -m experiments.words
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
@@ -120,6 +121,13 @@ train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folde
 
 generate: $(TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png; FROM=made.png
 	.venv/bin/python -m experiments.generate $(GENERATE)
+
+train-text-diffusion: $(RUNTIME) ## words: a masked diffusion model beside an autoregressive twin: TEXT=file
+	$(WORDS) train $(if $(TEXT),--text "$(TEXT)") $(if $(MESH),--mesh $(MESH)) $(ARGS)
+
+generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=folder PROMPT="in the" OUT=a.html
+	$(WORDS) generate $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
+		$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)

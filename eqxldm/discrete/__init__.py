@@ -44,6 +44,7 @@ from .samplers import (
     drawn as drawn,
     likeliest as likeliest,
     margin as margin,
+    padded_plan as padded_plan,
 )
 from .sampling import (
     TokenSamples as TokenSamples,

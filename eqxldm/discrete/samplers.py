@@ -35,6 +35,20 @@ class TokenPlan(eqx.Module):
     stop: Any
 
 
+def padded_plan(plan: TokenPlan, steps: int) -> TokenPlan:
+    """A plan with its last entry repeated up to `steps`, so that plans of any length fit a program.
+
+    Nothing is masked any more where the repetitions begin: they call no network.
+
+    >>> padded_plan(Ordered().plan(Masking(2), 2, 8), 4).left.tolist()
+    [2, 1, 1, 1]
+    """
+    more = steps - len(plan.t)
+    if more < 0:
+        raise ValueError(f"padded_plan: the plan has {len(plan.t)} steps, more than {steps}.")
+    return jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], more, axis=0)]), plan)
+
+
 class AbstractTokenSampler(eqx.Module):
     """A sampler of tokens. To add one, write `reveal`; `plan`, `init` and `step` may stay.
 

@@ -10,7 +10,7 @@ from ..sharding import batch_vmap
 from .drawing import draw_tokens
 from .masking import Masking, log_probabilities
 from .objectives import TokenDenoiser
-from .samplers import AbstractTokenSampler
+from .samplers import AbstractTokenSampler, TokenPlan
 
 
 class TokenSamples(NamedTuple):
@@ -25,7 +25,7 @@ def sample_tokens(
     denoiser: TokenDenoiser,
     path: Masking,
     sampler: AbstractTokenSampler,
-    steps: int,
+    steps: int | TokenPlan,
     x: Int[Array, "b n"],
     cond: PyTree = None,
     *,
@@ -38,7 +38,8 @@ def sample_tokens(
     **Arguments**:
 
     - `denoiser`: of one example, `denoiser(x_t, t, cond, key=)` to logits.
-    - `sampler`, `steps`: which tokens are revealed in how many steps.
+    - `sampler`, `steps`: which tokens are revealed in how many steps; or the sampler's plan, which
+      may be an argument of a compiled program (`padded_plan`).
     - `x`: what is known, and [MASK] elsewhere: `jnp.full((b, n), mask_id)` is nothing.
     - `cond`: for each sequence, with a leading axis.
     - `reuse`: do not call the network again while no token of the batch has changed. Right for
@@ -58,7 +59,8 @@ def sample_tokens(
     ([[0, 1, 1, 1]], 3)
     """
     b, n = x.shape
-    plan = jax.tree.map(jnp.asarray, sampler.plan(path, steps, n))
+    plan = steps if isinstance(steps, TokenPlan) else sampler.plan(path, steps, n)
+    plan = jax.tree.map(jnp.asarray, plan)
     place = jnp.arange(n)
 
     def ask(x: Array, t: Array, keys: Array) -> Array:

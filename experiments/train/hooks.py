@@ -101,7 +101,7 @@ class Log:
         size = self._settings.batch_size
         values = self._telemetry.speed(self.stage, *spent, batch_size=size)
         loss, rate = self._collect(step, values), values.get("images_per_second", 0.0)
-        self._bar.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
+        self._bar.update(step, f"loss {loss:.4f}  {rate:.0f} {self._settings.unit}/s")
 
     def _collect(self, until: int, speed: dict[str, Any] | None = None) -> float:
         """Fetches and logs the means of the metrics up to a step, without those of skipped ones."""

@@ -98,6 +98,7 @@ class Settings:
     keep: int = 2  # of the newest checkpoints
     keep_every: int | None = None  # every checkpoint whose step is a multiple of this stays
     log_every: int = 20  # steps between lines of the log
+    unit: str = "images"  # what a batch is made of
     patience: int = 10  # so many steps in a row without a finite loss and gradient stop the run
 
 

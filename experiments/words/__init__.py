@@ -1,0 +1,1 @@
+"""Masked diffusion over text: `python -m experiments.words {train,generate}`."""

@@ -1,0 +1,187 @@
+"""The commands: train both networks and measure them, write a text with a finished network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqxldm import discrete as dd, pretrained
+from eqxldm.distributed import is_primary
+from eqxldm.sharding import check_batch, leaf_sharding, make_mesh, parse_mesh
+
+from ..train.options import check
+from ..train.run import METRICS, RunFolder, as_dict, read_json, write_json
+from ..train.streams import stream_key
+from ..train.terminal import Signals, UserError, say
+from .config import Config, Generate, Train
+from .corpus import Corpus, Vocabulary, open_corpus
+from .measuring import likelihoods, make_sampler, table, table_text
+from .showing import write_page
+from .training import STAGES, train_network
+
+VOCABULARY, NETWORK = "vocabulary.json", "masked.safetensors"
+
+
+def train(command: Train) -> None:
+    signals, config = Signals(), command.config
+    check(command)
+    check_config(config)
+    try:
+        mesh = make_mesh(parse_mesh(command.mesh))
+        check_batch(config.batch_size, mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    corpus = open_corpus(command.text, config.tokens, config.length)
+    run = RunFolder(command.run_dir, primary=is_primary())
+    with run.locked():
+        run.open(as_dict(config), overwrite=command.overwrite)
+        networks, timings = {}, {}
+        for stage in STAGES:
+            trained = train_network(command, stage, corpus, run, mesh, signals)
+            networks[stage], timings[stage] = trained
+        if is_primary():
+            finish(command, corpus, run, networks, timings)
+
+
+def finish(
+    command: Train, corpus: Corpus, run: RunFolder, networks: dict[str, Any], timings: Any
+) -> None:
+    """Saves the networks, measures them and shows what they write."""
+    config, vocabulary = command.config, corpus.vocabulary
+    write_json(run.file(VOCABULARY), vocabulary_json(vocabulary))
+    for stage, network in networks.items():
+        pretrained.save(network, run.file(f"{stage}.safetensors"))
+    found = likelihoods(config, command.measure, corpus, networks)
+    for name, value in found.items():
+        error = value.get("standard_error")
+        shown = "" if error is None else f" +- {error:.3f}"
+        bound = " (bound)" if name == "masked" else ""
+        say(f"{name}{bound}: {value['bits_per_character']:.3f}{shown} bits a character")
+    rows, frames = table(config, command.measure, corpus, networks)
+    run.file("table.md").write_text(table_text(rows) + "\n")
+    if len(frames):
+        write_page(run.file("appearing.html"), vocabulary, frames, "A text appearing")
+        say(f"a text by the masked network: {vocabulary.decode(frames[-1])}")
+    write_json(run.file(METRICS), {"likelihood": found, "table": rows, "timings": timings})
+    say(f"{table_text(rows)}\nThe table and a page with a text appearing are in {run.path}.")
+
+
+def check_config(config: Config) -> None:
+    """Refuses sizes that do not divide, before anything is written."""
+    if config.width % (2 * config.num_heads):
+        raise UserError(
+            f"--width {config.width} does not divide into {config.num_heads} heads of an even size."
+        )
+    if config.objective == "block" and config.length % config.block_size:
+        raise UserError(
+            f"--block-size {config.block_size} does not divide --length {config.length}."
+        )
+
+
+def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What `load_network` reads back."""
+    tokenizer = vocabulary.tokenizer
+    written = None if tokenizer is None else json.loads(tokenizer.to_str())
+    return {"characters": vocabulary.characters, "tokenizer": written}
+
+
+def load_network(command: Generate, mesh: Any) -> tuple[Any, Vocabulary]:
+    """The network of a run, or of a folder of LLaDA, and its vocabulary."""
+    folder, sharding = command.model, leaf_sharding(mesh)
+    dtype: Any = jnp.bfloat16 if command.bfloat16 else jnp.float32
+    options: dict[str, Any] = dict(dtype=dtype, sharding=sharding)
+    if (folder / VOCABULARY).exists():
+        names = ("characters", "tokenizer")
+        found = read_json(folder / VOCABULARY, *names, repair="Train again with --overwrite.")
+        tokenizer = found["tokenizer"]
+        tokenizer = tokenizer and _tokenizer(json.dumps(tokenizer))
+        network = pretrained.load(folder / NETWORK, **options)
+        return network, Vocabulary(found["characters"], tokenizer)
+    if not (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"--model {folder}: no finished run and no folder of LLaDA's.")
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"--model {folder}: has no tokenizer.json, which makes tokens of a text.")
+    mask = read_json(folder / "config.json", repair="Fetch it again.").get("mask_token_id")
+    mask = pretrained.llada.MASK if mask is None else mask
+    tokenizer = _tokenizer((folder / "tokenizer.json").read_text())
+    return pretrained.load_llada(folder, **options), Vocabulary(None, tokenizer, mask)
+
+
+def _tokenizer(text: str) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError("needs the package tokenizers: pip install 'eqxldm[text]'.") from None
+    return Tokenizer.from_str(text)
+
+
+def canvas(command: Generate, vocabulary: Vocabulary, most: int) -> np.ndarray:
+    """The tokens to begin with: the prompt, and [MASK] where the network is to write."""
+    mask_id = vocabulary.mask_id
+    if command.infill:
+        parts = [vocabulary.encode(part) for part in command.prompt.split("_")]
+        between = np.array([mask_id], np.int32)
+        joined = [p for part in parts for p in (part, between)][:-1]
+        ids = np.concatenate(joined)
+    else:
+        ids = vocabulary.encode(command.prompt)
+    length = command.length or (len(ids) if command.infill else most)
+    if length > most:
+        raise UserError(f"--length {length}: the network's context has {most} tokens.")
+    if len(ids) > length:
+        raise UserError(
+            f"--prompt has {len(ids)} tokens, longer than the context of {length}. Shorten it."
+        )
+    whole = np.concatenate([ids, np.full(length - len(ids), mask_id, np.int32)])
+    if not (whole == mask_id).any():
+        raise UserError("--prompt leaves nothing to write. Shorten it, or mark blanks with _.")
+    return whole
+
+
+def generate(command: Generate) -> None:
+    check(command)
+    Signals()
+    try:
+        mesh = make_mesh(parse_mesh(command.mesh))
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from None
+    try:
+        network, vocabulary = load_network(command, mesh)
+    except (FileNotFoundError, pretrained.WeightsError) as error:
+        raise UserError(str(error)) from None
+    start = canvas(command, vocabulary, network.config.max_length)
+    mask_id, length = vocabulary.mask_id, len(start)
+    known = int(np.argmax(start == mask_id))
+    sampler = make_sampler(
+        command.sampler,
+        block_size=command.block_size,
+        start=known,
+        temperature=command.temperature,
+        top_p=command.top_p,
+    )
+    calls = command.calls or max(1, int((start == mask_id).sum()) // 2)
+    x = jnp.broadcast_to(jnp.asarray(start), (command.n, length))
+
+    @eqx.filter_jit
+    def draw(network, x, prompt, key):
+        denoiser = dd.guide_prompt(network, mask_id, command.guidance)
+        path = dd.Masking(mask_id)
+        options: dict[str, Any] = dict(key=key, trajectory=command.out is not None)
+        return dd.sample_tokens(denoiser, path, sampler, calls, x, prompt, **options)
+
+    try:
+        with jax.set_mesh(mesh):
+            found = draw(network, x, x != mask_id, stream_key(command.seed, "samples"))
+    except ValueError as error:  # fewer calls than blocks
+        raise UserError(str(error)) from None
+    for tokens in np.asarray(found.tokens):
+        say(vocabulary.decode(tokens))
+    say(f"({int(found.calls)} calls of the network)")
+    if command.out is not None:
+        frames = np.concatenate([start[None], np.asarray(found.trajectory)[:, 0]])
+        write_page(Path(command.out), vocabulary, frames, "A text appearing")
+        say(f"wrote {command.out}")
