@@ -35,6 +35,9 @@ def test_a_run_leaves_its_table_page_and_networks_that_write(text, tmp_path, cap
     main(["generate", "--model", str(run), "--prompt", "ab", "--length", "6", "--out", str(page)])
     written = capsys.readouterr().out
     assert written.startswith("ab") and "2 calls" in written and page.exists()
+    with pytest.raises(UserError, match="--text: the folder has"):
+        text.write_text(text.read_text() * 2)
+        main(["train", "--text", str(text), "--run-dir", str(run), *TINY])
     for prompt, message in (("abcabcabc", "longer than the context of 8"), ("abcdefgh", "nothing")):
         with pytest.raises(UserError, match=message):
             main(["generate", "--model", str(run), "--prompt", prompt])

@@ -38,7 +38,8 @@ def train(command: Train) -> None:
     corpus = open_corpus(command.text, config.tokens, config.length)
     run = RunFolder(command.run_dir, primary=is_primary())
     with run.locked():
-        run.open(as_dict(config), overwrite=command.overwrite)
+        # Another text is another run; the folder says which it is about.
+        run.open({**as_dict(config), "text": corpus.digest}, overwrite=command.overwrite)
         networks, timings = {}, {}
         for stage in STAGES:
             trained = train_network(command, stage, corpus, run, mesh, signals)

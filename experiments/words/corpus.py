@@ -1,5 +1,6 @@
 """A text as tokens: its vocabulary, its parts to train on and to measure, batches of it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class Corpus:
     train: Int[np.ndarray, " n"]
     test: Int[np.ndarray, " m"]
     characters_per_token: float
+    digest: str = ""  # of the text
 
     def windows(self, length: int, count: int) -> Int[np.ndarray, "windows length"]:
         """At most `count` windows of the part that is measured, evenly spaced."""
@@ -144,7 +146,8 @@ def open_corpus(path: Path | None, tokens: str, length: int) -> Corpus:
             f"{name}: has {len(ids)} tokens, too few for windows of {length} to learn from and "
             f"others to measure. Give a longer text, or a smaller --length."
         )
-    return Corpus(name, vocabulary, ids[:-held_out], ids[-held_out:], len(text) / len(ids))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Corpus(name, vocabulary, ids[:-held_out], ids[-held_out:], len(text) / len(ids), digest)
 
 
 def entropies(train: np.ndarray, test: np.ndarray, size: int) -> dict[str, float]:
