@@ -34,12 +34,13 @@ WORDS = .venv/bin/python -m experiments.words
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
-WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER))
+WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER)) \
+	$(if $(OBJECTIVE),--objective $(OBJECTIVE))
 PICTURES = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
 ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
 WITH = $(WHICH) $(PICTURES) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
-	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(ARGS)
+	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(if $(FROM),--start-from "$(FROM)") $(ARGS)
 HOW = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) $(if $(GUIDANCE),--guidance $(GUIDANCE)) \
 	$(if $(SOLVER),--solver $(SOLVER))
 SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
@@ -80,7 +81,7 @@ sample: $(RUNTIME) ## from that run: PROMPT="a red boat" LABEL=7 N=16 STEPS=50 G
 evaluate: $(RUNTIME) ## measure N samples of that run
 	$(JOB) evaluate --preset $(or $(PRESET),images) $(EVALUATE)
 
-train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel
+train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel OBJECTIVE=imf FROM=runs/mnist
 	$(JOB) train --preset mnist $(WITH)
 
 sample-mnist: $(RUNTIME) ## LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0 OUT=a.png

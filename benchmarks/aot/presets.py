@@ -119,7 +119,7 @@ def sampler(
     """
     config, found, condition = _config(size), preset("imagenet256"), Labels(CLASSES, CLASSES)
     sampling = replace(found.sampling, steps=steps or found.sampling.steps)
-    method = methods.make_method(config.diffusion)
+    method = methods.make_method(config)
     dtype = methods.DTYPES[config.diffusion.dtype]
     draw = Sampler(method, sampling, dtype=dtype).function(LATENT, condition.null)
     ae, ae_static = _weights(lambda: models.kl_f8(key=jax.random.key(0)))

@@ -25,19 +25,20 @@ from .commands import (
     train,
     train_autoencoder,
 )
-from .config import PresetName
+from .config import ObjectiveName, PresetName
 from .data import open_folder
 from .presets import preset
 from .processes import exit_with
 from .terminal import run_main
 
 PRESETS: tuple[str, ...] = PresetName.__args__
+OBJECTIVES: tuple[str, ...] = ObjectiveName.__args__
 
 
 def commands(found: Train) -> Any:
     """The program's commands with the defaults of a preset."""
     same = {f.name: getattr(found, f.name) for f in fields(found)}
-    which = {name: same[name] for name in ("preset", "space", "denoiser", "sampling")}
+    which = {name: same[name] for name in ("preset", "space", "denoiser", "objective", "sampling")}
     count = 10_000 if "mnist" in found.preset else found.samples
     defaults: dict[str, Any] = {
         "train": found,
@@ -82,6 +83,8 @@ def chosen_preset(args: Sequence[str]) -> Train:
     options: dict[str, Any] = {
         "space": one("--space", ("latent", "pixel"), "latent"),
         "denoiser": one("--denoiser", ("dit", "unet"), "dit"),
+        "objective": one("--objective", OBJECTIVES, "denoising"),
+        "started": bool(given(args, "--start-from")),
     }
     options |= {"size": (size[0], size[1])} if len(size) == 2 else {}
     images = given(args, "--images")

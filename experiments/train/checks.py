@@ -14,6 +14,7 @@ from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from .conditions import Condition
 from .config import Config, SamplingConfig
+from .few_steps import DIFFERENTIATED, FEW_STEP
 from .job import Compute
 from .methods import DTYPES, check_sampling, make_decays, make_method
 from .networks import (
@@ -53,7 +54,8 @@ def check_options(
 ) -> None:
     """Refuses options that do not go together, whatever the images are."""
     options = config.diffusion
-    check_sampling(make_method(options), sampling, prefix)
+    check_sampling(make_method(config), sampling, prefix)
+    _check_few_steps(config, compute)
     make_decays(options)
     if options.warmup >= options.steps and options.warmup:
         raise UserError(
@@ -69,6 +71,27 @@ def check_options(
     if crop is not None and crop < min(config.size):
         h, w = config.size
         raise UserError(f"--autoencoder.crop-from {crop} is less than --size {h} {w}.")
+
+
+def _check_few_steps(config: Config, compute: Compute) -> None:
+    few, steps = config.few, config.diffusion.steps
+    if config.objective not in FEW_STEP:
+        return
+    low, high = few.guidance_interval
+    if not low < high:
+        raise UserError(
+            f"--few.guidance-interval must be LOW HIGH with LOW < HIGH, got {low} {high}."
+        )
+    if few.pretrain >= steps:
+        raise UserError(
+            f"--few.pretrain {few.pretrain} must be below --diffusion.steps {steps}, which counts "
+            "those steps, too."
+        )
+    if compute.attention == "cudnn" and config.objective in DIFFERENTIATED:
+        raise UserError(
+            f"--objective {config.objective}: its loss has the network's derivative in it, which "
+            "--attention cudnn does not have. Use --attention xla, or --objective shortcut."
+        )
 
 
 def check_batches(
@@ -98,7 +121,7 @@ def check_networks(
     """Refuses sizes that do not fit each other: the networks and the sampler, as shapes only."""
     h, w = config.padded
     dtype = DTYPES[config.diffusion.dtype]
-    sampler = Sampler(make_method(config.diffusion), sampling, config.pictures.pad, dtype)
+    sampler = Sampler(make_method(config), sampling, config.pictures.pad, dtype)
     if config.space == "pixel" and vae is not None:
         raise UserError("--vae: --space pixel has no autoencoder; leave one of them out.")
     if config.space == "latent" and min(config.size) < 11:

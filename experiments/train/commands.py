@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +20,15 @@ from .conditions import Captions, Labels, Wanted, choose_condition
 from .config import (
     Config,
     DenoiserName,
+    ObjectiveName,
     PresetName,
     SamplingConfig,
     SpaceName,
 )
 from .data import open_source, open_test
-from .diffusion import load_finished, train_diffusion
+from .diffusion import load_finished, load_start, train_diffusion
 from .evaluate import Measuring, Reference, describe, summary, write_curves
+from .few_steps import FEW_STEP
 from .figures import image_grid, read_png, save_png
 from .job import Compute, Inputs, Job, describe_data, read_data
 from .latents import cache_latents, check_cache
@@ -81,6 +83,7 @@ class Which:
     preset: PresetName = "images"  # With space and denoiser the name of the run's folder.
     space: SpaceName = "latent"  # As in training.
     denoiser: DenoiserName = "dit"  # As in training.
+    objective: ObjectiveName = "denoising"  # As in training.
     # The run folder; by default in runs/, with the preset's name.
     run_dir: Path | None = None
     sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
@@ -140,17 +143,18 @@ def run_stages(command: Train, job: Job, reference: Reference) -> None:
     measure = measuring.along if command.eval_every else None
     trained = train_diffusion(job, space, latents, measure, eval_every=command.eval_every)
     results = measuring.final(trained, command.samples)
+    few = {} if command.objective not in FEW_STEP else measuring.few_steps(trained, command.samples)
     if not is_primary():
         return
     measuring.pictures(trained)
     with Telemetry(run, job.log) as telemetry:
-        for name in ("reconstructions", "samples"):
+        for name in ("reconstructions", "samples", "few-steps"):
             if (run.path / f"{name}.png").exists():
                 grid = read_png(run.path / f"{name}.png")
                 telemetry.images("samples", config.diffusion.steps, name, grid)
     timings = {**job.timings, **results["timings"]}
     timings["total"] = {"seconds": sum(stage["seconds"] for stage in timings.values())}
-    found = {**measured, "diffusion": results["diffusion"], "timings": timings}
+    found = {**measured, "diffusion": results["diffusion"], **few, "timings": timings}
     write_json(run.file(METRICS), metrics := {**found, **describe(config)})
     say(summary(metrics, run.path))
 
@@ -185,6 +189,12 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         check(command)
         check_options(config, command.sampling, compute)
         mesh, inputs = mesh_of(compute), command.inputs
+        start = None
+        if inputs.start_from is not None and not alone:
+            if config.objective not in FEW_STEP:
+                raise UserError(f"--start-from is for --objective {', '.join(FEW_STEP)}.")
+            start = load_start(config, inputs.start_from, mesh)
+            inputs = start_inputs(config, inputs)
         vae = load_vae(inputs.vae, config.pictures.channels) if inputs.vae is not None else None
         lpips = load_lpips(inputs.lpips) if inputs.lpips is not None else None
         source = open_source(config, command.images)
@@ -195,11 +205,23 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         check_networks(config, command.sampling, condition, vae, diffusion=not alone)
         reference = Reference(config, source, test, strict=inputs.strict)
         job = Job(
-            config, compute, inputs, source, condition, run, mesh, signals, command.log, vae, lpips
-        )
+            config, compute, inputs, source, condition, run, mesh, signals, command.log, vae, lpips,
+            start,
+        )  # fmt: skip
         if config.space == "latent" and not alone:
             check_cache(job, own=False, overwrite=command.overwrite)
     return job, reference
+
+
+def start_inputs(config: Config, inputs: Inputs) -> Inputs:
+    """The inputs with the autoencoder and the latents of the run that is started from."""
+    path = inputs.start_from
+    if path is None or config.space == "pixel" or inputs.vae is not None:
+        return inputs
+    latents = inputs.latents
+    if latents is None and (path / "latents" / "header.json").exists():
+        latents = path / "latents"
+    return replace(inputs, vae=path, latents=latents)
 
 
 @contextlib.contextmanager
@@ -224,6 +246,7 @@ def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
     """The folder named, or runs/ with the preset, and what is not the default."""
     names = [command.preset]
     names += ["pixel"] * (command.space == "pixel") + ["unet"] * (command.denoiser == "unet")
+    names += [command.objective] * (command.objective != "denoising")
     path = command.run_dir or Path("runs") / ("-".join(names) + ending)
     return RunFolder(path, primary=is_primary())
 
@@ -237,7 +260,7 @@ def sample(command: Sample) -> None:
     Signals()
     run, sampling = run_folder(command), command.sampling
     config = finished_config(run)
-    method = make_method(config.diffusion)
+    method = make_method(config)
     check_sampling(method, sampling, prefix="")
     condition, _ = read_data(run, config)
     wanted, columns = wanted_samples(command, condition)
@@ -292,6 +315,8 @@ def evaluate(command: Evaluate) -> None:
     with in_folder(job, images):
         measuring = Measuring(job, command.sampling, reference, train_classifier(job))
         results = measuring.final(trained, command.n, sigma_rel=command.sigma_rel)
+        few = config.objective in FEW_STEP
+        metrics |= measuring.few_steps(trained, command.n) if few else {}
         if not is_primary():
             return
         metrics["diffusion"] = results["diffusion"]

@@ -26,6 +26,7 @@ DataName = Literal["images", "mnist", "fashion-mnist", "shapes"]
 SpaceName = Literal["latent", "pixel"]
 DenoiserName = Literal["dit", "unet"]
 ConditionName = Literal["auto", "label", "text", "none"]
+ObjectiveName = Literal["denoising", "flow", "meanflow", "imf", "shortcut", "scm"]
 PathName = Literal["flow", "cosine", "ddpm"]
 PredictionName = Literal["velocity", "eps", "v", "x0"]
 WeightName = Literal["constant", "min-snr"]
@@ -39,6 +40,7 @@ SolverName = Literal[
     "dpmsolver++3m",
     "unipc",
     "sde-dpmsolver++",
+    "map",
 ]
 ModelName = Literal[
     "dit_s_2", "dit_s_4", "dit_s_8", "dit_b_2", "dit_b_4", "dit_b_8",
@@ -199,10 +201,32 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class FewStepConfig:
+    """Training for one or few network calls: the objectives meanflow, imf, shortcut and scm."""
+
+    # Steps at the start that learn the denoiser itself; 0 with --start-from.
+    pretrain: MaybeSteps = 0
+    # The scale of guidance that the network learns to have in it; 1 for none.
+    guidance: Annotated[float, Range(1, 100)] = 1.6
+    # Learn it only for t between these two.
+    guidance_interval: tuple[
+        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
+    ] = (0.0, 0.8)  # fmt: skip
+    # The share of examples with a step of 0, which learn the velocity.
+    flow_share: Annotated[float, Range(0, 1)] = 0.5
+    # Of the times, which are logit-normal; of scm that of log(sigma / alpha).
+    time_mean: Annotated[float, Range(-20, 20)] = -0.4
+    time_stddev: Annotated[float, Range(0, 20, "(]")] = 1.0  # Of the same.
+    # Of scm: steps in which the unstable part of its tangent comes in.
+    warmup: MaybeSteps = 200
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the finished model is sampled."""
 
-    solver: SolverName = "ddim"  # What takes the steps.
+    # What takes the steps; map: each is one call of a network that was trained for few.
+    solver: SolverName = "ddim"
     steps: Annotated[int, Range(1, 10_000)] = 20  # Steps from noise to image.
     # The scale of classifier-free guidance: 1 is the conditional network alone.
     guidance: Annotated[float, Range(0, 100)] = 1.6
@@ -219,9 +243,13 @@ class Config:
     size: tuple[Side, Side] = (64, 64)  # Height and width, after a centre crop.
     space: SpaceName = "latent"  # What is diffused: an autoencoder's latents, or the pixels.
     denoiser: DenoiserName = "dit"  # The network: a transformer or a U-Net.
+    # What is learned: to denoise, with the options of --diffusion; the velocity of the linear flow;
+    # or, for one or few network calls, average velocities or a consistency function.
+    objective: ObjectiveName = "denoising"
     seed: Seed = 0  # Of everything that is random.
     pictures: OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    few: FewStepConfig = field(default_factory=FewStepConfig)
     dit: DiTConfig = field(default_factory=DiTConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)

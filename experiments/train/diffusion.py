@@ -1,6 +1,8 @@
 """The stage of the diffusion, and the trained models of a finished run."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -27,11 +29,13 @@ from eqxldm.training import (
 from .autoencoder import AUTOENCODER, load_vae
 from .conditions import Captions, Condition
 from .config import AttentionName, Config, RematName
+from .few_steps import FEW_STEP, warm_start
 from .hooks import Evaluate, Snapshot, open_snapshots
-from .job import Job
+from .job import Job, read_data
 from .methods import DTYPES, diffusion_rate, make_decays, make_method
 from .networks import Pixels, Shape, Space, make_denoiser, space_shape
-from .run import RunFolder
+from .options import from_dict
+from .run import CONFIG, RunFolder
 from .sampling import Trained
 from .streams import stream_seed
 from .telemetry import Telemetry
@@ -66,11 +70,28 @@ def diffusion_step(
     optimizer: Any,
     *,
     grad_accum_steps: int = 1,
+    plain: bool = False,
 ) -> Any:
-    """The train step of the denoiser, over batches of images or of cached posteriors."""
+    """The train step of the denoiser, over batches of images or of cached posteriors.
+
+    `plain`: that of the steps before an objective of few calls sets in. A step takes constants, the
+    arrays of a teacher.
+    """
+
+    def step(state: Any, batch: Any, key: Any, *teacher: Any) -> Any:
+        method = make_method(config, condition.null, *teacher)
+        objective = method.plain if plain and method.plain is not None else method.objective
+        return _step(config, condition, space, static, optimizer, objective, grad_accum_steps)(
+            state, batch, key
+        )
+
+    return step
+
+
+def _step(config, condition, space, static, optimizer, objective, grad_accum_steps) -> Any:
     options = config.diffusion
     loss_fn = make_loss(
-        make_method(options).objective,
+        objective,
         null=condition.null,
         cond_dropout=options.cond_dropout if condition.null is not None else 0.0,
         prepare=_prepare(space, config.pictures.pad),
@@ -117,10 +138,19 @@ def train_diffusion(
         config, shape, job.condition, remat=compute.remat, attention=compute.attention
     )
     _, static, optimizer = eqx.filter_eval_shape(build)
-    step = diffusion_step(
-        config, job.condition, space, static, optimizer, grad_accum_steps=compute.grad_accum_steps
-    )
+    make_step = lambda plain: diffusion_step(
+        config, job.condition, space, static, optimizer,
+        grad_accum_steps=compute.grad_accum_steps, plain=plain,
+    )  # fmt: skip
+    few = config.objective in FEW_STEP
+    phases = [(options.steps, make_step(False))]
+    if few and config.few.pretrain:
+        phases.insert(0, (config.few.pretrain, make_step(True)))
     state = build_placed(lambda: build()[0], job.mesh)
+    start = job.start if few and job.start is not None else None
+    if start is not None:
+        state = _started(state, static, optimizer, start.denoiser)
+    teacher = () if start is None or config.objective != "scm" else (start.denoiser,)
     network = eqx.combine(jax.eval_shape(lambda s: s.params, state), static)
 
     def finish(state: Any) -> Trained:
@@ -144,14 +174,42 @@ def train_diffusion(
 
     state = job.train(
         "diffusion",
-        [(options.steps, step)],
+        phases,
         state,
         _batches(job, latents),
         options,
-        flops=_flops(network, job.condition, options.batch_size),
+        *teacher,
+        flops=None if few else _flops(network, job.condition, options.batch_size),
         hooks=hooks,
     )
     return finish(state)
+
+
+def _started(state: Any, static: Any, optimizer: Any, finished: Any) -> Any:
+    """The state at step 0 of a network that begins as a finished denoiser."""
+    network = warm_start(eqx.combine(state.params, static), finished)
+    return init_state(network, optimizer, num_emas=len(state.ema))[0]
+
+
+def load_start(config: Config, path: Path, mesh: Mesh) -> Trained:
+    """The finished run that another one starts from; refuses what does not fit it."""
+    run = RunFolder(path)
+    found = from_dict(Config, run.config(), run.path / CONFIG)
+    names = ("space", "denoiser", "size", "pictures", "diffusion.path", "diffusion.prediction")
+    value = lambda options, name: functools.reduce(getattr, name.split("."), options)
+    for name in names:
+        there, here = value(found, name), value(config, name)
+        if there != here:
+            raise UserError(
+                f"--start-from {path}: that run has another --{name}, {there}; here it is {here}."
+            )
+    if found.objective not in ("denoising", "flow") or found.diffusion.learned_range:
+        raise UserError(
+            f"--start-from {path}: needed is a denoiser without a learned range; that run has "
+            f"--objective {found.objective}."
+        )
+    condition, _ = read_data(run, found)
+    return load_finished(found, run, condition, mesh)
 
 
 def _batches(job: Job, latents: Latents | None) -> Any:

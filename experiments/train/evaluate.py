@@ -25,6 +25,7 @@ from .classifier import VALUES, Described, Features, Images, map_images
 from .conditions import SHOWN, Labels, Wanted
 from .config import Config, SamplingConfig
 from .data import decoded
+from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
 from .methods import DTYPES, check_sampling, make_method
@@ -138,7 +139,7 @@ class Measuring:
     ):
         self._job, self._config, self._run = job, job.config, job.run
         self._reference, self._features, self._evaluators = reference, features, evaluators
-        self._sampling, self._method = sampling, make_method(job.config.diffusion)
+        self._sampling, self._method = sampling, make_method(job.config)
         dtype = DTYPES[job.config.diffusion.dtype]
         self._sampler = Sampler(self._method, sampling, job.config.pictures.pad, dtype)
         self._drawing: Drawing | None = None
@@ -213,6 +214,35 @@ class Measuring:
                 "measuring": {"seconds": time.monotonic() - begin},
             },
         }
+
+    def few_steps(self, trained: Trained, count: int) -> dict[str, Any]:
+        """A network of few calls at 1, 2, 4 and 8, and its ODE beside; writes few-steps.png.
+
+        A row of the picture is one class, or one condition, of the same noise in each column.
+        """
+        key, rows, columns = stream_key(self._config.seed, "samples"), [], []
+        wanted, dtype = self._wanted(count), DTYPES[self._config.diffusion.dtype]
+        condition = self._job.condition
+        shown = condition.of(condition.shown()) if isinstance(condition, Labels) else None
+        shown = shown or self._wanted(min(SHOWN, count))
+        for calls, sampling in variants(self._config, self._sampling).items():
+            sampler = Sampler(self._method, sampling, self._config.pictures.pad, dtype)
+            batch = min(self._job.compute.sampling_batch, count)
+            drawing = Drawing(sampler, trained.shape, trained.null, batch=batch)
+            picture = drawing(trained, shown, key, name=f"{calls} calls")  # which compiles, too
+            begin = time.monotonic()
+            images = drawing(trained, wanted, key, name=f"{calls} calls")
+            seconds = time.monotonic() - begin
+            if is_primary():
+                columns.append(picture)
+                scores = self._scores(images, wanted)
+                about = {"calls": calls, "solver": sampling.solver}
+                rows.append({**about, **scores, "images_per_second": count / seconds})
+        if is_primary():
+            grid = np.stack(columns, 1)
+            grid = image_grid(grid.reshape(-1, *grid.shape[2:]), len(columns))
+            save_png(self._run.file("few-steps.png"), grid)
+        return {"few_steps": rows}
 
     def _all_samples(self, trained: Trained, wanted: Wanted, sigma_rel: float | None) -> Images:
         """Samples in parts that stay until all are there, so that little is drawn twice."""
@@ -334,6 +364,9 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         about = " ({samples}, {solver}, {steps} steps)" if part == "diffusion" else ""
         if shown:
             lines.append(f"{name}{about.format(**found)}: {', '.join(shown)}")
+    for row in metrics.get("few_steps", []):
+        shown = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
+        lines.append(f"{row['calls']} calls ({row['solver']}): {', '.join(shown)}")
     return "\n".join([*lines, f"pictures and {METRICS} are in {folder}"])
 
 

@@ -35,6 +35,9 @@ class Inputs:
     # Published weights, or a run's: a diffusers folder, autoencoder.safetensors, a run folder.
     vae: Path | None = None
     lpips: Path | None = None  # A folder with LPIPS's weights, for the autoencoder's loss.
+    # A finished run whose denoiser an objective of few calls starts from; its autoencoder and its
+    # latents are used, too.
+    start_from: Path | None = None
     # The latent cache, which runs can share; by default latents in the run folder.
     latents: Path | None = None
     strict: bool = False  # Stop at an unreadable image. By default it is left out and listed.
@@ -78,6 +81,7 @@ class Job:
     log: LogOptions = field(default_factory=LogOptions)
     vae: AutoencoderKL | None = None
     lpips: LPIPS | None = None
+    start: Any = None  # the models of --start-from
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def train(

@@ -1,5 +1,6 @@
 """What names stand for: the diffusion and its objective, solvers, times, guidance, rates."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from eqxldm.objectives import AbstractObjective, Denoising, Hybrid
 from eqxldm.solvers import Variance
 from eqxldm.training import constant, exponential, in_dtype, power_function
 
-from .config import DiffusionConfig, PathName, SamplingConfig
+from .config import Config, DiffusionConfig, PathName, SamplingConfig
+from .few_steps import FEW_STEP, few_step_objective, make_flow_map
 from .terminal import UserError
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
@@ -18,12 +20,18 @@ DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Method(NamedTuple):
-    """A diffusion, how it is trained, the variance of ancestral steps; and names, for messages."""
+    """A diffusion, how it is trained, the variance of ancestral steps; and names, for messages.
+
+    Of a network that is trained for few calls, `flow_map` makes a map of a denoiser, and `plain` is
+    the objective before its own sets in.
+    """
 
     diffusion: ex.Diffusion
     objective: AbstractObjective
     variance: Variance
     names: tuple[str, str]
+    flow_map: Callable[[Any], ex.FlowMap] | None = None
+    plain: AbstractObjective | None = None
 
     @property
     def timesteps(self) -> int | None:
@@ -32,8 +40,35 @@ class Method(NamedTuple):
         return path.timesteps if isinstance(path, ex.DiscreteVP) else None
 
 
-def make_method(config: DiffusionConfig) -> Method:
+def make_method(config: Config, null: Any = None, teacher: Any = None) -> Method:
     """The diffusion of these names and its objective.
+
+    `null` and `teacher` are those of `few_step_objective`: for training alone.
+
+    **Raises** `UserError` for what does not go together.
+    """
+    method = _denoising(config.diffusion)
+    if config.objective == "denoising":
+        return method
+    if config.diffusion.learned_range:
+        raise UserError(
+            f"--objective {config.objective}: it learns no variance; give "
+            "--diffusion.no-learned-range."
+        )
+    if config.objective == "flow":
+        if method.names != ("flow", "velocity"):
+            raise UserError(
+                "--objective flow: it needs --diffusion.path flow and --diffusion.prediction "
+                f"velocity, got {' and '.join(method.names)}."
+            )
+        return method
+    few = few_step_objective(config, method.diffusion, null, teacher)
+    flow_map = lambda denoiser: make_flow_map(config, method.diffusion, denoiser)
+    return method._replace(objective=few, flow_map=flow_map, plain=method.objective)
+
+
+def _denoising(config: DiffusionConfig) -> Method:
+    """The method of a denoiser.
 
     With `learned_range` the network has an output for the variance too, and the loss is the hybrid
     one, which the `ddpm` path alone has.
@@ -98,6 +133,8 @@ def make_times(method: Method, sampling: SamplingConfig) -> Any:
 def guided(network: Any, null: Any, sampling: SamplingConfig, dtype: Any) -> ex.Denoiser:
     """The network with the guidance asked for, computing in `dtype`."""
     denoiser = in_dtype(network, dtype)
+    if sampling.solver == "map":  # the guidance is in the network
+        return denoiser
     if sampling.guidance == 1 or null is None:
         return denoiser
     return ex.guide(denoiser, null, sampling.guidance, interval=sampling.guidance_interval)
@@ -110,6 +147,9 @@ def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "samp
         raise UserError(
             f"--{prefix}guidance-interval must be LOW HIGH with LOW < HIGH, got {low} {high}."
         )
+    if sampling.solver == "map":
+        _check_map(method, sampling, prefix)
+        return sampling.steps
     solver, times = make_solver(method, sampling), make_times(method, sampling)
     try:
         ex.check_combination(method.diffusion, solver, times)
@@ -119,6 +159,19 @@ def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "samp
             f"--{prefix}solver {sampling.solver} do not go together: {error}"
         ) from None
     return ex.nfe(method.diffusion.path, solver, times)
+
+
+def _check_map(method: Method, sampling: SamplingConfig, prefix: str) -> None:
+    if method.flow_map is None:
+        raise UserError(
+            f"--{prefix}solver map: it is for networks that are trained for few calls, with "
+            f"--objective {', '.join(FEW_STEP)}."
+        )
+    if sampling.guidance != 1:
+        raise UserError(
+            f"--{prefix}guidance {sampling.guidance:g}: with --{prefix}solver map the network has "
+            "the guidance in it that it was trained with (--few.guidance). Leave it at 1."
+        )
 
 
 def make_decays(config: DiffusionConfig) -> tuple[Any, ...]:

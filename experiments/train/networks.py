@@ -12,6 +12,7 @@ from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
 
 from .conditions import Captions, Condition, Labels
 from .config import AttentionName, Config, RematName
+from .few_steps import TWO_TIMES, UNSCALED
 from .streams import stream_key
 
 Shape = tuple[int, int, int]
@@ -93,6 +94,7 @@ def make_denoiser(
         learn_sigma=config.diffusion.learned_range,
         attention=attend,
         remat=policy,
+        **_times(config),
     )
     if isinstance(condition, Labels):
         options |= dict(num_classes=condition.num_classes)
@@ -108,6 +110,14 @@ def make_denoiser(
     return DiT(shape, **sizes, **options, key=key)
 
 
+def _times(config: Config) -> dict[str, Any]:
+    """How the network reads its time, and whether it has two."""
+    if config.objective == "denoising":
+        return {}
+    two = config.objective in TWO_TIMES
+    return {"time_embedding": UNSCALED} | ({"step_embedding": UNSCALED} if two else {})
+
+
 def _unet(config: Config, shape: Shape, condition: Condition, **options: Any) -> UNet:
     unet, deepest = config.unet, len(config.unet.channels) - 1
     return UNet(
@@ -119,6 +129,7 @@ def _unet(config: Config, shape: Shape, condition: Condition, **options: Any) ->
         num_heads=unet.num_heads,
         groups=unet.groups,
         num_classes=condition.num_classes if isinstance(condition, Labels) else None,
+        **_times(config),
         **options,
     )
 

@@ -1,9 +1,12 @@
 """The presets, each as the options that it stands for, in the words of the command line."""
 
+from dataclasses import replace
+
 import tyro
 
 from .commands import Train
-from .config import DenoiserName, PresetName, SpaceName
+from .config import DenoiserName, ObjectiveName, PresetName, SpaceName
+from .few_steps import DIFFERENTIATED, FEW_STEP
 
 # Sizes that train in minutes on two CPU cores; the defaults of Train's options are DiT's recipe.
 TWO_CORES = """
@@ -67,6 +70,32 @@ SMALL_UNETS = {"latent": "--unet.channels 16 32", "pixel": "--unet.channels 8 16
 MNIST_UNETS = {"latent": "--unet.channels 64 128", "pixel": "--unet.channels 16 32 64"}
 
 
+# The velocity of the linear flow, which large presets learn for any objective but their own.
+FLOW = """
+    --diffusion.path flow --diffusion.prediction velocity --diffusion.no-learned-range
+"""
+ONE_CALL = "--sampling.solver map --sampling.steps 1 --sampling.guidance 1"
+
+
+def few_steps(found: Train, started: bool) -> Train:
+    """Of the preset's steps five eighths to learn the denoiser and two eighths for the map.
+
+    A run that starts from a finished one makes the latter alone, at a quarter of the rate: what is
+    left of it there.
+    """
+    diffusion, few = found.diffusion, found.few
+    steps = max(diffusion.steps // 4, 2)
+    pretrain = 0 if started else diffusion.steps * 5 // 8
+    rate = diffusion.learning_rate / 4 if started else diffusion.learning_rate
+    warmup = min(diffusion.warmup, (pretrain + steps) // 2)
+    diffusion = replace(diffusion, steps=pretrain + steps, learning_rate=rate, warmup=warmup)
+    share = {"meanflow": 0.75, "imf": 0.5, "shortcut": 0.5, "scm": 0.0}[found.objective]
+    few = replace(few, pretrain=pretrain, flow_share=share)
+    if found.objective == "scm":
+        few = replace(few, time_mean=-0.3, time_stddev=1.4)
+    return replace(found, diffusion=diffusion, few=few)
+
+
 def images(size: tuple[int, int], count: int) -> str:
     """Anyone's pictures: the networks' depth by their size, batches and steps by their number.
 
@@ -94,8 +123,13 @@ def preset(
     denoiser: DenoiserName = "dit",
     size: tuple[int, int] = (64, 64),
     count: int = 1000,
+    objective: ObjectiveName = "denoising",
+    started: bool = False,
 ) -> Train:
-    """The options of a preset for a space and a denoiser; `images` asks for size and count, too."""
+    """The options of a preset for a space, a denoiser and an objective.
+
+    `images` asks for size and count, too; `started`: the run begins as a finished one.
+    """
     small = [TWO_CORES, PIXEL if space == "pixel" else LATENT]
     if name == "imagenet256":
         layers = [IMAGENET256]
@@ -108,6 +142,13 @@ def preset(
         layers = [*small, images(size, count), patch]
     else:
         layers = [*small, MNIST, f"--data {name}", MNIST_STEPS[space, denoiser], MNIST_UNETS[space]]
+    if objective == "flow" or (objective != "denoising" and name == "imagenet256"):
+        layers.append(FLOW)
+    if objective in FEW_STEP:
+        layers.append(ONE_CALL)
+    if objective in DIFFERENTIATED:
+        layers.append("--diffusion.dtype float32")
     # Of an option that comes twice the last one counts.
-    default = Train(preset=name, space=space, denoiser=denoiser)
-    return tyro.cli(Train, args=" ".join(layers).split(), default=default)
+    default = Train(preset=name, space=space, denoiser=denoiser, objective=objective)
+    found = tyro.cli(Train, args=" ".join(layers).split(), default=default)
+    return few_steps(found, started) if objective in FEW_STEP else found

@@ -44,24 +44,41 @@ class Sampler(NamedTuple):
 
     def function(self, shape: Shape, null: Any) -> Callable[..., Any]:
         """`(space, network, cond, keys) -> images`, a pure function of a batch, in uint8."""
-        solver, times = (
-            make_solver(self.method, self.sampling),
-            make_times(self.method, self.sampling),
-        )
-        diffusion = self.method.diffusion
 
         def draw(space, network, cond, keys):
             denoiser = guided(network, null, self.sampling, self.dtype)
 
             def one(cond, key):
                 noise_key, solver_key = jax.random.split(key)
-                z = diffusion.sample_prior(shape, key=noise_key)
-                z = ex.sample(denoiser, diffusion, solver, times, z, cond, key=solver_key)
-                return space.decode(z)
+                z = self.method.diffusion.sample_prior(shape, key=noise_key)
+                return space.decode(self.end(denoiser, z, cond, solver_key))
 
             return to_uint8(jax.vmap(one)(cond, keys), pad=self.pad)
 
         return draw
+
+    def end(self, denoiser: Any, z: Any, cond: Any, key: Any) -> Any:
+        """Where the noise `z` leads."""
+        method, sampling = self.method, self.sampling
+        if sampling.solver == "map" and method.flow_map is not None:
+            times = ex.uniform_times(sampling.steps)
+            return ex.sample_map(method.flow_map(denoiser), times, z, cond, key=key)
+        solver, times = make_solver(method, sampling), make_times(method, sampling)
+        return ex.sample(denoiser, method.diffusion, solver, times, z, cond, key=key)
+
+    def states(self, denoiser: Any, z: Any, cond: Any, key: Any) -> Any:
+        """The states on the way there, the noise first."""
+        method, sampling = self.method, self.sampling
+        if sampling.solver == "map" and method.flow_map is not None:
+            flow_map, times = method.flow_map(denoiser), ex.uniform_times(sampling.steps)
+            states = [z]
+            for i in range(sampling.steps):
+                step = times[i : i + 2], states[-1], cond
+                states.append(ex.sample_map(flow_map, *step, key=jax.random.fold_in(key, i)))
+            return jnp.stack(states)
+        solver, times = make_solver(method, sampling), make_times(method, sampling)
+        arguments = method.diffusion, solver, times, z, cond
+        return ex.sample_trajectory(denoiser, *arguments, key=key).states
 
 
 class Drawing:
@@ -118,20 +135,16 @@ def forward_process(sampler: Sampler, trained: Trained, originals: Images, key: 
 
 def reverse_process(sampler: Sampler, trained: Trained, wanted: Wanted, key: Any) -> Images:
     """Each row one condition, the states of its denoising trajectory decoded, noise first."""
-    method, sampling = sampler.method, sampler.sampling
-    solver, times = make_solver(method, sampling), make_times(method, sampling)
-    shown = np.linspace(0, len(times) - 1, min(COLUMNS, len(times))).round().astype(int)
+    sampling, steps = sampler.sampling, sampler.sampling.steps
+    shown = np.linspace(0, steps, min(COLUMNS, steps + 1)).round().astype(int)
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, None, 0, 0))
     def row(space, network, cond, key):
         denoiser = guided(network, trained.null, sampling, sampler.dtype)
         noise_key, solver_key = jax.random.split(key)
-        z = method.diffusion.sample_prior(trained.shape, key=noise_key)
-        states, _ = ex.sample_trajectory(
-            denoiser, method.diffusion, solver, times, z, cond, key=solver_key
-        )
-        return jax.vmap(space.decode)(states[shown])
+        z = sampler.method.diffusion.sample_prior(trained.shape, key=noise_key)
+        return jax.vmap(space.decode)(sampler.states(denoiser, z, cond, solver_key)[shown])
 
     keys = jax.random.split(key, wanted.count)
     cond = jax.tree.map(jnp.asarray, wanted.cond)
