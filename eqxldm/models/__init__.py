@@ -10,6 +10,10 @@ from .autoencoder import (
     kl_f16 as kl_f16,
 )
 from .byte_text import ByteTextConfig as ByteTextConfig, ByteTextEncoder as ByteTextEncoder
+from .caption_encoder import (
+    CaptionEncoder as CaptionEncoder,
+    CaptionEncoderConfig as CaptionEncoderConfig,
+)
 from .clip_text import (
     CLIPOutput as CLIPOutput,
     CLIPText as CLIPText,

@@ -15,6 +15,7 @@ from ..models import (
     LPIPS,
     AutoencoderKL,
     ByteTextEncoder,
+    CaptionEncoder,
     CLIPText,
     DiT,
     Flux,
@@ -83,6 +84,7 @@ class Diffusers(NamedTuple):
 LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     AutoencoderKL: (autoencoder.diffusers_layout,),
     ByteTextEncoder: (),
+    CaptionEncoder: (),
     CLIPText: (clip_text.transformers_layout, clip_text.open_clip_layout),
     DiT: (dit.official_layout, dit.diffusers_layout),
     Flux: (flux.original_layout, flux.diffusers_layout),

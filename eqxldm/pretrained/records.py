@@ -14,6 +14,7 @@ CONFIGS: dict[str, type] = {
     for kind in (
         models.AutoencoderConfig,
         models.ByteTextConfig,
+        models.CaptionEncoderConfig,
         models.CLIPTextConfig,
         models.DiscriminatorConfig,
         models.DiTConfig,

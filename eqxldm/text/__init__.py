@@ -3,6 +3,11 @@
 Needs the extra `text`: `pip install 'eqxldm[text]'`.
 """
 
+from .byte_pairs import (
+    MERGES as MERGES,
+    byte_pairs as byte_pairs,
+    vocabulary_size as vocabulary_size,
+)
 from .clip import clip_tokenizer as clip_tokenizer
 from .errors import TokenizerError as TokenizerError
 from .folder import load_tokenizer as load_tokenizer

@@ -49,7 +49,8 @@ class Train(Config):
 
     preset: PresetName = "images"  # The defaults of all other options.
     # A folder of images, or with one for each class, or with captions; tars, parquet, ArrayRecord;
-    # for MNIST's presets a folder with its four files, which are fetched otherwise.
+    # for MNIST's presets a folder with its four files, for text one with the archives of emoji,
+    # which are fetched otherwise.
     images: Path | None = None
     run_dir: Path | None = None  # The run folder; by default in runs/, with the preset's name.
     samples: Samples = 1000  # How many images to sample at the end, as many of each class.
@@ -285,7 +286,10 @@ def wanted_samples(command: Sample, condition: Any) -> tuple[Wanted, int]:
     if command.prompt is not None and not isinstance(condition, Captions):
         raise UserError("--prompt: the run has no captions.")
     if isinstance(condition, Captions):
-        return condition.wanted(command.n, (command.prompt or "",)), square
+        prompt = command.prompt or ""
+        if cut := getattr(condition.read, "cut", lambda text: "")(prompt):
+            say(f"The prompt is too long for the network; this was cut off: {cut}")
+        return condition.wanted(command.n, (prompt,)), square
     if not isinstance(condition, Labels):
         return condition.wanted(command.n), square
     if command.label is None:

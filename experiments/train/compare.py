@@ -1,86 +1,137 @@
-"""`python -m experiments.train.compare`: the comparison behind the defaults of MNIST's DiT.
+"""`python -m experiments.train.compare`: what the networks of two presets are compared with.
 
-Takes the classifier, the autoencoder and its latents of a finished run, trains the DiT anew for
-each variant with a quarter of the images that the default run sees, samples, measures, and prints a
-table. Every variant is a run folder of its own, so that the comparison resumes like any run.
+With `--preset mnist` the variants behind the defaults of MNIST's DiT, with `--preset text` the two
+ways in which its DiT can look at a caption. Takes the classifier, the autoencoder and its latents
+of a finished run, trains the DiT anew for each variant with a share of the run's steps, samples,
+measures, and prints a table. Every variant is a run folder of its own, so that the comparison
+resumes like any run.
 """
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import tyro
 
+from eqxldm.models import multiply_adds
+
 from .commands import finished_config, train
+from .conditions import make_condition
+from .config import Config
 from .job import Inputs
+from .networks import make_autoencoder, make_denoiser, space_shape
 from .options import Range, Samples, check
 from .presets import preset
 from .run import CONFIG, RunFolder, as_dict, write_json
 from .terminal import UserError, run_main, say
 
-BASE = preset("mnist").config.diffusion
-HALF = replace(BASE, steps=BASE.steps // 2)
-VARIANTS = {
-    "default": BASE,
-    "flow, velocity": replace(BASE, path="flow", prediction="velocity"),
-    "ddpm, eps": replace(BASE, path="ddpm", prediction="eps"),
-    "learning rate 1e-3": replace(BASE, learning_rate=1e-3),
-    "learning rate 2e-3": replace(BASE, learning_rate=2e-3),
-    "batch 128": replace(HALF, batch_size=2 * BASE.batch_size),
-    "time_mean 0.5": replace(BASE, time_mean=0.5),
-    "192 wide": HALF,
+Variant = Callable[[Config], Config]
+
+
+def other(**changes: Any) -> Variant:
+    """The same network with these options of the diffusion."""
+    return lambda config: replace(config, diffusion=replace(config.diffusion, **changes))
+
+
+def half(config: Config) -> Config:
+    """Half of the steps, for what costs twice as much a step."""
+    return other(steps=config.diffusion.steps // 2)(config)
+
+
+def wider(config: Config) -> Config:
+    return replace(half(config), dit=replace(config.dit, width=192, num_heads=6))
+
+
+def twice_the_batch(config: Config) -> Config:
+    return other(batch_size=2 * config.diffusion.batch_size)(half(config))
+
+
+def cross_attention(config: Config) -> Config:
+    """Cross-attention in place of joint tokens, with as many steps as make as many multiply-adds."""
+    changed = replace(config, text=replace(config.text, cross_attention=True))
+    steps = config.diffusion.steps * step_cost(config) / step_cost(changed)
+    return other(steps=round(steps))(changed)
+
+
+def step_cost(config: Config) -> int:
+    """Multiply-adds of the network of captions, of one example."""
+    condition = make_condition(config, "text", 0)
+    build = lambda: make_denoiser(config, space_shape(config, make_autoencoder(config)), condition)
+    network = eqx.filter_eval_shape(build)
+    return multiply_adds(network, config.text.max_length)
+
+
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "mnist": {
+        "default": other(),
+        "flow, velocity": other(path="flow", prediction="velocity"),
+        "ddpm, eps": other(path="ddpm", prediction="eps"),
+        "learning rate 1e-3": other(learning_rate=1e-3),
+        "learning rate 2e-3": other(learning_rate=2e-3),
+        "batch 128": twice_the_batch,
+        "time_mean 0.5": other(time_mean=0.5),
+        "192 wide": wider,
+    },
+    "text": {"joint tokens": other(), "cross-attention": cross_attention},
 }
-WIDER = {"192 wide": {"width": 192, "num_heads": 6}}
+COLUMNS = ("fd", "accuracy", "accuracy_known", "precision", "recall")
 
 
 @dataclass(frozen=True)
 class Compare:
     """Compare variants of the DiT at equal budget."""
 
-    # A finished run, whose classifier, autoencoder and latents serve all variants.
-    run_dir: Path = Path("runs/mnist")
-    out: Path = Path("runs/compare-mnist")  # A folder for the variants' run folders.
+    preset: Literal["mnist", "text"] = "mnist"  # Of which run, and so which variants.
+    # A finished run, whose classifier, autoencoder and latents serve all variants; by default the
+    # preset's.
+    run_dir: Path | None = None
+    # A folder for the variants' run folders; by default in runs/, with the preset's name.
+    out: Path | None = None
     images: Path | None = None  # As in training.
     share: Annotated[float, Range(0, 1, "(]")] = 0.25  # Of the default run's steps.
     samples: Samples = 2000  # Of each variant.
-    only: tuple[str, ...] = tuple(VARIANTS)  # The variants to run.
+    only: tuple[str, ...] = ()  # The variants to run; by default all.
 
 
 def compare(options: Compare) -> None:
     check(options)
-    base, rows = finished_config(RunFolder(options.run_dir)), []
-    for name in options.only:
-        if name not in VARIANTS:
-            raise UserError(f"--only {name!r}: known are {', '.join(map(repr, VARIANTS))}.")
-        variant = VARIANTS[name]
-        variant = replace(variant, steps=max(2, int(variant.steps * options.share)))
-        variant = replace(variant, warmup=min(variant.warmup, variant.steps - 1))
-        config = replace(base, diffusion=variant, dit=replace(base.dit, **WIDER.get(name, {})))
-        run = RunFolder(options.out / name.replace(", ", "-").replace(" ", "-"))
+    variants, start = VARIANTS[options.preset], preset(options.preset)
+    finished = options.run_dir or Path("runs") / options.preset
+    out = options.out or Path("runs") / f"compare-{options.preset}"
+    base, rows = finished_config(RunFolder(finished)), []
+    base = replace(base, diffusion=start.diffusion)
+    for name in options.only or variants:
+        if name not in variants:
+            raise UserError(f"--only {name!r}: known are {', '.join(map(repr, variants))}.")
+        config = variants[name](base)
+        steps = max(2, int(config.diffusion.steps * options.share))
+        config = other(steps=steps, warmup=min(config.diffusion.warmup, steps - 1))(config)
+        run = RunFolder(out / name.replace(", ", "-").replace(" ", "-"))
         if not (run.path / CONFIG).exists():
             shutil.rmtree(run.path, ignore_errors=True)
             stage = "checkpoints/classifier"
-            shutil.copytree(options.run_dir / stage, run.path / stage)
+            shutil.copytree(finished / stage, run.path / stage)
             write_json(run.file(CONFIG), as_dict(config))
         say(f"--- {name}")
-        inputs = Inputs(vae=options.run_dir, latents=options.run_dir / "latents")
+        inputs = Inputs(vae=finished, latents=finished / "latents")
         settings = {field: getattr(config, field) for field in config.__dataclass_fields__}
         train(
             replace(
-                preset("mnist"), images=options.images, run_dir=run.path, inputs=inputs,
+                start, images=options.images, run_dir=run.path, inputs=inputs,
                 samples=options.samples, **settings,
             )
         )  # fmt: skip
-        rows.append((name, variant, (run.metrics() or {})["diffusion"]))
-    say("\n| variant | steps x batch | FD | accuracy | precision | recall |")
-    say("|---|---|---|---|---|---|")
+        rows.append((name, config.diffusion, (run.metrics() or {})["diffusion"]))
+    columns = [column for column in COLUMNS if all(column in found for _, _, found in rows)]
+    say(f"\n| variant | steps x batch | {' | '.join(columns)} |")
+    say("|---|---|" + "---|" * len(columns))
     for name, variant, found in rows:
-        budget = f"{variant.steps} x {variant.batch_size}"
-        figures = (f"{found[k]:.3f}" for k in ("fd", "accuracy", "precision", "recall"))
-        say(f"| {name} | {budget} | {' | '.join(figures)} |")
+        figures = " | ".join(f"{found[column]:.3f}" for column in columns)
+        say(f"| {name} | {variant.steps} x {variant.batch_size} | {figures} |")
 
 
 def main(args: Sequence[str] | None = None) -> None:

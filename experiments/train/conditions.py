@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from eqxldm.data import ImageSource, caption_bytes, label_condition, no_condition
 
+from .captions import CaptionTokens
 from .config import Config
 from .terminal import UserError
 
@@ -46,7 +47,7 @@ class Labels:
     def null(self) -> Any:
         return np.array(self.num_classes, np.int32)
 
-    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
+    def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
         """The classes in turn, so that there are as many of each."""
         return self.of(np.arange(count) % self.classes)
 
@@ -62,24 +63,29 @@ class Labels:
 
 @dataclass(frozen=True)
 class Captions:
-    """The caption's bytes."""
+    """The caption's tokens: bytes, or of CLIP's byte pairs the first `merges`."""
 
     max_length: int
+    merges: int | None = None
     kind = "text"
 
     @property
     def read(self) -> Any:
-        return caption_bytes(self.max_length)
+        if self.merges is None:
+            return caption_bytes(self.max_length)
+        return CaptionTokens(self.max_length, self.merges)
 
     @property
     def null(self) -> Any:
         """An empty caption."""
         return self.read.tokens("")
 
-    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
-        """These captions in turn."""
-        chosen = tuple(texts[i % len(texts)] for i in range(count))
-        return Wanted(count, np.stack([self.read.tokens(text) for text in chosen]), None, chosen)
+    def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
+        """These captions in turn, and the classes of what they say where they are known."""
+        at = np.arange(count) % len(texts)
+        chosen = tuple(texts[i] for i in at.tolist())
+        cond = np.stack([self.read.tokens(text) for text in chosen])
+        return Wanted(count, cond, None if labels is None else np.asarray(labels)[at], chosen)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Nothing:
     null = None
     kind = "none"
 
-    def wanted(self, count: int, texts: Sequence[str] = ()) -> Wanted:
+    def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
         return Wanted(count, None)
 
 
@@ -100,7 +106,8 @@ Condition = Labels | Captions | Nothing
 def make_condition(config: Config, kind: str, classes: int) -> Condition:
     """The condition of a kind, for images of so many classes."""
     if kind == "text":
-        return Captions(config.text.max_length)
+        text = config.text
+        return Captions(text.max_length, text.merges if text.tokens == "clip" else None)
     if kind == "none":
         return Nothing()
     labels = classes if config.pictures.num_classes is None else config.pictures.num_classes

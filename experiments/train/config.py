@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from eqxldm.text import MERGES
+
 from .options import (
     Batch,
     Depth,
@@ -21,10 +23,11 @@ from .options import (
     Width,
 )
 
-PresetName = Literal["mnist", "fashion-mnist", "cifar10", "imagenet256", "images", "smoke"]
-DataName = Literal["images", "mnist", "fashion-mnist", "shapes"]
+PresetName = Literal["mnist", "fashion-mnist", "cifar10", "text", "imagenet256", "images", "smoke"]
+DataName = Literal["images", "mnist", "fashion-mnist", "emoji", "shapes"]
 SpaceName = Literal["latent", "pixel"]
 DenoiserName = Literal["dit", "unet"]
+TokenName = Literal["bytes", "clip"]
 ConditionName = Literal["auto", "label", "text", "none"]
 ObjectiveName = Literal["denoising", "flow", "meanflow", "imf", "shortcut", "scm"]
 PathName = Literal["flow", "cosine", "ddpm"]
@@ -55,7 +58,7 @@ AttentionName = Literal["xla", "cudnn"]
 class PictureOptions:
     """The images, and what a network is told of them."""
 
-    # Where they come from: --images, or MNIST's files (--images or a mirror), or made ones.
+    # Where they come from: --images, or MNIST's files or emoji (--images, or fetched), or made.
     data: DataName = "images"
     # 1 for grey, 3 for colour, 4 for colour with transparency; files are converted.
     channels: Annotated[int, Range(1, 4)] = 3
@@ -154,9 +157,13 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The encoder of captions, which is trained along: a small transformer over their bytes."""
+    """The encoder of captions, which is trained along: a small transformer over their tokens."""
 
-    # Bytes of a caption that are read, and one for the start.
+    # What a caption is cut into: its bytes, or byte pairs as CLIP does (the extra "text").
+    tokens: TokenName = "bytes"
+    # Of CLIP's list of byte pairs, the commonest first: fewer cut rare words into more tokens.
+    merges: Annotated[int, Range(0, MERGES)] = MERGES
+    # Tokens of a caption that are read, with those of start and end.
     max_length: Annotated[int, Range(2, 1024)] = 96
     depth: Depth = 2  # Blocks.
     width: Width | None = None  # Numbers in a token; by default the DiT's.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from eqxldm.data import DataError, ImageSource, open_images, open_mnist
+from eqxldm.data import DataError, ImageSource, open_emoji, open_images, open_mnist
 from eqxldm.data.decode import decode_and_crop
 
 from .config import Config
@@ -39,6 +39,8 @@ def open_source(config: Config, images: Path | None) -> ImageSource:
         return shapes()
     if data in ("mnist", "fashion-mnist"):
         return open_mnist(data, images, split="train", log=say)
+    if data == "emoji":
+        return open_emoji(images, split="train", log=say)
     if images is None:
         raise UserError(NO_IMAGES)
     return open_folder(images)
@@ -51,6 +53,8 @@ def open_test(
     data = config.pictures.data
     if test is None and data in ("mnist", "fashion-mnist"):
         return open_mnist(data, images, split="test", log=say)
+    if test is None and data == "emoji":
+        return open_emoji(images, split="test", log=lambda line: None)
     if test is None:
         return None
     found = open_images(test)

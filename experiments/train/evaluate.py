@@ -47,6 +47,7 @@ class Comparison(NamedTuple):
     real: Described
     samples: Described
     labels: Int[np.ndarray, " n"] | None
+    class_names: tuple[str, ...] = ()
 
 
 def frechet(c: Comparison) -> dict[str, float]:
@@ -67,9 +68,19 @@ def accuracy(c: Comparison) -> dict[str, float]:
     return {"accuracy": float(np.mean(c.samples.classes == c.labels))}
 
 
+def accuracy_of_parts(c: Comparison) -> dict[str, float]:
+    """The same of each part of the classes' names, where all are pairs, such as "food, noto"."""
+    parts = [name.split(", ") for name in c.class_names]
+    if c.labels is None or c.samples.classes is None or any(len(p) != 2 for p in parts):
+        return {}
+    names = np.array(parts)
+    right = names[c.samples.classes] == names[c.labels]
+    return {f"accuracy_part_{i + 1}": float(np.mean(right[:, i])) for i in range(2)}
+
+
 # To add one, write a function from a Comparison to numbers by name.
 Evaluator = Callable[[Comparison], dict[str, float]]
-EVALUATORS: tuple[Evaluator, ...] = (frechet, manifold, accuracy)
+EVALUATORS: tuple[Evaluator, ...] = (frechet, manifold, accuracy, accuracy_of_parts)
 
 
 class Reference:
@@ -99,12 +110,19 @@ class Reference:
         parts = decoded(source, indices[:n], self._config, strict=self._strict)
         return np.concatenate([images for images, _ in parts])
 
-    def texts(self, n: int) -> tuple[str, ...]:
-        """Captions of real images, to draw images for."""
-        source, indices = self._real
+    def texts(self, n: int, *, others: bool = False) -> tuple[tuple[str, ...], Any]:
+        """Captions of real images, or of the others, to draw images for, and their classes."""
+        source, indices = self._others if others else self._real
         if not source.has_captions:
-            return ()
-        return tuple(source[int(i)].caption or "" for i in indices[:n])
+            return (), None
+        records = [source[int(i)] for i in indices[:n]]
+        labels = np.array([r.label for r in records], np.int32) if source.class_names else None
+        return tuple(r.caption or "" for r in records), labels
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the real images have captions that the others, of the training, have not."""
+        return self._real[0] is not self._others[0] and self._real[0].has_captions
 
     def described(self, features: Features) -> tuple[Described, dict[str, float]]:
         """What the features say of the real images, and how often the classes are right."""
@@ -145,8 +163,8 @@ class Measuring:
         self._drawing: Drawing | None = None
         self._real: tuple[Described, dict[str, float]] | None = None
 
-    def _wanted(self, count: int) -> Wanted:
-        return self._job.condition.wanted(count, self._reference.texts(count))
+    def _wanted(self, count: int, *, others: bool = False) -> Wanted:
+        return self._job.condition.wanted(count, *self._reference.texts(count, others=others))
 
     def _draw(self, trained: Trained, wanted: Wanted, key: Any, **options: Any) -> Images:
         if self._drawing is None:
@@ -157,7 +175,8 @@ class Measuring:
     def _scores(self, images: Images, wanted: Wanted) -> dict[str, float]:
         if self._real is None:
             self._real = self._reference.described(self._features)
-        compared = Comparison(self._real[0], self._features(images), wanted.labels)
+        names = self._job.source.class_names
+        compared = Comparison(self._real[0], self._features(images), wanted.labels, names)
         return {name: x for function in self._evaluators for name, x in function(compared).items()}
 
     def along(self, trained: Trained, step: int) -> tuple[dict[str, float], Any]:
@@ -181,6 +200,7 @@ class Measuring:
         wanted, begin = self._wanted(count), time.monotonic()
         images = self._all_samples(trained, wanted, sigma_rel)
         seconds = time.monotonic() - begin
+        known = self._known(trained, count)
         if not is_primary():
             return {}
         arrays: dict[str, Any] = {"arr_0": images}
@@ -198,6 +218,7 @@ class Measuring:
         return {
             "diffusion": {
                 **scores,
+                **known,
                 "fd_real": frechet_distance(real.features, others.features),
                 **right,
                 "samples": count,
@@ -243,6 +264,18 @@ class Measuring:
             grid = image_grid(grid.reshape(-1, *grid.shape[2:]), len(columns))
             save_png(self._run.file("few-steps.png"), grid)
         return {"few_steps": rows}
+
+    def _known(self, trained: Trained, count: int) -> dict[str, float]:
+        """The accuracies for captions of the training, where those that count were held out."""
+        if not self._reference.held_out:
+            return {}
+        wanted = self._wanted(count, others=True)
+        key = stream_key(self._config.seed, "samples/known")
+        images = self._draw(trained, wanted, key, name="captions of the training")
+        if not is_primary() or wanted.labels is None:
+            return {}
+        scores = self._scores(images, wanted)
+        return {f"{k}_known": x for k, x in scores.items() if k.startswith("accuracy")}
 
     def _all_samples(self, trained: Trained, wanted: Wanted, sigma_rel: float | None) -> Images:
         """Samples in parts that stay until all are there, so that little is drawn twice."""
@@ -310,7 +343,7 @@ def _load(path: Path, count: int) -> Images | None:
 
 def samples_grid(images: Images, wanted: Wanted) -> Images:
     """Some samples: one row a class, or the first ones."""
-    if wanted.labels is None:
+    if wanted.labels is None or wanted.texts is not None:
         return image_grid(images[: COLUMNS * SHOWN], min(COLUMNS, len(images)))
     found, counts = np.unique(wanted.labels, return_counts=True)
     spread = np.unique(np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int))

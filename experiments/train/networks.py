@@ -1,6 +1,7 @@
 """The networks of a run, as its configuration describes them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 
 from eqxldm import models, nn
 from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
+from eqxldm.text import vocabulary_size
 
 from .conditions import Captions, Condition, Labels
 from .config import AttentionName, Config, RematName
@@ -100,11 +102,12 @@ def make_denoiser(
         options |= dict(num_classes=condition.num_classes)
     elif isinstance(condition, Captions):
         text = config.text
-        width = text.width or sizes["width"]
+        size = text.width or sizes["width"], text.depth, text.num_heads, text.max_length
+        encoder: Any = models.ByteTextEncoder
+        if condition.merges is not None:
+            encoder = partial(models.CaptionEncoder, vocabulary=vocabulary_size(condition.merges))
         options |= dict(
-            embed_cond=models.ByteTextEncoder(
-                width, text.depth, text.num_heads, text.max_length, key=text_key
-            ),
+            embed_cond=encoder(*size, key=text_key),
             block=models.CrossAttentionDiTBlock if text.cross_attention else models.DiTBlock,
         )
     return DiT(shape, **sizes, **options, key=key)

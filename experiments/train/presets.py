@@ -63,6 +63,13 @@ SMOKE = """
     --sampling.steps 20 --sampling.guidance 1.5 --unet.num-heads 2
     --text.max-length 32 --text.depth 1 --text.num-heads 2
 """
+# Emoji of three styles, 32 x 32, from their captions.
+TEXT = """
+    --data emoji --condition text --size 32 32 --no-flip --samples 1000 --checkpoint-every 500
+    --autoencoder.steps 1500 --diffusion.steps 7000 --diffusion.learning-rate 2e-3
+    --text.tokens clip --text.merges 8192 --text.max-length 16 --text.depth 2 --text.num-heads 4 --sampling.guidance 2.5
+    --latents.images-per-shard 1000
+"""
 # Pixels have patches and levels of their own, so that there are about as many tokens.
 PIXEL = "--dit.patch-size 4 --unet.channels 32 64 64"
 LATENT = "--dit.patch-size 2 --unet.channels 64 128"
@@ -135,6 +142,8 @@ def preset(
         layers = [IMAGENET256]
     elif name == "cifar10":
         layers = [*small, CIFAR10]
+    elif name == "text":
+        layers = [*small, TEXT]
     elif name == "smoke":
         layers = [*small, SMOKE, SMALL_UNETS[space]]
     elif name == "images":

@@ -12,7 +12,7 @@ STREAMS = frozenset(
     autoencoder/model autoencoder/step autoencoder/data autoencoder/statistics discriminator/model
     diffusion/model diffusion/step diffusion/data
     masked/model masked/step masked/data twin/model twin/step twin/data
-    samples evaluation reference pictures/forward pictures/reverse""".split()
+    samples samples/known evaluation reference pictures/forward pictures/reverse""".split()
 )
 LARGEST_SEED = 2**64 - 1
 
