@@ -51,14 +51,14 @@ def twice_the_batch(config: Config) -> Config:
 
 
 def cross_attention(config: Config) -> Config:
-    """Cross-attention in place of joint tokens, with as many steps as make as many multiply-adds."""
+    """Cross-attention in place of joint tokens, with steps that make as many multiply-adds."""
     changed = replace(config, text=replace(config.text, cross_attention=True))
     steps = config.diffusion.steps * step_cost(config) / step_cost(changed)
     return other(steps=round(steps))(changed)
 
 
 def step_cost(config: Config) -> int:
-    """Multiply-adds of the network of captions, of one example."""
+    """Multiply-adds of the DiT of captions, of one example, without the encoder of captions."""
     condition = make_condition(config, "text", 0)
     build = lambda: make_denoiser(config, space_shape(config, make_autoencoder(config)), condition)
     network = eqx.filter_eval_shape(build)
