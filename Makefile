@@ -237,10 +237,6 @@ $(DEV): $(RUNTIME)
 	$(call INSTALL,.venv,dev $(ACCELERATOR_EXTRA))
 	@touch $@
 
-$(TEXT): $(RUNTIME)
-	$(INSTALL) '.[text$(if $(ACCELERATOR_EXTRA),$(comma)$(ACCELERATOR_EXTRA))]'
-	@touch $@
-
 $(DOCS): $(RUNTIME)
 	$(call INSTALL,.venv,docs text $(ACCELERATOR_EXTRA))
 	@touch $@

@@ -294,6 +294,7 @@ RECORDED = {
     ),
     "lpips": lambda: models.LPIPS(channels=(2,) * 5, key=KEY),
     "encoder": lambda: ByteTextEncoder(16, 2, 2, 8, key=KEY),
+    "captions": lambda: models.CaptionEncoder(16, 1, 2, 8, 99, key=KEY),
 }  # fmt: skip
 
 

@@ -148,6 +148,9 @@ def shipped():
     words = dict(depth=2, width=16, num_heads=2, max_length=8)
     makes = {
         "dit": partial(models.DiT, (3, 4, 8), **sizes, num_classes=5, qk_norm=nn.RMSNorm),
+        "caption dit": partial(
+            models.DiT, (3, 4, 8), **sizes, embed_cond=models.CaptionEncoderConfig(16, 1, 2, 8, 99)
+        ),
         "text dit": partial(
             models.DiT, (3, 4, 8), **sizes, embed_cond=text, block=models.CrossAttentionDiTBlock,
             step_embedding=nn.Sinusoid(1.0, 0.0), qk_norm=nn.LayerNorm,
