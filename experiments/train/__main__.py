@@ -62,7 +62,7 @@ def given(args: Sequence[str], option: str, count: int = 1) -> list[str]:
     >>> given(["train", "--size", "64", "96", "--space=pixel"], "--size", 2)
     ['64', '96']
     """
-    for i, arg in enumerate(args):
+    for i, arg in reversed(list(enumerate(args))):  # of an option that comes twice the last counts
         name, _, value = arg.partition("=")
         if name == option:
             return [value] if value else list(args[i + 1 : i + 1 + count])

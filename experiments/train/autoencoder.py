@@ -67,7 +67,7 @@ def _check_written(folder: Path) -> None:
     """That a run's autoencoder is the file that was written, where the run has noted which."""
     repair = "Train again with --overwrite, or restore the file."
     try:
-        expected = read_json(folder / ABOUT, "sha256", repair=repair)["sha256"]
+        expected = read_json(folder / ABOUT, {"sha256": str}, repair=repair)["sha256"]
     except FileNotFoundError:
         return
     if file_digest(folder / AUTOENCODER) != expected:
@@ -103,10 +103,12 @@ def obtain_autoencoder(job: Job) -> AutoencoderKL:
             )
         barrier("autoencoder")
     try:
-        about = read_json(run.path / ABOUT, repair="Delete it.")
+        about = read_json(run.path / ABOUT, {"timings": dict}, repair="Delete it.")
     except FileNotFoundError:  # killed in between
         about = {}
-    job.timings["autoencoder"] = about.get("timings", {"seconds": 0.0})
+    spent = about.get("timings", {}).get("seconds")
+    spent = spent if isinstance(spent, int | float) else 0.0
+    job.timings["autoencoder"] = {**about.get("timings", {}), "seconds": spent}
     model = load_vae(run.path, channels, option="run")
     if vae is not None:
         of = lambda ae: (ae.shift, ae.scale, identity(ae))

@@ -1,5 +1,6 @@
 """What is refused before anything is written: all that a run needs up to its end."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from .conditions import Condition
-from .config import Config, SamplingConfig
+from .config import AttentionName, Config, SamplingConfig
+from .data import count_readable
 from .few_steps import DIFFERENTIATED, FEW_STEP
+from .figures import FORMAT_ERRORS, check_format
 from .job import Compute
 from .methods import DTYPES, check_sampling, make_decays, make_method
 from .networks import (
@@ -26,6 +29,7 @@ from .networks import (
     space_shape,
 )
 from .sampling import Sampler
+from .streams import stream_order
 from .terminal import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -38,15 +42,35 @@ def mesh_of(compute: Compute) -> Mesh:
         raise UserError(f"--mesh: {error}") from None
 
 
-def check_out(path: Path) -> None:
-    """That a picture can be written there, before it is drawn."""
+def check_out(path: Path, image: Any) -> None:
+    """That a picture like this one can be written there, before it is drawn."""
     if path.suffix.lower() not in PICTURES:
         raise UserError(f"--out {path}: a picture's name ends with one of {', '.join(PICTURES)}.")
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder.")
-    above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    if not above.is_dir():
-        raise UserError(f"--out {path}: {above} is no folder.")
+    check_writable(path, "--out")
+    try:
+        check_format(path.suffix.lower(), image)
+    except FORMAT_ERRORS as error:
+        h, w, c = image.shape
+        raise UserError(
+            f"--out {path}: {h} x {w} pixels of {c} channels cannot be written as "
+            f"{path.suffix}: {error}. Use .png, or fewer images."
+        ) from None
+
+
+def check_writable(path: Path, option: str) -> None:
+    """That a file can be put there, without leaving anything."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder.")
+        # As long as the longest name that stands beside it while it is written.
+        path.with_name(f".{path.name}-{'0' * 8}{path.suffix}").exists()
+        above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+        if not above.is_dir():
+            raise UserError(f"{option} {path}: {above} is no folder.")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror or error}.") from None
 
 
 def check_options(
@@ -94,6 +118,18 @@ def _check_few_steps(config: Config, compute: Compute) -> None:
         )
 
 
+def check_readable(config: Config, source: ImageSource, *, strict: bool) -> None:
+    """Refuses a batch of latents for which too few images can be read: others take no place."""
+    enough = config.diffusion.batch_size
+    order = stream_order(config.seed, "diffusion/data", len(source))
+    found = count_readable(source, order, config, enough=enough, strict=strict)
+    if found < enough:
+        raise UserError(
+            f"--diffusion.batch-size {enough} is more than the {found} training images that can be "
+            "read."
+        )
+
+
 def check_batches(
     config: Config, source: ImageSource, mesh: Mesh, compute: Compute, stages: tuple[str, ...]
 ) -> None:
@@ -117,6 +153,7 @@ def check_networks(
     vae: AutoencoderKL | None,
     *,
     diffusion: bool = True,
+    attention: AttentionName = "xla",
 ) -> None:
     """Refuses sizes that do not fit each other: the networks and the sampler, as shapes only."""
     h, w = config.padded
@@ -135,7 +172,7 @@ def check_networks(
     def draw() -> Any:
         space = make_space()
         shape = space_shape(config, space)
-        network = make_denoiser(config, shape, condition)
+        network = make_denoiser(config, shape, condition, attention=attention)
         cond = jax.tree.map(lambda a: jnp.asarray(a)[None], condition.null)
         draw = sampler.function(shape, condition.null)
         return draw(space, network, cond, jax.random.split(jax.random.key(0), 1))

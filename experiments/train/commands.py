@@ -14,7 +14,14 @@ from eqxldm.distributed import barrier, from_primary, is_primary
 from eqxldm.sharding import make_mesh
 
 from .autoencoder import load_lpips, load_vae, obtain_autoencoder
-from .checks import check_batches, check_networks, check_options, check_out, mesh_of
+from .checks import (
+    check_batches,
+    check_networks,
+    check_options,
+    check_out,
+    check_readable,
+    mesh_of,
+)
 from .classifier import train_classifier
 from .conditions import Captions, Labels, Wanted, choose_condition
 from .config import (
@@ -39,7 +46,7 @@ from .processes import Processes, all_succeed, join
 from .run import CONFIG, METRICS, RunFolder, as_dict, write_json
 from .sampling import Drawing, Sampler
 from .streams import stream_key
-from .telemetry import LogOptions, Telemetry
+from .telemetry import LogOptions, Telemetry, check_packages
 from .terminal import Signals, UserError, say
 
 
@@ -189,6 +196,7 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
     with all_succeed():
         check(command)
         check_options(config, command.sampling, compute)
+        check_packages(command.log)
         mesh, inputs = mesh_of(compute), command.inputs
         start = None
         if inputs.start_from is not None and not alone:
@@ -203,8 +211,17 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         test = open_test(config, command.images, inputs.test_images, source)
         left_out = {"autoencoder"} if vae is not None or config.space == "pixel" else set()
         check_batches(config, source, mesh, compute, tuple(s for s in trained if s not in left_out))
-        check_networks(config, command.sampling, condition, vae, diffusion=not alone)
-        reference = Reference(config, source, test, strict=inputs.strict)
+        check_networks(
+            config,
+            command.sampling,
+            condition,
+            vae,
+            diffusion=not alone,
+            attention=compute.attention,
+        )
+        reference = Reference(config, source, test, condition, strict=inputs.strict)
+        if config.space == "latent" and not alone:
+            check_readable(config, source, strict=inputs.strict)
         job = Job(
             config, compute, inputs, source, condition, run, mesh, signals, command.log, vae, lpips,
             start,
@@ -267,14 +284,17 @@ def sample(command: Sample) -> None:
     wanted, columns = wanted_samples(command, condition)
     name = "sample.png" if command.label is None else f"sample-{command.label}.png"
     out = run.path / name if command.out is None else command.out
-    check_out(out)
+    scale = 4 if max(config.size) <= 32 else 2
+    grid = lambda images: image_grid(images, columns, scale=scale)
+    h, w = config.size
+    check_out(out, grid(np.zeros((wanted.count, h, w, config.pictures.channels), np.uint8)))
     trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
     sampler = Sampler(method, sampling, config.pictures.pad, DTYPES[config.diffusion.dtype])
     batch = min(command.sampling_batch, wanted.count)
     drawing = Drawing(sampler, trained.shape, trained.null, batch=batch)
     images = drawing(trained, wanted, stream_key(command.seed, "samples"))
     path = run.file(name) if command.out is None else out
-    save_png(path, image_grid(images, columns, scale=4 if max(config.size) <= 32 else 2))
+    save_png(path, grid(images))
     say(f"{len(images)} images in {out}")
 
 
@@ -307,11 +327,11 @@ def evaluate(command: Evaluate) -> None:
         mesh, config = mesh_of(command.compute), finished_config(run)
         check_options(config, command.sampling, command.compute, prefix="")
         condition, about = read_data(run, config)
-        images = command.images or (Path(about["path"]) if about["path"] else None)
+        images = command.images or (Path(about["path"]) if about.get("path") else None)
         source = open_source(config, images)
         test = open_test(config, images, command.inputs.test_images, source)
         metrics = run.metrics()
-        reference = Reference(config, source, test, strict=command.inputs.strict)
+        reference = Reference(config, source, test, condition, strict=command.inputs.strict)
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no {METRICS}. Train first.")
     trained = load_finished(config, run, condition, mesh, command.sigma_rel)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from .captions import CaptionTokens
 from .config import Config
 from .terminal import UserError
 
+KindName = Literal["label", "text", "none"]
 SHOWN = 10  # classes, or rows, in the pictures
 
 
@@ -103,7 +104,7 @@ class Nothing:
 Condition = Labels | Captions | Nothing
 
 
-def make_condition(config: Config, kind: str, classes: int) -> Condition:
+def make_condition(config: Config, kind: KindName, classes: int) -> Condition:
     """The condition of a kind, for images of so many classes."""
     if kind == "text":
         text = config.text

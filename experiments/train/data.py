@@ -91,3 +91,21 @@ def decoded(
             if found:
                 images, labels = zip(*found, strict=True)
                 yield np.stack(images), np.array(labels, np.int32) if source.class_names else None
+
+
+def count_readable(
+    source: ImageSource,
+    indices: Int[np.ndarray, " n"],
+    config: Config,
+    *,
+    enough: int,
+    strict: bool,
+) -> int:
+    """How many of these images can be read, where fewer than `enough` can; else at least that."""
+    found = 0
+    for i in range(0, len(indices), enough):
+        for images, _ in decoded(source, indices[i : i + enough], config, strict=strict):
+            found += len(images)
+        if found >= enough:
+            break
+    return found

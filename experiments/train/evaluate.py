@@ -22,9 +22,9 @@ from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import batch_sharding
 
 from .classifier import VALUES, Described, Features, Images, map_images
-from .conditions import SHOWN, Labels, Wanted
+from .conditions import SHOWN, Captions, Condition, Labels, Wanted
 from .config import Config, SamplingConfig
-from .data import decoded
+from .data import count_readable, decoded
 from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
@@ -87,7 +87,13 @@ class Reference:
     """Real images: those that samples are measured against, and as many others to compare with."""
 
     def __init__(
-        self, config: Config, source: ImageSource, test: ImageSource | None, *, strict: bool
+        self,
+        config: Config,
+        source: ImageSource,
+        test: ImageSource | None,
+        condition: Condition,
+        *,
+        strict: bool,
     ):
         self._config, self._strict = config, strict
         order = stream_order(config.seed, "reference", len(source))
@@ -102,6 +108,18 @@ class Reference:
             raise UserError(
                 f"{len(source)} images, {len(self._real[1])} of them to measure against: at least "
                 f"{LEAST} are needed there and {LEAST} others. Give more images, or --test-images."
+            )
+        for name, part in (("measured against", self._real), ("compared with", self._others)):
+            n = count_readable(*part, config, enough=LEAST, strict=strict)
+            if n < LEAST:
+                raise UserError(
+                    f"of the {len(part[1])} images that are to be {name} only {n} can be read: at "
+                    f"least {LEAST} are needed. Give more images, or --test-images."
+                )
+        if isinstance(condition, Captions) and not self.texts(1):
+            raise UserError(
+                "--test-images: they have no captions, for which samples are drawn. Put "
+                "captions.json or metadata.jsonl beside them, or give --condition label or none."
             )
 
     def first(self, n: int) -> Images:
@@ -392,11 +410,13 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     """What the job says at its end, of whatever was measured."""
     parts, lines = {"autoencoder": "autoencoder", "diffusion": "samples"}, []
     for part, name in parts.items():
-        found = metrics.get(part, {})
+        found = metrics.get(part) or {}
         shown = [f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)]
-        about = " ({samples}, {solver}, {steps} steps)" if part == "diffusion" else ""
+        about = ""
+        if found.keys() >= {"samples", "solver", "steps"}:
+            about = f" ({found['samples']}, {found['solver']}, {found['steps']} steps)"
         if shown:
-            lines.append(f"{name}{about.format(**found)}: {', '.join(shown)}")
+            lines.append(f"{name}{about}: {', '.join(shown)}")
     for row in metrics.get("few_steps", []):
         shown = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
         lines.append(f"{row['calls']} calls ({row['solver']}): {', '.join(shown)}")

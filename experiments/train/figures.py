@@ -1,5 +1,6 @@
 """Pictures: grids of images and curves of losses."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from eqxldm.durable import replacing
+
+# What Pillow raises for too many pixels or channels that a format does not have.
+FORMAT_ERRORS = (OSError, ValueError, SystemError, OverflowError, MemoryError)
 
 
 def image_grid(
@@ -23,10 +27,22 @@ def image_grid(
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "H W c"]) -> None:
+    with replacing(path) as temporary:
+        _picture(image).save(temporary)
+
+
+def check_format(ending: str, image: UInt8[np.ndarray, "H W c"]) -> None:
+    """Raises one of `FORMAT_ERRORS` where such an image is none of this file ending's format."""
     from PIL import Image
 
-    with replacing(path) as temporary:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary)
+    Image.init()
+    _picture(image).save(io.BytesIO(), Image.EXTENSION[ending])
+
+
+def _picture(image: UInt8[np.ndarray, "H W c"]) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def read_png(path: Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -34,6 +50,11 @@ def read_png(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def _number(value: Any) -> bool:
+    """Whether a log's value can be drawn: a number, not 0, which a logarithm would not show."""
+    return isinstance(value, int | float) and 0 < abs(value) < 1e300
 
 
 def save_curves(path: Path, entries: list[dict[str, Any]], stages: dict[str, list[str]]) -> None:
@@ -45,15 +66,15 @@ def save_curves(path: Path, entries: list[dict[str, Any]], stages: dict[str, lis
 
     figure, axes = plt.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.2), squeeze=False)
     for axis, (stage, names) in zip(axes[0], stages.items(), strict=True):
-        rows = [e for e in entries if e.get("stage") == stage and "step" in e]
+        rows = [e for e in entries if e.get("stage") == stage and _number(e.get("step"))]
         for name in names:
-            points = [(e["step"], e[name]) for e in rows if e.get(name)]
+            points = [(e["step"], e[name]) for e in rows if _number(e.get(name))]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
         axis.set_title(stage)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        values = [e[n] for e in rows for n in names if e.get(n)]
+        values = [e[n] for e in rows for n in names if _number(e.get(n))]
         if values and min(values) > 0 and max(values) / min(values) > 20:
             axis.set_yscale("log")
         if rows:

@@ -14,7 +14,7 @@ from eqxldm.digests import digest
 from eqxldm.models import LPIPS, AutoencoderKL
 from eqxldm.sharding import own_rows
 
-from .conditions import Condition, make_condition
+from .conditions import Condition, KindName, make_condition
 from .config import AttentionName, Config, RematName
 from .loop import Hook, Settings, run_stage
 from .options import Batch, Range, Steps
@@ -163,16 +163,17 @@ def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
         return
     about["content"] = sample_digest(job.source)
     try:
-        found = read_json(job.run.path / DATA, *about, repair="--overwrite starts anew.")
+        found = read_json(job.run.path / DATA, repair="--overwrite starts anew.")
     except FileNotFoundError:
         path = None if images is None else str(images.absolute())
         write_json(job.run.file(DATA), {**about, "path": path})
         return
-    short = lambda v: f"{len(v)} ({', '.join(v[:3])} ...)" if isinstance(v, list) else str(v)[:16]
+    first = lambda v: f"{len(v)} ({', '.join(map(str, v[:3]))} ...)"
+    short = lambda v: first(v) if isinstance(v, list) else str(v)[:16]
     lines = [
-        f"  {name}: it has {short(found[name])}, now {short(value)}\n"
+        f"  {name}: it has {short(found.get(name))}, now {short(value)}\n"
         for name, value in about.items()
-        if found[name] != value
+        if name not in found or found[name] != value
     ]
     if lines:
         raise UserError(
@@ -183,9 +184,9 @@ def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
 
 def read_data(run: RunFolder, config: Config) -> tuple[Condition, dict[str, Any]]:
     """The condition of a run's network, and what data.json says."""
-    names = ("source", "condition", "class_names", "path")
+    kinds = {"condition": KindName, "class_names": list, "path": str | None}
     try:
-        about = read_json(run.path / DATA, *names, repair="Train again with --overwrite.")
+        about = read_json(run.path / DATA, kinds, repair="Train again with --overwrite.")
     except FileNotFoundError:
         raise UserError(f"the run in {run.path} is not finished: no {DATA}.") from None
     return make_condition(config, about["condition"], len(about["class_names"])), about

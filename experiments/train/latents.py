@@ -11,6 +11,7 @@ from eqxldm.distributed import barrier
 from eqxldm.models import AutoencoderKL
 
 from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
+from .checks import check_writable
 from .job import Job
 from .run import read_json
 from .terminal import StageBar, UserError, say
@@ -51,6 +52,8 @@ def check_cache(job: Job, *, own: bool, overwrite: bool = False) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--latents {folder}: is a file; needed is a folder, which may be new.")
+    if not own and not (folder / SKIPPED).exists():  # a whole one may be one that is read only
+        check_writable(folder / "header.json", "--latents")
     if not (folder / "header.json").exists():
         return
     autoencoder = job.vae
@@ -94,8 +97,9 @@ def cache_latents(job: Job, autoencoder: AutoencoderKL) -> Latents:
     latents = open_latents(folder, header)
     if not complete:
         job.run.log(stage="latents", seconds=time.monotonic() - begin)
-    entries = [e for e in job.run.log_entries() if e["stage"] == "latents" and "seconds" in e]
-    job.timings["latents"] = {"seconds": entries[-1]["seconds"] if entries else 0.0}
+    spent = [e.get("seconds") for e in job.run.log_entries() if e["stage"] == "latents"]
+    spent = [seconds for seconds in spent if isinstance(seconds, int | float)]
+    job.timings["latents"] = {"seconds": spent[-1] if spent else 0.0}
     skipped = read_json(folder / SKIPPED, repair="Delete it; it is written again.")
     if skipped:
         say(

@@ -118,7 +118,15 @@ def _built(kind: Any, values: Any) -> Any:
         value = tuple(values[name]) if isinstance(values[name], list) else values[name]
         if dataclasses.is_dataclass(hint):
             value = _built(hint, value)
-        elif not is_bearable(value, hint):
+        elif not is_bearable(value, hint) or not _all_are(value, hint):
             raise TypeError(f"{name} is {value!r}")
         found[name] = value
     return kind(**found)
+
+
+def _all_are(value: Any, hint: Any) -> bool:
+    """Whether each entry of a tuple of any length has its type: beartype looks at one of them."""
+    args = typing.get_args(hint)
+    if not isinstance(value, tuple) or args[1:] != (...,):
+        return True
+    return all(is_bearable(entry, args[0]) for entry in value)

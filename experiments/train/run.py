@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from beartype.door import is_bearable
+
 from eqxldm.durable import is_temporary, replacing
 
 from .terminal import UserError, say
@@ -26,19 +28,22 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, *keys: str, repair: str) -> dict[str, Any]:
-    """The object in a JSON file, with these keys; `UserError` says what is damaged.
+def read_json(path: Path, kinds: Mapping[str, Any] = {}, *, repair: str) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` says what is damaged.
 
-    `repair` is what the user can do about a damaged one. **Raises** `FileNotFoundError` where there
-    is none.
+    `kinds` are the types of the values that are needed; what may be None may be missing. `repair`
+    is what the user can do about a damaged file. **Raises** `FileNotFoundError` where there is
+    none.
     """
     try:
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}, not an object")
-        missing = sorted(set(keys) - set(found))
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+        for name, kind in kinds.items():
+            if name not in found and not is_bearable(None, kind):
+                raise ValueError(f"it lacks {name}")
+            if not is_bearable(found.get(name), kind):
+                raise ValueError(f"{name} is {found[name]!r}")
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged ({reason}). {repair}") from None
@@ -86,13 +91,15 @@ class RunFolder:
     def _manifest(self) -> list[str]:
         try:
             found = read_json(
-                self.path / MANIFEST, "wrote",
+                self.path / MANIFEST, {"wrote": list},
                 repair="Delete the run folder by hand, or use another --run-dir.",
             )["wrote"]  # fmt: skip
         except FileNotFoundError:
             return []
-        inside = lambda name: isinstance(name, str) and not Path(name).is_absolute()
-        if not isinstance(found, list) or not all(
+        inside = lambda name: (
+            isinstance(name, str) and name.isprintable() and not Path(name).is_absolute()
+        )
+        if not all(
             inside(name) and ".." not in Path(name).parts and Path(name).parts for name in found
         ):
             raise UserError(f"{self.path / MANIFEST} is damaged: it lists more than names.")
@@ -125,6 +132,8 @@ class RunFolder:
             if known.exists() or not self.path.exists():
                 return
             entries = [e for e in self.path.iterdir() if e.name not in (".lock", MANIFEST)]
+            if known.exists():  # of a run that began just now; whoever has the lock goes on
+                return
         except OSError as error:
             raise UserError(f"--run-dir {self.path}: {error.strerror or error}.") from None
         if not all(
@@ -193,7 +202,8 @@ class RunFolder:
     def metrics(self) -> dict[str, Any] | None:
         """What metrics.json says; None if the run has not got there."""
         try:
-            return read_json(self.path / METRICS, "timings", repair="Delete it and train.")
+            kinds = {"timings": dict, "autoencoder": dict | None, "diffusion": dict | None}
+            return read_json(self.path / METRICS, kinds, repair="Delete it and train.")
         except FileNotFoundError:
             return None
 

@@ -36,6 +36,16 @@ class LogOptions:
     peak_tflops: Annotated[float, Range(0, 1e6, "(]")] | None = None
 
 
+def check_packages(options: LogOptions) -> None:
+    """Refuses a log for which a package is missing."""
+    try:
+        for asked, package in ((options.tensorboard, "tensorboardX"), (options.wandb, "wandb")):
+            if asked:
+                require(package)
+    except MissingPackage as error:
+        raise UserError(f"--log: {error}") from None
+
+
 class Telemetry:
     """Scalars and pictures by stage and step; off process 0 nothing is written.
 
@@ -55,12 +65,7 @@ class Telemetry:
         self._peak = total_peak(jax.devices() if devices is None else devices, options.peak_tflops)
         self._primary = is_primary()
         self._sinks: list[Sink] = []
-        try:  # on all processes, so that they stop together
-            for asked, package in ((options.tensorboard, "tensorboardX"), (options.wandb, "wandb")):
-                if asked:
-                    require(package)
-        except MissingPackage as error:
-            raise UserError(f"--log: {error}") from None
+        check_packages(options)  # on all processes, so that they stop together
         if self._primary and options.tensorboard:
             self._sinks.append(TensorBoard(run.file("tensorboard")))
         if self._primary and options.wandb is not None:

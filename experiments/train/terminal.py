@@ -15,10 +15,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import DataError
 
-# Of the disk and not of the program: full, over a limit, read-only, not permitted, broken, gone.
+# Of the disk and not of the program: full, over a limit, read-only, not permitted, broken, gone;
+# names that are too long or stand for something else; more files than may be open.
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.ESTALE,
+    errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE,
+    errno.ENFILE,
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
@@ -77,8 +79,9 @@ class Signals:
 
 
 def say(text: str) -> None:
-    """Prints a line, on process 0."""
-    console.print(text)
+    """Prints a line, on process 0. That it cannot be written (a full disk) stops nothing."""
+    with contextlib.suppress(OSError):
+        console.print(text)
 
 
 def run_main(main: Callable[[], None]) -> int:
@@ -87,6 +90,13 @@ def run_main(main: Callable[[], None]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text of this locale
             stream.reconfigure(errors="backslashreplace")
     try:
+        return _exit_code(main)
+    finally:
+        _settle()
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    try:
         main()
     except (UserError, DataError, CheckpointError) as error:
         return _failed(str(error))
@@ -94,18 +104,36 @@ def run_main(main: Callable[[], None]) -> int:
         if error.errno not in DISK:
             raise
         return _failed(f"{error.filename or 'a file'}: {error.strerror}.")
-    except Interrupted as stop:
-        name = signal.Signals(stop.signum).name
-        print(f"stopped by {name}; the same command goes on from here.", file=sys.stderr)
-        return 128 + stop.signum
+    except (Interrupted, KeyboardInterrupt) as stop:  # the latter before there are `Signals`
+        signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
+        name = signal.Signals(signum).name
+        _complain(f"stopped by {name}; the same command goes on from here.")
+        return 128 + signum
     return 0
 
 
 def _failed(message: str) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         console.file.flush()
-    print(f"error: {message}", file=sys.stderr)
+    _complain(f"error: {message}")
     return 2
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it, as after `2>&1 | head`
+        print(text, file=sys.stderr, flush=True)
+
+
+def _settle() -> None:
+    """Drops what could not be written: Python would try again at its end, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed, as by `>&-`
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class StageBar:

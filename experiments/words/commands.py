@@ -96,12 +96,12 @@ def load_network(command: Generate, mesh: Any) -> tuple[Any, Vocabulary]:
     dtype: Any = jnp.bfloat16 if command.bfloat16 else jnp.float32
     options: dict[str, Any] = dict(dtype=dtype, sharding=sharding)
     if (folder / VOCABULARY).exists():
-        names = ("characters", "tokenizer")
-        found = read_json(folder / VOCABULARY, *names, repair="Train again with --overwrite.")
-        tokenizer = found["tokenizer"]
+        kinds = {"characters": str | None, "tokenizer": dict | None}
+        found = read_json(folder / VOCABULARY, kinds, repair="Train again with --overwrite.")
+        tokenizer = found.get("tokenizer")
         tokenizer = tokenizer and _tokenizer(json.dumps(tokenizer))
         network = pretrained.load(folder / NETWORK, **options)
-        return network, Vocabulary(found["characters"], tokenizer)
+        return network, Vocabulary(found.get("characters"), tokenizer)
     if not (folder / "config.json").exists() or (folder / "checkpoints").exists():
         raise UserError(f"--model {folder}: no finished run and no folder of LLaDA's.")
     if not (folder / "tokenizer.json").exists():
