@@ -116,7 +116,7 @@ class Reference:
                     f"of the {len(part[1])} images that are to be {name} only {n} can be read: at "
                     f"least {LEAST} are needed. Give more images, or --test-images."
                 )
-        if isinstance(condition, Captions) and not self.texts(1):
+        if isinstance(condition, Captions) and not self.texts(1)[0]:
             raise UserError(
                 "--test-images: they have no captions, for which samples are drawn. Put "
                 "captions.json or metadata.jsonl beside them, or give --condition label or none."
