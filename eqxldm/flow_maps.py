@@ -157,7 +157,8 @@ def change_diffusion(denoiser: Denoiser, source: Diffusion, to: Diffusion) -> De
     >>> v = lambda x_t, t, cond, key=None: jnp.zeros_like(x_t)
     >>> source, flow = Diffusion(CosineVP(), predict_v), Diffusion(LinearFlow(), predict_velocity)
     >>> velocity = change_diffusion(v, source, flow)
-    >>> velocity(jnp.ones(1), jnp.array(1.0), None)  # out = 0 at pure noise: x0 = 0, eps = x_t
+    >>> u = velocity(jnp.ones(1), jnp.array(1.0), None)  # out = 0 at pure noise: x0 = 0, eps = x_t
+    >>> u.round(4)
     Array([1.], dtype=float32)
     """
     if source == to:

@@ -47,6 +47,29 @@ hypothesis.settings.load_profile("eqxldm")
 collect_ignore_glob = ["reference/make_*.py"]
 
 
+class FreedPrograms:
+    """Drops compiled programs between files before the process runs out of memory mappings.
+
+    A program of XLA:CPU has some of its own, and Linux allows a process 65,530 of them
+    (`vm.max_map_count`): beyond it the compiler ends the process.
+    """
+
+    MOST = 20_000
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, item, nextitem):
+        maps = Path("/proc/self/maps")
+        if nextitem is not None and nextitem.path == item.path or not maps.exists():
+            return
+        if maps.read_bytes().count(b"\n") > self.MOST:
+            jax.clear_caches()
+            gc.collect()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(FreedPrograms())
+
+
 @pytest.fixture
 def strict_dtypes():
     """No implicit promotion. Not for what trains: Adam takes a float to the power of its count."""

@@ -281,7 +281,7 @@ def checkpoint(folder):
 
 def run(folder):
     config = preset("smoke").config
-    about = {"source": "a", "images": 4, "class_names": ["a", "b"], "condition": "labels"}
+    about = {"source": "a", "images": 4, "class_names": ["a", "b"], "condition": "label"}
     about |= {"num_classes": 2, "lpips": None, "path": None}
     metrics = {"timings": {"x": {"seconds": 1.0}}, "diffusion": {}}
     log = {"stage": "diffusion", "step": 1, "loss": 0.5}

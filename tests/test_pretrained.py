@@ -500,10 +500,8 @@ def test_a_folder_without_config_and_unknown_architectures(tmp_path):
     folder = write_folder(tmp_path / "dit")
     with pytest.raises(pretrained.WeightsError, match=r"has no config.json.* its folders: dit"):
         pretrained.load(tmp_path)
-    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(
-        pretrained.WeightsError, match="unknown architecture 'FluxTransformer2DModel'"
-    ):
+    (folder / "config.json").write_text('{"_class_name": "HunyuanDiT2DModel"}')
+    with pytest.raises(pretrained.WeightsError, match="unknown architecture 'HunyuanDiT2DModel'"):
         pretrained.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(pretrained.WeightsError, match=r"config\.json is not JSON"):

@@ -71,7 +71,7 @@ def accuracy(c: Comparison) -> dict[str, float]:
 def accuracy_of_parts(c: Comparison) -> dict[str, float]:
     """The same of each part of the classes' names, where all are pairs, such as "food, noto"."""
     parts = [name.split(", ") for name in c.class_names]
-    if c.labels is None or c.samples.classes is None or any(len(p) != 2 for p in parts):
+    if c.labels is None or c.samples.classes is None or {len(p) for p in parts} != {2}:
         return {}
     names = np.array(parts)
     right = names[c.samples.classes] == names[c.labels]
