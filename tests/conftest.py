@@ -47,6 +47,9 @@ hypothesis.settings.load_profile("eqxldm")
 collect_ignore_glob = ["reference/make_*.py"]
 
 
+MAPPINGS = Path("/proc/self/maps")
+
+
 class FreedPrograms:
     """Drops compiled programs before the process runs out of memory mappings.
 
@@ -62,11 +65,11 @@ class FreedPrograms:
     def pytest_runtest_teardown(self, item, nextitem):
         self.tests += 1
         between = nextitem is None or nextitem.path != item.path
-        maps = Path("/proc/self/maps")
-        if (between or self.tests % 25 == 0) and maps.exists():
-            if maps.read_bytes().count(b"\n") > (20_000 if between else 45_000):
-                jax.clear_caches()
-                gc.collect()
+        if not (between or self.tests % 25 == 0) or not MAPPINGS.exists():
+            return
+        if MAPPINGS.read_bytes().count(b"\n") > (20_000 if between else 45_000):
+            jax.clear_caches()
+            gc.collect()
 
 
 def pytest_configure(config):
