@@ -1,5 +1,6 @@
 """The time grids of published schedulers: which timesteps of a table, which times of a flow."""
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -63,8 +64,9 @@ def linspace_fractional(timesteps: int, steps: int) -> Any:
 class AbstractGrid(eqx.Module):
     """From a number of steps to times; `tokens` is how many the network makes of the latent."""
 
+    @abc.abstractmethod
     def times(self, steps: int, tokens: int | None = None) -> Grid:
-        raise NotImplementedError
+        """From the first time to the last, `steps` steps."""
 
 
 class TableGrid(AbstractGrid):
