@@ -73,8 +73,8 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(attentions|middle|levels)(\.\d+)+\.(query|key|value|out)\.bias"),
     Rule(r"(stem|head)(\.first|\.second|\.conv)?\.weight", None, True),
     Rule(r"(stem|head)(\.first|\.second|\.conv)?\.bias"),
-    Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.weight", None, True),
-    Rule(r"(conv[12]|shortcut|shift|resample|proj_in|proj_out)\.bias"),
+    Rule(r"(conv[12]|time\.conv|shortcut|shift|resample|proj_in|proj_out)\.weight", None, True),
+    Rule(r"(conv[12]|time\.conv|shortcut|shift|resample|proj_in|proj_out)\.bias"),
     Rule(r"(convs|downs|ups|resample|blocks)(\.\d+)+(\.conv)?\.weight", None, True),
     Rule(r"(convs|downs|ups|blocks)(\.\d+)+(\.conv)?\.bias"),
     # Norms, tables and the weights of channels.

@@ -10,6 +10,17 @@ from .attention import (
     attend as attend,
     cudnn_attend as cudnn_attend,
 )
+from .causal_conv import (
+    CausalConv3d as CausalConv3d,
+    CausalResnetBlock as CausalResnetBlock,
+    ClipDownsample as ClipDownsample,
+    ClipUpsample as ClipUpsample,
+    FrameCache as FrameCache,
+    TimeDownsample as TimeDownsample,
+    TimeUpsample as TimeUpsample,
+    average_down as average_down,
+    repeat_up as repeat_up,
+)
 from .conditioning import (
     Conditioning as Conditioning,
     embed_condition as embed_condition,
