@@ -50,7 +50,7 @@ def test_time_is_halved_and_doubled_around_the_first_frame():
     np.testing.assert_allclose(down(x), jnp.stack([x[0], *later]), atol=1e-5)
     w, before = up.conv.weight[:, 0, 0], jnp.zeros_like(x[:2])
     seen = jnp.concatenate([before, x[1:]])  # the first frame is not among them
-    both = [sum(seen[t + k] @ w[k] for k in range(3)) for t in range(4)]
+    both = [jnp.stack([seen[t + k] @ w[k] for k in range(3)]).sum(0) for t in range(4)]
     halves = [half for y in both for half in (y[..., :2], y[..., 2:])]
     np.testing.assert_allclose(up(x), jnp.stack([x[0], *halves]), atol=1e-5)
 
