@@ -58,7 +58,7 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .DEFAULT_GOAL := help
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
-	train-text sample-text evaluate-text compare-text \
+	train-text sample-text evaluate-text compare-text compare-guidance \
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate compare-mnist \
 	bench-solvers bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces \
 	gpu-check test test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
@@ -142,6 +142,11 @@ generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=fo
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)
+
+compare-guidance: $(RUNTIME) ## a fixed guidance scale beside three that change over time, of RUN=runs/fashion-mnist
+	for schedule in fixed linear cosine bounded; do echo "$$schedule:"; \
+		$(JOB) evaluate --preset fashion-mnist $(if $(RUN),--run-dir "$(RUN)") \
+		--guidance-schedule $$schedule $(EVALUATE) || exit; done
 
 compare-text: $(TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
 	.venv/bin/python -m experiments.train.compare --preset text $(ARGS)

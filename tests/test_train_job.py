@@ -518,7 +518,6 @@ BAD = {
     "vae": (["--vae", "{images}"], "has no config.json"),
     "other vae": (["--vae", "{tmp}/dit.safetensors"], "is a DiT; needed is an AutoencoderKL"),
     "pixel vae": (["--vae", "{vae}", "--space", "pixel"], "--space pixel has no autoencoder"),
-    "grey vae": (["--vae", "{vae}", "--channels", 1], "is for 3 channels; the images have 1"),
     "lpips": (["--lpips", "{tmp}"], "--lpips: LPIPS: its weights are not in"),
     "latents": (["--latents", "{tmp}/dit.safetensors"], "is a file; needed is a folder"),
     "test": (["--test-images", "{other}"], "its 2 classes are not the 4 of --images"),

@@ -185,6 +185,16 @@ class TinyAutoencoder(eqx.Module):
         """How many pixels a latent's pixel is wide."""
         return 2 ** (len(self.config.encoder_blocks) - 1)
 
+    @property
+    def shift(self) -> tuple[float, ...]:
+        """Zeros: latents come out normalised."""
+        return (0.0,) * self.latent_channels
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """Ones: latents come out normalised."""
+        return (1.0,) * self.latent_channels
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """The latent's shape for a picture of this size; `ValueError` if it does not divide."""
         if height % self.factor or width % self.factor:

@@ -1,5 +1,6 @@
 """The stage of the autoencoder: the one given, or one trained here; and encoding with it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from eqxldm.data import no_condition
 from eqxldm.data.pixels import to_float
 from eqxldm.digests import digest
 from eqxldm.distributed import all_gather, barrier, from_primary, local_mesh, replicate
-from eqxldm.models import LPIPS, AutoencoderKL
+from eqxldm.models import LPIPS, AutoencoderKL, TinyAutoencoder
 from eqxldm.sharding import batch_sharding, build_placed, place
 from eqxldm.training import (
     AutoencoderState,
@@ -31,36 +32,50 @@ from .config import Config
 from .data import decoded
 from .job import Job
 from .methods import DTYPES, warmup_cosine
-from .networks import make_autoencoder, make_discriminator
+from .networks import Autoencoder, GreyThroughColour, make_autoencoder, make_discriminator
 from .run import file_digest, read_json, write_json
 from .streams import stream_order
 from .terminal import UserError
 
+_HALF = re.compile(r"(?<=_)(en|de)coder\.(?=safetensors$|pth$)")  # in the name of one of TAESD's files
 AUTOENCODER, ABOUT = "autoencoder.safetensors", "autoencoder.json"
 PREPARE = 2**31 - 1  # no step's number: the keys of what is done before a step
 
 
-def load_vae(path: Path, channels: int, option: str = "--vae") -> AutoencoderKL:
-    """The autoencoder of a file, a diffusers folder, or another run's folder."""
+def load_vae(path: Path, channels: int, option: str = "--vae") -> Autoencoder:
+    """The autoencoder of a file, a diffusers folder, or another run's folder.
+
+    Of TAESD's two files either one is given. Grey images go through one of colour as three equal
+    channels.
+    """
     if (path / AUTOENCODER).exists():
         _check_written(path)
         path = path / AUTOENCODER
     try:
-        model = pretrained.load(path)
+        model = _load_tiny(path) if _HALF.search(path.name) else pretrained.load(path)
     except (pretrained.WeightsError, OSError) as error:
         raise UserError(
             f"{option} {path}: {error} Needed is a diffusers folder of an AutoencoderKL "
-            f"(config.json and weights), an {AUTOENCODER}, or the run folder that holds it."
+            f"or AutoencoderTiny (config.json and weights), an {AUTOENCODER}, the run folder that "
+            "holds it, or one of TAESD's two files, ..._encoder and ..._decoder.safetensors."
         ) from None
-    if not isinstance(model, AutoencoderKL):
+    if not isinstance(model, AutoencoderKL | TinyAutoencoder):
         raise UserError(
-            f"{option} {path}: is a {type(model).__name__}; needed is an AutoencoderKL."
+            f"{option} {path}: is a {type(model).__name__}; needed is an AutoencoderKL or a "
+            "TinyAutoencoder."
         )
+    if channels == 1 and model.in_channels == 3:
+        return GreyThroughColour(model)
     if model.in_channels != channels:
         raise UserError(
             f"{option} {path}: is for {model.in_channels} channels; the images have {channels}."
         )
     return model
+
+
+def _load_tiny(path: Path) -> TinyAutoencoder:
+    both = (path.with_name(_HALF.sub(half, path.name)) for half in ("encoder.", "decoder."))
+    return pretrained.load_tiny_autoencoder(*both)
 
 
 def _check_written(folder: Path) -> None:
@@ -81,12 +96,12 @@ def load_lpips(folder: Path) -> LPIPS:
         raise UserError(f"--lpips: {error}") from None
 
 
-def identity(model: AutoencoderKL | LPIPS) -> str:
+def identity(model: Autoencoder | LPIPS) -> str:
     """What the latent cache knows an autoencoder by, and a run its LPIPS."""
     return digest(eqx.filter(model, eqx.is_array))
 
 
-def obtain_autoencoder(job: Job) -> AutoencoderKL:
+def obtain_autoencoder(job: Job) -> Autoencoder:
     """The run's autoencoder: that of the run folder, else the one given, else one trained here.
 
     Whichever it is, it stays in the run folder, with the shift and scale of its latents.
@@ -96,7 +111,8 @@ def obtain_autoencoder(job: Job) -> AutoencoderKL:
         model = vae if vae is not None else _train_autoencoder(job)
         if run.primary:
             measured = _measured(job, model) if vae is None else model
-            pretrained.save(measured, run.file(AUTOENCODER))
+            stored = measured.colour if isinstance(measured, GreyThroughColour) else measured
+            pretrained.save(stored, run.file(AUTOENCODER))
             spent = job.timings.get("autoencoder", {"seconds": 0.0})
             write_json(
                 run.file(ABOUT), {"sha256": file_digest(run.path / AUTOENCODER), "timings": spent}
@@ -204,7 +220,7 @@ def _train_autoencoder(job: Job) -> AutoencoderKL:
 class Encoder:
     """`encode(images) -> (mean, logvar)`, a batch divided over this process's devices."""
 
-    def __init__(self, autoencoder: AutoencoderKL, batch_size: int, pad: int):
+    def __init__(self, autoencoder: Autoencoder, batch_size: int, pad: int):
         mesh = local_mesh()
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh)

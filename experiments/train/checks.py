@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eqxldm.data import ImageSource
-from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from .conditions import Condition
@@ -21,6 +20,7 @@ from .figures import FORMAT_ERRORS, check_format
 from .job import Compute
 from .methods import DTYPES, check_sampling, make_decays, make_method
 from .networks import (
+    Autoencoder,
     Pixels,
     Space,
     make_autoencoder,
@@ -150,7 +150,7 @@ def check_networks(
     config: Config,
     sampling: SamplingConfig,
     condition: Condition,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     *,
     diffusion: bool = True,
     attention: AttentionName = "xla",

@@ -23,6 +23,7 @@ from .options import (
     Width,
 )
 
+GuidanceScheduleName = Literal["fixed", "linear", "cosine", "bounded"]
 PresetName = Literal["mnist", "fashion-mnist", "cifar10", "text", "imagenet256", "images", "smoke"]
 DataName = Literal["images", "mnist", "fashion-mnist", "emoji", "shapes"]
 SpaceName = Literal["latent", "pixel"]
@@ -237,6 +238,9 @@ class SamplingConfig:
     steps: Annotated[int, Range(1, 10_000)] = 20  # Steps from noise to image.
     # The scale of classifier-free guidance: 1 is the conditional network alone.
     guidance: Annotated[float, Range(0, 100)] = 1.6
+    # The scale over time: fixed; rising from 1 at noise to 2 scale - 1 at data, by a line or a
+    # cosine; or that end's value where the two outputs are close, less where they are far apart.
+    guidance_schedule: GuidanceScheduleName = "fixed"
     # Guide only for t between these two (0 is data); outside, the conditional network alone.
     guidance_interval: tuple[
         Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]

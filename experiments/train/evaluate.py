@@ -18,7 +18,6 @@ from eqxldm.data.pixels import to_float, to_uint8
 from eqxldm.distributed import from_primary, is_primary, local_mesh, replicate
 from eqxldm.durable import replacing
 from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
-from eqxldm.models import AutoencoderKL
 from eqxldm.sharding import batch_sharding
 
 from .classifier import VALUES, Described, Features, Images, map_images
@@ -29,6 +28,7 @@ from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
 from .methods import DTYPES, check_sampling, make_method
+from .networks import Autoencoder
 from .run import METRICS, RunFolder, as_dict, versions
 from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
 from .streams import stream_key, stream_order
@@ -245,6 +245,7 @@ class Measuring:
                 "steps": self._sampling.steps,
                 "network_calls": check_sampling(self._method, self._sampling),
                 "guidance_scale": 1.0 if trained.null is None else self._sampling.guidance,
+                "guidance_schedule": self._sampling.guidance_schedule,
                 "guidance_interval": list(self._sampling.guidance_interval),
                 "sigma_rel": sigma_rel,
             },
@@ -319,7 +320,7 @@ class Measuring:
                 samples.append(there)
         return np.concatenate(samples) if samples else np.zeros((0, 1, 1, 1), np.uint8)
 
-    def autoencoder(self, autoencoder: AutoencoderKL) -> dict[str, float]:
+    def autoencoder(self, autoencoder: Autoencoder) -> dict[str, float]:
         """PSNR, SSIM and Fréchet distance of reconstructions, and reconstructions.png."""
         originals = self._reference.first(RECONSTRUCTED)
         rebuilt = reconstruct(autoencoder, originals, self._config.pictures.pad)
@@ -370,7 +371,7 @@ def samples_grid(images: Images, wanted: Wanted) -> Images:
     return image_grid(np.concatenate(rows), columns)
 
 
-def reconstruct(autoencoder: AutoencoderKL, images: Images, pad: int, batch: int = 64) -> Images:
+def reconstruct(autoencoder: Autoencoder, images: Images, pad: int, batch: int = 64) -> Images:
     """Decodes the posterior's mode of each image, on all devices of this process."""
     mesh = local_mesh()
 

@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from eqxldm.data import ImageSource, image_batches
 from eqxldm.data.image_source import sample_digest
 from eqxldm.digests import digest
-from eqxldm.models import LPIPS, AutoencoderKL
+from eqxldm.models import LPIPS
 from eqxldm.sharding import own_rows
 
 from .conditions import Condition, KindName, make_condition
 from .config import AttentionName, Config, RematName
 from .loop import Hook, Settings, run_stage
+from .networks import Autoencoder
 from .options import Batch, Range, Steps
 from .run import RunFolder, read_json, write_json
 from .streams import stream_key, stream_seed
@@ -79,7 +80,7 @@ class Job:
     mesh: Mesh
     signals: Signals
     log: LogOptions = field(default_factory=LogOptions)
-    vae: AutoencoderKL | None = None
+    vae: Autoencoder | None = None
     lpips: LPIPS | None = None
     start: Any = None  # the models of --start-from
     timings: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -8,11 +8,11 @@ import jax
 
 from eqxldm.data import Latents, latent_header, open_latents, write_latents
 from eqxldm.distributed import barrier
-from eqxldm.models import AutoencoderKL
 
 from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
 from .checks import check_writable
 from .job import Job
+from .networks import Autoencoder
 from .run import read_json
 from .terminal import StageBar, UserError, say
 
@@ -24,7 +24,7 @@ def latents_folder(job: Job) -> Path:
     return job.inputs.latents or job.run.path / LATENTS
 
 
-def cache_header(job: Job, autoencoder: AutoencoderKL) -> dict[str, Any]:
+def cache_header(job: Job, autoencoder: Autoencoder) -> dict[str, Any]:
     """What the run's latent cache must have been made from."""
     config = job.config
     return latent_header(
@@ -73,7 +73,7 @@ def check_cache(job: Job, *, own: bool, overwrite: bool = False) -> None:
         open_latents(folder, header)  # raises, with all that differs
 
 
-def cache_latents(job: Job, autoencoder: AutoencoderKL) -> Latents:
+def cache_latents(job: Job, autoencoder: Autoencoder) -> Latents:
     """The posteriors of all images, and of their mirror images where they are wanted."""
     config, header, folder = job.config, cache_header(job, autoencoder), latents_folder(job)
     if job.inputs.latents is None:

@@ -137,7 +137,26 @@ def guided(network: Any, null: Any, sampling: SamplingConfig, dtype: Any) -> ex.
         return denoiser
     if sampling.guidance == 1 or null is None:
         return denoiser
-    return ex.guide(denoiser, null, sampling.guidance, interval=sampling.guidance_interval)
+    scale = guidance_scale(sampling)
+    return ex.guide(denoiser, null, scale, interval=sampling.guidance_interval)
+
+
+def guidance_scale(sampling: SamplingConfig) -> Any:
+    """The scale `w(t)`: those that change have the fixed one's mean over all times.
+
+    >>> rising = guidance_scale(SamplingConfig(guidance=2.0, guidance_schedule="linear"))
+    >>> [float(rising(t)) for t in (1.0, 0.5, 0.0)]
+    [1.0, 2.0, 3.0]
+    """
+    fixed = sampling.guidance
+    most = max(2 * fixed - 1, 0.0)
+    if sampling.guidance_schedule == "linear":
+        return ex.linear_scale(2 * fixed - most, most)
+    if sampling.guidance_schedule == "cosine":
+        return ex.cosine_scale(2 * fixed - most, most)
+    if sampling.guidance_schedule == "bounded":
+        return ex.bounded_scale(most, 0.1)
+    return fixed
 
 
 def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "sampling.") -> int:

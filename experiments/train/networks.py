@@ -6,10 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eqxldm import models, nn
-from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
+from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, Posterior, TinyAutoencoder, UNet
 from eqxldm.text import vocabulary_size
 
 from .conditions import Captions, Condition, Labels
@@ -29,6 +30,43 @@ MODELS: dict[str, Callable[..., DiT]] = {
 }  # fmt: skip
 
 
+class GreyThroughColour(eqx.Module):
+    """An autoencoder of colour images for grey ones: in as three equal channels, out as their mean.
+
+    >>> colour = models.TinyAutoencoder(3, 4, width=8, key=jax.random.key(0))
+    >>> grey = GreyThroughColour(colour)
+    >>> grey.decode(grey.encode(jnp.zeros((1, 16, 16)))).shape
+    (1, 16, 16)
+    """
+
+    colour: AutoencoderKL | TinyAutoencoder
+
+    in_channels = 1
+
+    @property
+    def shift(self) -> tuple[float, ...]:
+        return self.colour.shift
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        return self.colour.scale
+
+    def latent_shape(self, height: int, width: int) -> Shape:
+        return self.colour.latent_shape(height, width)
+
+    def posterior(self, x: Float[Array, "1 h w"]) -> Posterior:
+        return self.colour.posterior(jnp.repeat(x, 3, axis=0))
+
+    def normalise(self, posterior: Posterior) -> Posterior:
+        return self.colour.normalise(posterior)
+
+    def encode(self, x: Float[Array, "1 h w"], *, key: Any = None) -> Float[Array, "zc zh zw"]:
+        return self.colour.encode(jnp.repeat(x, 3, axis=0), key=key)
+
+    def decode(self, z: Float[Array, "zc zh zw"]) -> Float[Array, "1 h w"]:
+        return jnp.mean(self.colour.decode(z), axis=0, keepdims=True)
+
+
 class Pixels(eqx.Module):
     """The image itself, in place of an autoencoder's latent."""
 
@@ -44,7 +82,8 @@ class Pixels(eqx.Module):
         return z
 
 
-Space = AutoencoderKL | Pixels
+Autoencoder = AutoencoderKL | TinyAutoencoder | GreyThroughColour
+Space = Autoencoder | Pixels
 
 
 def make_autoencoder(config: Config) -> AutoencoderKL:
