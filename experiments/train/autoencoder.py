@@ -37,7 +37,7 @@ from .run import file_digest, read_json, write_json
 from .streams import stream_order
 from .terminal import UserError
 
-_HALF = re.compile(r"(?<=_)(en|de)coder\.(?=safetensors$|pth$)")  # in the name of one of TAESD's files
+_HALF = re.compile(r"(?<=_)(en|de)coder\.(?=safetensors$|pth$)")  # in the names of TAESD
 AUTOENCODER, ABOUT = "autoencoder.safetensors", "autoencoder.json"
 PREPARE = 2**31 - 1  # no step's number: the keys of what is done before a step
 
