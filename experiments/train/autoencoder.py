@@ -108,10 +108,10 @@ def obtain_autoencoder(job: Job) -> Autoencoder:
     """
     run, vae, channels = job.run, job.vae, job.config.pictures.channels
     if not from_primary((run.path / AUTOENCODER).exists()):
-        model = vae if vae is not None else _train_autoencoder(job)
+        trained = _train_autoencoder(job) if vae is None else None
         if run.primary:
-            measured = _measured(job, model) if vae is None else model
-            stored = measured.colour if isinstance(measured, GreyThroughColour) else measured
+            model = vae if trained is None else _measured(job, trained)
+            stored = model.colour if isinstance(model, GreyThroughColour) else model
             pretrained.save(stored, run.file(AUTOENCODER))
             spent = job.timings.get("autoencoder", {"seconds": 0.0})
             write_json(
