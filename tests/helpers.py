@@ -1,6 +1,7 @@
 """Lists whose cross products the tests run over, and problems with a known answer."""
 
 import itertools
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqxldm
+from eqxldm import pretrained
 from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator
+from eqxldm.pretrained.files import write_safetensors
 
 LINEAR_BETAS = eqxldm.linear_betas(1000)
 ALPHA_BAR = eqxldm.alpha_bar_from_betas(LINEAR_BETAS)
@@ -174,3 +177,19 @@ def numbered(model):
     numbers = [np.arange(a, b, dtype=np.float32) for a, b in itertools.pairwise(sizes)]
     shaped = [n.reshape(leaf.shape) for n, leaf in zip(numbers, leaves, strict=True)]
     return jax.tree.unflatten(treedef, shaped), int(sizes[-1])
+
+
+def llada_folder(path, network, **changes):
+    """A folder as LLaDA is published, in two files with an index."""
+    tensors = pretrained.to_state(network, pretrained.llada.llada_layout)
+    names, half = sorted(tensors), len(tensors) // 2
+    index = {}
+    for i, part in enumerate((names[:half], names[half:])):
+        write_safetensors(path / f"model-{i}.safetensors", {n: tensors[n] for n in part}, {})
+        index |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = dict(
+        model_type="llada", d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=24, vocab_size=5,
+        embedding_size=5, max_sequence_length=8, rope_theta=500000.0, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config | changes))

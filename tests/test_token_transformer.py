@@ -1,7 +1,5 @@
 """The transformer over tokens: causal and not, with time, with a cache, in LLaDA's files."""
 
-import json
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,9 @@ import pytest
 
 from eqxldm import discrete as dd, nn, pretrained
 from eqxldm.models import AdaptiveTokenBlock, TokenTransformer, TokenTransformerConfig
-from eqxldm.pretrained.files import write_safetensors
 from eqxldm.pretrained.llada import MASK, load_llada
+
+from helpers import llada_folder
 
 SIZES = dict(depth=1, width=16, num_heads=2, max_length=8, remat=None)
 IDS = jnp.array([0, 3, 2, 4, 1, 1])
@@ -102,22 +101,6 @@ def test_bad_sizes_are_named():
         TokenTransformerConfig(5, depth=1, width=3, num_heads=1, max_length=4).build(
             key=jax.random.key(0)
         )
-
-
-def llada_folder(path, network, **changes):
-    """A folder as LLaDA is published, in two files with an index."""
-    tensors = pretrained.to_state(network, pretrained.llada.llada_layout)
-    names, half = sorted(tensors), len(tensors) // 2
-    index = {}
-    for i, part in enumerate((names[:half], names[half:])):
-        write_safetensors(path / f"model-{i}.safetensors", {n: tensors[n] for n in part}, {})
-        index |= dict.fromkeys(part, f"model-{i}.safetensors")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config = dict(
-        model_type="llada", d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=24, vocab_size=5,
-        embedding_size=5, max_sequence_length=8, rope_theta=500000.0, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_a_folder_of_llada_is_read_and_a_wrong_one_refused(tmp_path):

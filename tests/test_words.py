@@ -2,12 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from children import run_together
 
+from eqxldm import models
 from experiments.train.terminal import UserError
 from experiments.words.__main__ import main
 from experiments.words.corpus import Corpus, Vocabulary, entropies, open_corpus
+
+from helpers import filled, llada_folder
 
 TINY = """--tokens bytes --length 8 --steps 2 --batch-size 4 --depth 1 --width 8 --num-heads 2
     --windows 2 --draws 2 --samples 2 --calls 2 --samplers random""".split()
@@ -41,6 +46,29 @@ def test_a_run_leaves_its_table_page_and_networks_that_write(text, tmp_path, cap
     for prompt, message in (("abcabcabc", "longer than the context of 8"), ("abcdefgh", "nothing")):
         with pytest.raises(UserError, match=message):
             main(["generate", "--model", str(run), "--prompt", prompt])
+
+
+def test_a_folder_of_llada_writes_the_same_on_one_device_and_on_two(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate("a b c d [MASK]".split())}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    sizes = dict(depth=1, width=16, num_heads=2, hidden=24, max_length=8, rope_theta=5e5)
+    make = lambda: models.TokenTransformer(5, **sizes, key=jax.random.key(0))
+    llada_folder(tmp_path, filled(make), mask_token_id=4)
+    asked = ["-m", "experiments.words", "generate", "--model", tmp_path, "--prompt", "b c"]
+    asked += ["--length", 6, "--calls", 2, "--temperature", 0]
+    one, two, bad = run_together(
+        asked, [*asked, "--mesh", "tensor=2"], [*asked, "--mesh", "tensor=3"], devices=2
+    )
+    assert (one.code, two.code) == (0, 0), two.err
+    assert one.out == two.out and one.out.startswith("b c ") and "2 calls" in one.out
+    assert len(one.out.splitlines()[0].split()) == 6
+    assert bad.code == 2 and "--mesh: " in bad.err
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
+        main(["generate", "--model", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,14 @@ def load_network(command: Generate, mesh: Any) -> tuple[Any, Vocabulary]:
         raise UserError(f"--model {folder}: has no tokenizer.json, which makes tokens of a text.")
     mask = read_json(folder / "config.json", repair="Fetch it again.").get("mask_token_id")
     mask = pretrained.llada.MASK if mask is None else mask
-    tokenizer = _tokenizer((folder / "tokenizer.json").read_text())
+    try:
+        tokenizer = _tokenizer((folder / "tokenizer.json").read_text())
+    except UserError:
+        raise
+    except Exception as error:  # the library raises no other kind
+        raise UserError(
+            f"--model {folder}: tokenizer.json is no tokenizer: {error} Fetch it again."
+        ) from None
     return pretrained.load_llada(folder, **options), Vocabulary(None, tokenizer, mask)
 
 
