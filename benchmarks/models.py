@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +36,22 @@ S_2 = DIT | dict(
 )
 LATENT, PIXEL = DIT | dict(shape=[4, 8, 8]), DIT | dict(shape=[4, 14, 14])
 AUTOENCODER = dict(shape=[1, 32, 32], batch=32, channels=[32, 64], patch_size=2)
+TINY_SD = dict(
+    family="Stable Diffusion", latent=32, steps=20, guidance=7.5, tokens=77, width=128,
+    network=dict(
+        block_out_channels=[64, 128], layers_per_block=1, attention_head_dim=4,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    ),
+)  # fmt: skip
+TINY_SD3 = dict(
+    family="Stable Diffusion 3", latent=32, steps=20, guidance=7.0, tokens=154, width=128,
+    pooled=64,
+    network=dict(
+        num_layers=6, num_attention_heads=4, attention_head_dim=64, caption_projection_dim=256,
+        patch_size=2, pos_embed_max_size=32, qk_norm="rms_norm",
+    ),
+)  # fmt: skip
 # name, kind, case, the peers, the goal of ours against the faster peer
 CASES = [
     ("DiT 6 x 192, 16 tokens, batch 128: forward", "forward", LATENT, "diffusers torch", None),
@@ -50,6 +67,8 @@ CASES = [
     ("MNIST autoencoder and discriminator: training", "autoencoder", AUTOENCODER, "diffusers", 1.0),
     ("U-Net 32, 64, 128 at 32 x 32, batch 32: forward", "forward", UNET, "diffusers", None),
     ("U-Net 32, 64, 128 at 32 x 32, batch 32: training", "train", UNET, "diffusers", 1.0),
+    ("small Stable Diffusion, 20 DDIM steps, guidance", "pipeline", TINY_SD, "diffusers", 1.0),
+    ("small SD3, 20 Euler steps, guidance", "pipeline", TINY_SD3, "diffusers", 1.0),
 ]  # fmt: skip
 
 
@@ -119,7 +138,8 @@ def versions():
 def measure(name, kind, case, libraries, rounds, seconds):
     """`{side: median seconds}` and the median of the ratios theirs / ours, round by round."""
     sides = {"ours": workers()["ours"]} | {lib: workers()["peers"] for lib in libraries.split()}
-    for side, worker in sides.items():
+    case = case | {"folder": tempfile.mkdtemp()} if kind == "pipeline" else case
+    for side, worker in reversed(sides.items()):  # ours reads the pipeline that diffusers saves
         worker.ask(do="build", name=side, kind=kind, case=case, library=side)
     times = {side: [] for side in sides}
     for _ in range(rounds):

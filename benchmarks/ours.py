@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 import eqxldm as ex
+from eqxldm import pipelines
 from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, UNet
+from eqxldm.nn import Conditioning
 from eqxldm.training import (
     AutoencoderState,
     adamw,
@@ -111,6 +113,24 @@ def autoencoder(case):
     return run
 
 
+def pipeline(case):
+    """One picture's latents from a saved pipeline, the condition given as its encodings."""
+    network = "transformer" if "pooled" in case else "unet"
+    pipe = pipelines.load(case["folder"], parts=(network, "vae"))
+    keys = jax.random.split(KEY, 4)
+    tokens, nothing = (jax.random.normal(k, (case["tokens"], case["width"])) for k in keys[:2])
+    vector = jax.random.normal(keys[2], (case["pooled"],)) if "pooled" in case else None
+    cond, null = (Conditioning(vector, tokens=t) for t in (tokens, nothing))
+    size = 2 * case["latent"]
+    times = (
+        pipe.times(case["steps"], size, size) if vector is not None else pipe.times(case["steps"])
+    )
+    x = jax.random.normal(keys[3], (1, 4, case["latent"], case["latent"]))
+    guided = pipelines.GuidedDenoiser(pipe.denoiser, null, jnp.asarray(case["guidance"]))
+    arguments = guided, pipe.diffusion, pipe.solver, times, x, jax.tree.map(lambda a: a[None], cond)
+    return lambda: jax.block_until_ready(pipelines.sample_latents(*arguments))
+
+
 def compile_seconds(depth, batch=8):
     """Tracing and compiling DiT-XL/2's training step with so many blocks; nothing is run."""
     optimizer = adamw(1e-4)
@@ -133,4 +153,6 @@ def compile_seconds(depth, batch=8):
     return time.perf_counter() - begin
 
 
-CASES = dict(forward=forward, train=train, sample=sample, autoencoder=autoencoder)
+CASES = dict(
+    forward=forward, train=train, sample=sample, autoencoder=autoencoder, pipeline=pipeline
+)

@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -147,4 +157,55 @@ def autoencoder(case, library):
     return run
 
 
-CASES = dict(forward=forward, train=train, sample=sample, autoencoder=autoencoder)
+def pipeline(case, library):
+    """A small pipeline of random weights, saved for the other side, and one picture's latents."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        layers_per_block=1,
+    )  # fmt: skip
+    tokens = lambda: torch.randn(1, case["tokens"], case["width"])
+    options = dict(prompt_embeds=tokens(), negative_prompt_embeds=tokens())
+    size, common = case["latent"], dict(in_channels=4, sample_size=case["latent"])
+    if case["family"] == "Stable Diffusion":
+        network = UNet2DConditionModel(
+            cross_attention_dim=case["width"], **common, **case["network"]
+        )
+        scheduler = DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+            clip_sample=False, set_alpha_to_one=False,
+        )  # fmt: skip
+        none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline(
+            unet=network, vae=vae, scheduler=scheduler, requires_safety_checker=False, **none
+        )
+    else:
+        network = SD3Transformer2DModel(
+            joint_attention_dim=case["width"], pooled_projection_dim=case["pooled"],
+            out_channels=4, **common, **case["network"],
+        )  # fmt: skip
+        parts = ("text_encoder", "tokenizer")
+        none = dict.fromkeys(f"{part}{n}" for part in parts for n in ("", "_2", "_3"))
+        pipe = StableDiffusion3Pipeline(
+            transformer=network,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            **none,
+        )
+        pooled = lambda: torch.randn(1, case["pooled"])
+        options |= dict(pooled_prompt_embeds=pooled(), negative_pooled_prompt_embeds=pooled())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(case["folder"])
+    options |= dict(height=2 * size, width=2 * size, output_type="latent")
+    options |= dict(guidance_scale=case["guidance"], num_inference_steps=case["steps"])
+
+    def run():
+        with torch.no_grad():
+            return pipe(**options)[0]
+
+    return run
+
+
+CASES = dict(
+    forward=forward, train=train, sample=sample, autoencoder=autoencoder, pipeline=pipeline
+)
