@@ -30,12 +30,13 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 JOB = .venv/bin/python -m experiments.train
+TABLES = .venv/bin/python -m experiments.train.tables
 WORDS = .venv/bin/python -m experiments.words
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
 WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER)) \
-	$(if $(OBJECTIVE),--objective $(OBJECTIVE))
+	$(if $(MODERN),--form modern) $(if $(FORM),--form $(FORM)) $(if $(OBJECTIVE),--objective $(OBJECTIVE))
 PICTURES = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
 ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
@@ -58,7 +59,7 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .DEFAULT_GOAL := help
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
-	train-text sample-text evaluate-text compare-text compare-guidance \
+	train-text sample-text evaluate-text compare-text compare-guidance compare-modern compare-few-steps \
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate compare-mnist \
 	bench-solvers bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces \
 	gpu-check test test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
@@ -82,7 +83,7 @@ sample: $(RUNTIME) ## from that run: PROMPT="a red boat" LABEL=7 N=16 STEPS=50 G
 evaluate: $(RUNTIME) ## measure N samples of that run
 	$(JOB) evaluate --preset $(or $(PRESET),images) $(EVALUATE)
 
-train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel OBJECTIVE=imf FROM=runs/mnist
+train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel MODERN=1 OBJECTIVE=imf FROM=runs/mnist
 	$(JOB) train --preset mnist $(WITH)
 
 sample-mnist: $(RUNTIME) ## LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SOLVER=ddim SEED=0 OUT=a.png
@@ -118,7 +119,7 @@ sample-text: $(TEXT) ## PROMPT="noto red apple", or twemoji or fluent; N=16 STEP
 evaluate-text: $(TEXT) ## measure N samples of the run, of captions that were held out
 	$(JOB) evaluate --preset text $(EVALUATE)
 
-train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MESH=fsdp=8; SMOKE=1 makes its own images
+train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MODERN=1 MESH=fsdp=8; FORM=jit SPACE=pixel; SMOKE=1 makes its own images
 	$(JOB) train $(IMAGENET) $(WITH)
 
 sample-imagenet: $(RUNTIME) ## LABEL=207 N=16 STEPS=250 GUIDANCE=4.0 SOLVER=ddpm SEED=0; SMOKE=1
@@ -150,6 +151,12 @@ compare-guidance: $(RUNTIME) ## a fixed guidance scale beside three that change 
 
 compare-text: $(TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
 	.venv/bin/python -m experiments.train.compare --preset text $(ARGS)
+
+compare-modern: $(RUNTIME) ## each newer addition to DiT, alone and together, on CIFAR-10's latents: IMAGES=folder TEST_IMAGES=folder
+	$(TABLES) modern $(PICTURES) $(ARGS)
+
+compare-few-steps: $(RUNTIME) ## objectives by network calls, on the same latents: IMAGES=folder TEST_IMAGES=folder
+	$(TABLES) few-steps $(PICTURES) $(ARGS)
 
 docs: $(DOCS) ## build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet

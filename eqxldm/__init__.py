@@ -45,6 +45,7 @@ from .flow_maps import (
 from .gaussian_mixture import (
     GaussianMixture as GaussianMixture,
 )
+from .time_shift import dimension_shift as dimension_shift, shifted_time as shifted_time
 from .times import (
     angle_time as angle_time,
     discrete_time as discrete_time,
@@ -72,6 +73,7 @@ from .guidance import (
     bounded_scale as bounded_scale,
     cosine_scale as cosine_scale,
     guide as guide,
+    internal_guide as internal_guide,
     linear_scale as linear_scale,
 )
 from .likelihood import (
@@ -94,6 +96,7 @@ from .loss_weights import (
     sigmoid_weight as sigmoid_weight,
     snr_weight as snr_weight,
     truncated_snr_weight as truncated_snr_weight,
+    velocity_weight as velocity_weight,
 )
 from .objectives import (
     AbstractObjective as AbstractObjective,
@@ -110,7 +113,10 @@ from .objectives import (
     Shortcut as Shortcut,
     SplitMeanFlow as SplitMeanFlow,
     TeacherVelocity as TeacherVelocity,
+    alignment_loss as alignment_loss,
+    cosine_loss as cosine_loss,
     denoising_loss as denoising_loss,
+    dispersive_loss as dispersive_loss,
     frechet_loss as frechet_loss,
     guided_condition as guided_condition,
     hinge_discriminator_loss as hinge_discriminator_loss,

@@ -162,6 +162,47 @@ def autoguide(
     return guided
 
 
+def internal_guide(
+    denoiser: Any, scale: Scale, *, interval: tuple[float, float] = (0.0, 1.0)
+) -> Denoiser:
+    """Internal guidance: `out_early + w (out - out_early)`, both of one pass of one network.
+
+    The weaker prediction is that of an auxiliary head after some of the blocks, so that guidance
+    costs no second pass (Zhou et al. 2025, "Guiding a diffusion transformer with the internal
+    dynamics of itself", who use it for `t >= 0.3`). 1 is the network itself. What comes out is a
+    denoiser, which `guide` takes.
+
+    **Arguments**: `denoiser` has `outputs`, as a `models.DiT` with `early_head` does; `scale` and
+    `interval` are those of `guide`.
+
+    **Raises** `ValueError` for a network without such a head.
+
+    >>> from eqxldm.models import DiTOutputs
+    >>> class Network:
+    ...     def outputs(self, x_t, t, cond, *, key=None):
+    ...         return DiTOutputs(2 * x_t, x_t)
+    >>> internal_guide(Network(), 3.0)(jnp.ones(2), jnp.array(0.5), None)
+    Array([4., 4.], dtype=float32)
+    """
+    _check_arguments("internal_guide", scale, interval, 0.0, None)
+    if getattr(denoiser, "outputs", None) is None:
+        raise ValueError(
+            f"internal_guide: {type(denoiser).__name__} has no outputs(). It needs a DiT with "
+            "early_depth and early_head=True."
+        )
+
+    def guided(x_t, t, cond, *, key=None, **options):
+        def both(_):
+            made = denoiser.outputs(x_t, t, cond, key=key, **options)
+            if made.early is None:
+                raise ValueError("internal_guide: the network has no early_head.")
+            return _extrapolate(x_t, t, made.out, made.early, scale, 0.0, None)
+
+        return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
+
+    return guided
+
+
 def _stack(null: Any, cond: Any) -> Any:
     """The two conditions as a batch of two."""
     if jax.tree.structure(null) != jax.tree.structure(cond):

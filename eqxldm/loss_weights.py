@@ -86,6 +86,28 @@ def min_snr_weight(prediction: Prediction, gamma: float = 5.0) -> Weight:
     return _weighted(prediction, lambda a2, s2: jnp.minimum(a2, gamma * s2))
 
 
+def velocity_weight(prediction: Prediction, clip: float = 0.05) -> Weight:
+    """`w = (D_v / max(|D|, clip))^2`: the loss of the velocity that a prediction's output means.
+
+    An error of the output is `D / D_v` times one of `d x_t / d t`, with `D_v = alpha sigma' - sigma
+    alpha'`. For x0 on `LinearFlow` it is `1 / max(t, clip)^2`: the network says what the data is
+    and is judged by where it leads, except for the last `clip` of the way, where the division by
+    `t` would be all that counts (Li & He 2025, JiT, section 4; clip 0.05 as in their code).
+
+    >>> from eqxldm import LinearFlow, predict_x0
+    >>> float(velocity_weight(predict_x0)(LinearFlow().coefficients(jnp.array(0.5))))
+    4.0
+    """
+    _check_positive("velocity_weight", "clip", clip)
+
+    def weight(at: Coefficients) -> Float[Array, ""]:
+        a, b = prediction(at)
+        size = jnp.maximum(jnp.abs(at.alpha * b - at.sigma * a), clip)
+        return ((at.alpha * at.dsigma - at.sigma * at.dalpha) / size) ** 2
+
+    return weight
+
+
 def p2_weight(prediction: Prediction, gamma: float = 1.0, k: float = 1.0) -> Weight:
     """`w = 1 / (k + SNR)^gamma` of the eps loss: less for the last, imperceptible noise.
 

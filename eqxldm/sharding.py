@@ -51,14 +51,18 @@ RULES: tuple[Rule, ...] = (
     Rule(r"attention\.(query|key|value)\.weight", -2, True),  # (heads * size, width)
     Rule(r"attention\.(query|key|value)\.bias", -1),
     Rule(r"(fc1|gate|lm_head)\.weight", -2, True),  # (hidden, width), (vocabulary, width)
-    Rule(r"(fc1|lm_head)\.bias", -1),
+    Rule(r"(fc1|gate|lm_head)\.bias", -1),
     Rule(r"token_table", -1),  # (vocabulary, width): looking up needs no other device's rows
     Rule(r"attention\.proj\.weight", -1, True),  # (width, heads * size)
     Rule(r"fc2\.weight", -1, True),  # (width, hidden)
     Rule(r"(attention\.proj|fc2)\.bias"),
     # Layers that `tensor` does not divide.
-    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.weight", None, True),
-    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project)\.bias"),
+    Rule(
+        r"(patch_bottleneck|patch_embedding|context_embedding|final_linear|pooled|project|project_layer)\.weight",
+        None,
+        True,
+    ),
+    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project|project_layer)\.bias"),
     Rule(
         r"(time|step|pooled|guidance|added|strength|low|high)_embedding\.linear[12]\.weight",
         None,
@@ -81,6 +85,7 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(\w*norm[12345]?|norms\.\d+)\.(scale|bias)"),
     Rule(r"table"),
     Rule(r"positions"),
+    Rule(r"gates"),
     Rule(r"heads\.\d+"),
 )
 

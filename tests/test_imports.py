@@ -19,6 +19,7 @@ DIFFUSION = {
     "paths": {"betas"},
     "predictions": {"paths"},
     "times": {"betas", "paths"},
+    "time_shift": {"times"},
     "diffusion": {"paths", "predictions"},
     "loss_weights": {"paths", "predictions"},
     "guidance": {"paths", "predictions"},

@@ -21,6 +21,11 @@ SIZES = dict(patch_size=2, depth=2, width=16, num_heads=2)
 UNSCALED = nn.Sinusoid(scale=1.0, offset=0.0, size=32)
 TEXT = models.ByteTextConfig(16, 1, 2, 8)
 IDS = jnp.array([256, 104, 105, 33, 0, 0])
+MODERN = dict(
+    norm=nn.RMSNorm, swiglu=True, qk_norm=nn.RMSNorm, rope=nn.RoPE((4, 4)), modulated=False,
+    condition_tokens=2, time_tokens=1, tokens_start=1, early_depth=1, early_head=True,
+    patch_bottleneck=3,
+)  # fmt: skip
 SHAPES = {1: (3, 8), 2: (3, 4, 8), 3: (2, 2, 4, 4)}
 
 
@@ -124,7 +129,7 @@ def test_a_time_embedding_may_be_a_module_of_ones_own():
     assert dit.config.time_embedding == nn.Sinusoid(scale=5.0, offset=0.0)
 
 
-@pytest.mark.parametrize("case", ["joint", "cross", "unet"])
+@pytest.mark.parametrize("case", ["joint", "cross", "modern", "unet"])
 def test_forward_mode_agrees_with_differences_and_with_reverse_mode(case):
     """In float64, `d out / d (x, t, h)` along a direction."""
     with jax.enable_x64(True):
@@ -137,9 +142,12 @@ def test_forward_mode_agrees_with_differences_and_with_reverse_mode(case):
                 tokens=noise((6, 16)).astype(jnp.float64), mask=jnp.arange(6) < 4
             )
         else:
-            block = models.DiTBlock if case == "joint" else CrossAttentionDiTBlock
+            block = CrossAttentionDiTBlock if case == "cross" else models.DiTBlock
             rope = nn.RoPE((4, 4))
-            net = DiT(SHAPES[2], **SIZES, **times, **text, block=block, rope=rope, key=KEY)
+            options = text | dict(block=block, rope=rope)
+            if case == "modern":
+                options = dict(embed_cond=TEXT) | MODERN
+            net = DiT(SHAPES[2], **SIZES, **times, **options, key=KEY)
             shape, cond = SHAPES[2], IDS
         wide = lambda a: a.astype(jnp.float64) if eqx.is_inexact_array(a) else a
         net = jax.tree.map(wide, perturbed(net))
@@ -283,6 +291,7 @@ RECORDED = {
         (3, 4, 8), **SIZES, embed_cond=TEXT, block=CrossAttentionDiTBlock, rope=nn.RoPE((4, 4)),
         time_embedding=UNSCALED, step_embedding=UNSCALED, key=KEY,
     ),
+    "modern": lambda: DiT((3, 4, 8), **SIZES, **MODERN, num_classes=3, key=KEY),
     "module": lambda: DiT((3, 4, 8), **SIZES, embed_cond=TEXT.build(key=KEY), key=KEY),
     "unet": lambda: UNet(2, **SMALL_UNET, num_classes=3, remat=nn.save_narrow, key=KEY),
     "rows": lambda: UNet(2, **SMALL_UNET, embed_cond=nn.Labels(3, 32, has_null=False), key=KEY),

@@ -148,6 +148,16 @@ def shipped():
     words = dict(depth=2, width=16, num_heads=2, max_length=8)
     makes = {
         "dit": partial(models.DiT, (3, 4, 8), **sizes, num_classes=5, qk_norm=nn.RMSNorm),
+        "modern dit": partial(
+            models.DiT, (3, 4, 8), **sizes, num_classes=5, norm=nn.RMSNorm, swiglu=True,
+            modulated=False, condition_tokens=2, time_tokens=1, early_depth=1, early_head=True,
+            patch_bottleneck=3,
+        ),
+        "early dit": partial(
+            models.DiT, (3, 4, 8), **sizes, early_depth=1, early_head=True, norm=nn.RMSNorm,
+            embed_cond=text, block=models.CrossAttentionDiTBlock,
+        ),
+        "aligned": partial(nn.Aligned, lambda x_t, t, cond, *, key=None: x_t, 8, 5, hidden=8),
         "caption dit": partial(
             models.DiT, (3, 4, 8), **sizes, embed_cond=models.CaptionEncoderConfig(16, 1, 2, 8, 99)
         ),

@@ -662,9 +662,11 @@ def test_presets_are_what_help_shows(capsys):
     text = said(capsys)
     assert "(default: cifar10)" in text and "(default: 32 32)" in text
     first = [w.strip(",") for w in text.split() if re.fullmatch("--[a-z-]+,?", w)]
-    names = "size space denoiser objective seed preset images run-dir samples eval-every overwrite"
+    names = (
+        "size space denoiser form objective seed preset images run-dir samples eval-every overwrite"
+    )
     wanted = [f"--{name}" for name in names.split()]
-    assert list(dict.fromkeys(first))[2:13] == wanted  # after --help
+    assert list(dict.fromkeys(first))[2:14] == wanted  # after --help
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -26,6 +26,8 @@ SIZES: dict[str, cfg.ModelName] = {
     "DiT-XL/2": "dit_xl_2",
     "DiT-L/2": "dit_l_2",
     "DiT-B/2": "dit_b_2",
+    "Modern-XL/2": "dit_xl_2",
+    "Modern-B/2": "dit_b_2",
 }
 CLASSES = 1000
 LATENT = (4, 32, 32)
@@ -143,7 +145,8 @@ def sampler(
 
 
 def _config(size: str, depth: int | None = None) -> cfg.Config:
-    return replace(preset("imagenet256").config, dit=cfg.DiTConfig(SIZES[size], depth=depth))
+    found = preset("imagenet256", form="modern" if size.startswith("Modern") else "published")
+    return replace(found.config, dit=replace(found.dit, model=SIZES[size], depth=depth))
 
 
 def _training(step, mesh, state, data, flops, params, *constants) -> Program:

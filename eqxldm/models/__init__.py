@@ -31,6 +31,15 @@ from .discriminator import (
 from .dit import (
     DiT as DiT,
     DiTConfig as DiTConfig,
+    DiTOutputs as DiTOutputs,
+)
+from .dit_blocks import (
+    BlockContext as BlockContext,
+    CrossAttentionDiTBlock as CrossAttentionDiTBlock,
+    DiTBlock as DiTBlock,
+    OutputHead as OutputHead,
+)
+from .dit_sizes import (
     dit_b_2 as dit_b_2,
     dit_b_4 as dit_b_4,
     dit_b_8 as dit_b_8,
@@ -43,11 +52,9 @@ from .dit import (
     dit_xl_2 as dit_xl_2,
     dit_xl_4 as dit_xl_4,
     dit_xl_8 as dit_xl_8,
-)
-from .dit_blocks import (
-    BlockContext as BlockContext,
-    CrossAttentionDiTBlock as CrossAttentionDiTBlock,
-    DiTBlock as DiTBlock,
+    jit_b_16 as jit_b_16,
+    jit_h_16 as jit_h_16,
+    jit_l_16 as jit_l_16,
 )
 from .encoder_block import EncoderBlock as EncoderBlock
 from .flux import (

@@ -44,13 +44,16 @@ def multiply_adds(dit: DiT, context_tokens: int = 0) -> int:
 
     `L (12 n d^2 + 2 n^2 d + 6 d^2 + 2 n d) + n d (k + k') + 256 d + d^2 + 2 d^2`
 
-    In the blocks: the linear layers, the two matmuls of attention, adaLN, and one for each number
-    that a layer norm sees. Around them: the patch embedding and the last layer, the MLP of the
-    time, the last adaLN. `context_tokens` of the condition are joined to the `n` in the blocks, or,
-    in a `CrossAttentionDiTBlock`, are what `2 n d^2` and `2 m d^2` and two matmuls of `n m d` more
-    attend to. Left out: softmax, activations, biases, gates, sums, `qk_norm`, `rope`, the lookup of
-    the label, `embed_cond` and time embeddings of your own. A training step is three times as many,
-    four if everything is recomputed.
+    A gated MLP has three matrices; `condition_tokens` and `time_tokens` are joined to the `n` from
+    their block on; without modulation `6 d^2` and `2 d^2` fall away. An auxiliary head is not
+    counted: sampling leaves it out. In the blocks: the linear layers, the two matmuls of
+    attention, adaLN, and one for each number that a layer norm sees. Around them: the patch
+    embedding and the last layer, the MLP of the time, the last adaLN. `context_tokens` of the
+    condition are joined to the `n` in the blocks, or, in a `CrossAttentionDiTBlock`, are what `2 n
+    d^2` and `2 m d^2` and two matmuls of `n m d` more attend to. Left out: softmax, activations,
+    biases, gates, sums, `qk_norm`, `rope`, the lookup of the label, `embed_cond` and time
+    embeddings of your own. A training step is three times as many, four if everything is
+    recomputed.
 
     This is the convention of the "Gflops" in the paper of DiT (Peebles & Xie 2023, table 4). All
     twelve sizes at 256 x 256 and XL/2 at 512 x 512 come out to the last digit, except B/4: 5.57
@@ -63,25 +66,30 @@ def multiply_adds(dit: DiT, context_tokens: int = 0) -> int:
     >>> print(f"{multiply_adds(dit) / 1e9:.2f} G")
     118.64 G
     """
-    block, d = dit.blocks.stacked, dit.config.width
+    block, d, config = dit.blocks.stacked, dit.config.width, dit.config
     if not isinstance(block, DiTBlock | CrossAttentionDiTBlock):
         raise ValueError(f"multiply_adds: the work of a {type(block).__name__} is not known.")
     patches = math.prod(patch_grid(dit.shape[1:], dit.patch_size)[0])
-    n = patches + context_tokens if isinstance(block, DiTBlock) else patches
-    size = lambda *layers: sum(math.prod(layer.weight.shape[-2:]) for layer in layers)
-    per_block = (
-        n * (3 * size(block.attention.qkv) + size(block.attention.proj, block.fc1, block.fc2))
-        + 2 * n * n * d
-        + size(block.modulation.linear)
-        + 2 * n * d
-    )
-    if isinstance(block, CrossAttentionDiTBlock):
-        cross = block.cross_attention
-        per_block += n * size(cross.query, cross.proj) + n * d
-        per_block += context_tokens * size(cross.key, cross.value) + 2 * n * context_tokens * d
-    ends = patches * size(dit.patch_embedding, dit.final_linear)
-    vectors = size(dit.final_modulation.linear)
+    tokens = patches + context_tokens if isinstance(block, DiTBlock) else patches
+    size = lambda *layers: sum(math.prod(w.weight.shape[-2:]) for w in layers if w is not None)
+    linear = lambda modulation: None if modulation is None else modulation.linear
+
+    def per_block(n: int) -> int:
+        layers = (block.attention.proj, block.fc1, block.fc2, block.gate)
+        found = n * (3 * size(block.attention.qkv) + size(*layers))
+        found += 2 * n * n * d + size(linear(block.modulation)) + 2 * n * d
+        if isinstance(block, CrossAttentionDiTBlock):
+            cross = block.cross_attention
+            found += n * size(cross.query, cross.proj) + n * d
+            found += context_tokens * size(cross.key, cross.value) + 2 * n * context_tokens * d
+        return found
+
+    joined = tokens + config.condition_tokens + config.time_tokens
+    start = config.tokens_start
+    blocks = start * per_block(tokens) + (config.depth - start) * per_block(joined)
+    ends = patches * size(dit.patch_bottleneck, dit.patch_embedding, dit.final_linear)
+    vectors = size(linear(dit.final_modulation))
     for times in (dit.time_embedding, dit.step_embedding):
         if isinstance(times, TimeEmbedding):
             vectors += size(times.linear1, times.linear2)
-    return dit.config.depth * per_block + ends + vectors
+    return blocks + ends + vectors

@@ -1,8 +1,9 @@
 """DiT: a diffusion transformer with adaLN-Zero (Peebles & Xie 2023)."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,16 +14,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..nn.attention import Attention, attend
 from ..nn.conditioning import Conditioning, embed_condition, embed_times
 from ..nn.embeddings import LabelEmbedding, Sinusoid, sincos_positions
-from ..nn.linear import Linear, zeros
-from ..nn.modulation import Modulation, modulate
-from ..nn.norms import layer_norm
+from ..nn.linear import Linear, normal, zeros
+from ..nn.modulation import Modulation
 from ..nn.patchify import patch_grid, patch_sizes, patchify, unpatchify
 from ..nn.rope import RoPE, Rotation, grid_positions
 from ..nn.stack import Stack, save_matmuls
 from .config import arguments, build_part, make_record
-from .dit_blocks import BlockContext, DiTBlock
+from .dit_blocks import BlockContext, DiTBlock, MakeNorm, OutputHead, apply_head
 
 PUBLISHED_TIME = Sinusoid()
+UNSCALED_TIME = Sinusoid(scale=1.0, offset=0.0)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,31 @@ class DiTConfig:
     attention: Attention = attend
     remat: Callable[..., Any] | None = save_matmuls
     unroll: int = 1
+    norm: MakeNorm | None = None
+    swiglu: bool = False
+    modulated: bool = True
+    condition_tokens: int = 0
+    time_tokens: int = 0
+    tokens_start: int = 0
+    early_depth: int | None = None
+    early_head: bool = False
+    patch_bottleneck: int | None = None
 
     def build(self, *, key) -> "DiT":
         """The network, with random weights."""
         return DiT(**arguments(self), key=key)
+
+
+class DiTOutputs(NamedTuple):
+    """What a DiT made on the way: its output, and at `early_depth` the patches' tokens.
+
+    `early` is the auxiliary head's output there, None without `early_head`; `tokens` are those of
+    the patches, None without `early_depth`.
+    """
+
+    out: Float[Array, "c_out *spatial"]
+    early: Float[Array, "c_out *spatial"] | None = None
+    tokens: Float[Array, "n d"] | None = None
 
 
 class DiT(eqx.Module):
@@ -90,6 +112,18 @@ class DiT(eqx.Module):
     - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
     - `remat`, `unroll`: those of `nn.Stack`.
 
+    Those of newer networks, each of which the published DiT does without:
+
+    - `norm`, `swiglu`, `modulated`: of the blocks, see `DiTBlock`; `norm` is also the last norm's.
+      Without `modulated` nothing is shifted or scaled, and the time comes as `time_tokens`.
+    - `condition_tokens`: so many tokens, each the condition's vector and a learned vector of its
+      own, stand before the patches (in-context conditioning: Li & He 2025, JiT, has 32).
+      `time_tokens`: the same of the time (Geng et al. 2025b). From block `tokens_start` on.
+    - `early_depth`: after so many blocks `outputs` gives the tokens of the patches, for losses on
+      them (`DispersiveLoss`, `Alignment`). With `early_head` a second last layer reads them there:
+      it learns the same, less well, for `internal_guide` (Zhou et al. 2025).
+    - `patch_bottleneck`: a patch goes through so few numbers before it is a token (Li & He 2025).
+
     Blocks are stacked on a leading axis and scanned. Every inexact array leaf is trainable; the
     fixed positions are computed in the call. Weights start as in DiT: Xavier-uniform with zero
     biases, `N(0, 0.02^2)` for the embeddings of label and time, zero for every modulation and the
@@ -107,12 +141,16 @@ class DiT(eqx.Module):
     (4, 8, 8)
     """
 
+    patch_bottleneck: Linear | None
     patch_embedding: Linear
     time_embedding: Callable[..., Any]
     step_embedding: Callable[..., Any] | None
     embed_cond: Callable[..., Any] | None  # a table of labels, or the argument
+    context_positions: Float[Array, "m d"] | None  # of the tokens of condition and time
     blocks: Stack
-    final_modulation: Modulation
+    early_head: OutputHead | None
+    final_norm: Callable[..., Any] | None
+    final_modulation: Modulation | None
     final_linear: Linear
     config: DiTConfig = eqx.field(static=True)
 
@@ -137,7 +175,12 @@ class DiT(eqx.Module):
         token = shape[0]
         for side in patch_sizes(patch_size, len(shape) - 1):
             token *= side
-        self.patch_embedding = Linear(token, width, key=k1)
+        narrow = config.patch_bottleneck
+        through = jax.random.fold_in(k1, 1)
+        self.patch_bottleneck = (
+            None if narrow is None else Linear(token, narrow, use_bias=False, key=through)
+        )
+        self.patch_embedding = Linear(narrow or token, width, key=k1)
         # A part that was given as a module is used as it is; the record only describes it.
         part = lambda name: options.get(name, getattr(config, name))
         self.time_embedding = build_part(part("time_embedding"), width, key=k2)
@@ -147,6 +190,13 @@ class DiT(eqx.Module):
             self.embed_cond = LabelEmbedding(num_classes, width, key=k3)
         else:
             self.embed_cond = build_part(embed_cond, key=k3)
+        count = config.condition_tokens + config.time_tokens
+        place_key = jax.random.fold_in(k3, 1)
+        self.context_positions = normal(0.02)(place_key, (count, width)) if count else None
+        form: dict[str, Any] = dict(norm=config.norm, modulated=config.modulated)
+        # Blocks of a user's own need not know what is not asked for.
+        newer = {**form, "swiglu": config.swiglu}
+        newer = {name: v for name, v in newer.items() if v != getattr(DiTConfig, name)}
         make_block = lambda k: config.block(
             width,
             num_heads,
@@ -154,10 +204,14 @@ class DiT(eqx.Module):
             qk_norm=config.qk_norm,
             attention=config.attention,
             key=k,
+            **newer,
         )
         self.blocks = Stack(make_block, depth, remat=config.remat, unroll=config.unroll, key=k4)
-        self.final_modulation = Modulation(width, 2, key=k5)
-        self.final_linear = Linear(width, (1 + config.learn_sigma) * token, init=zeros, key=k6)
+        out = (1 + config.learn_sigma) * token
+        self.early_head = OutputHead(width, out, **form, key=k5) if config.early_head else None
+        self.final_norm = config.norm(width) if config.norm else None
+        self.final_modulation = Modulation(width, 2, key=k5) if config.modulated else None
+        self.final_linear = Linear(width, out, init=zeros, key=k6)
         self.config = config
 
     @property
@@ -186,6 +240,29 @@ class DiT(eqx.Module):
         h: Float[Array, ""] | float | None = None,
         key: PyTree | None = None,
     ) -> Float[Array, "c_out *spatial"]:
+        return self._run(x_t, t, cond, h, early=False).out
+
+    def outputs(
+        self,
+        x_t: Float[Array, "c *spatial"],
+        t: Float[Array, ""],
+        cond: PyTree = None,
+        *,
+        h: Float[Array, ""] | float | None = None,
+        key: PyTree | None = None,
+    ) -> DiTOutputs:
+        """The output, and what there is at `early_depth`, of one pass.
+
+        >>> dit = DiT((4, 8, 8), patch_size=2, depth=2, width=16, num_heads=2, early_depth=1,
+        ...           early_head=True, key=jax.random.key(0))
+        >>> made = dit.outputs(jnp.ones((4, 8, 8)), jnp.array(0.5))
+        >>> made.early.shape, made.tokens.shape
+        ((4, 8, 8), (16, 16))
+        """
+        return self._run(x_t, t, cond, h, early=True)
+
+    def _run(self, x_t: Any, t: Any, cond: PyTree, h: Any, *, early: bool) -> DiTOutputs:
+        config = self.config
         if x_t.shape[1:] == self.shape:
             raise ValueError(
                 f"DiT: x_t of shape {x_t.shape} is a batch of {len(x_t)}, and the network takes "
@@ -196,23 +273,34 @@ class DiT(eqx.Module):
         grid, _ = patch_grid(self.shape[1:], self.patch_size)
         # Time and condition in float32, rounded once.
         time = embed_times("DiT", self.time_embedding, self.step_embedding, t, h)
-        conditioning = embed_condition("DiT", time, self.embed_cond, cond)
-        c: Any = conditioning.vector
-        c = c.astype(x_t.dtype)
-        x = self.patch_embedding(patchify(x_t, self.patch_size))
+        own = embed_condition("DiT", jnp.zeros_like(time), self.embed_cond, cond)
+        vector: Any = own.vector
+        c = (time + vector).astype(x_t.dtype)
+        x = patchify(x_t, self.patch_size)
+        x = self.patch_embedding(x if self.patch_bottleneck is None else self.patch_bottleneck(x))
         x = x + jnp.asarray(sincos_positions(grid, x.shape[-1]), x.dtype)
-        x, context, before = self._joined(x, conditioning, grid)
-        x = self.blocks(x, c, context)[before:]
-        shift, scale = self.final_modulation(c)
-        x = self.final_linear(modulate(layer_norm(x), shift, scale))
-        return unpatchify(x, self.shape[1:], self.patch_size)
+        x, context, before = self._joined(x, own, grid)
+        at = config.early_depth if early else None
+        joins = None if self.context_positions is None else config.tokens_start
+        ends = sorted({0, joins or 0, at or config.depth, config.depth})
+        tokens = None
+        for start, stop in itertools.pairwise(ends):
+            if start == joins:
+                x, context, before = self._with_context(x, context, before, time, vector)
+            x = self.blocks(x, c, context, span=(start, stop))
+            tokens = x[before:] if stop == at else tokens
+        whole = lambda y: unpatchify(y, self.shape[1:], self.patch_size)
+        out = apply_head(self.final_norm, self.final_modulation, self.final_linear, x[before:], c)
+        if tokens is None or self.early_head is None:
+            return DiTOutputs(whole(out), None, tokens)
+        return DiTOutputs(whole(out), whole(self.early_head(tokens, c)), tokens)
 
     def _joined(
         self, x: Float[Array, "n d"], conditioning: Conditioning, grid: tuple[int, ...]
     ) -> tuple[Float[Array, "n2 d"], BlockContext, int]:
         """The sequence that the blocks see, their context, and how many tokens stand before the
         patches."""
-        rope, mask, before = self.config.rope, conditioning.mask, 0
+        mask, before = conditioning.mask, 0
         tokens = conditioning.tokens
         if tokens is not None:
             tokens = tokens.astype(x.dtype)
@@ -227,11 +315,31 @@ class DiT(eqx.Module):
             if mask is not None:
                 mask = jnp.concatenate([mask, jnp.ones(len(x), bool)])
             x, tokens = jnp.concatenate([tokens, x]), None
-        rotation: Rotation | None = None
-        if rope is not None:
-            places = grid_positions(grid)
-            rotation = rope(np.concatenate([np.zeros((before, places.shape[1])), places]))
-        return x, BlockContext(tokens, mask, rotation), before
+        return x, BlockContext(tokens, mask, self._rotation(before, grid)), before
+
+    def _with_context(
+        self, x: Float[Array, "n d"], context: BlockContext, before: int, time: Any, vector: Any
+    ) -> tuple[Float[Array, "n2 d"], BlockContext, int]:
+        """The same with the tokens of condition and time before all others."""
+        config, places = self.config, self.context_positions
+        assert places is not None
+        kinds = [vector] * config.condition_tokens + [time] * config.time_tokens
+        tokens = (jnp.stack(kinds) + places).astype(x.dtype)
+        before, mask = before + len(tokens), context.mask
+        if (
+            mask is not None and context.tokens is None
+        ):  # of the sequence, not of what it attends to
+            mask = jnp.concatenate([jnp.ones(len(tokens), bool), mask])
+        grid, _ = patch_grid(self.shape[1:], self.patch_size)
+        context = BlockContext(context.tokens, mask, self._rotation(before, grid))
+        return jnp.concatenate([tokens, x]), context, before
+
+    def _rotation(self, before: int, grid: tuple[int, ...]) -> Rotation | None:
+        """Of the patches by their places; what stands before them is not turned."""
+        if self.config.rope is None:
+            return None
+        places = grid_positions(grid)
+        return self.config.rope(np.concatenate([np.zeros((before, places.shape[1])), places]))
 
 
 def _check(config: DiTConfig) -> None:
@@ -257,47 +365,27 @@ def _check(config: DiTConfig) -> None:
             f"DiT: rope needs a size for each of the {axes} axes of {config.shape}, got "
             f"{config.rope.sizes}."
         )
+    _check_newer(config)
 
 
-def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads: int):
-    """The constructor of one size of the paper (Peebles & Xie 2023, tables 1 and 4)."""
-
-    def make(
-        shape: tuple[int, ...],
-        num_classes: int | None = 1000,
-        learn_sigma: bool = True,
-        *,
-        key,
-        **options: Any,
-    ) -> DiT:
-        size: dict[str, Any] = dict(
-            patch_size=patch_size, depth=depth, width=width, num_heads=num_heads
+def _check_newer(config: DiTConfig) -> None:
+    early, narrow = config.early_depth, config.patch_bottleneck
+    if early is not None and not 1 <= early < config.depth:
+        raise ValueError(
+            f"DiT: early_depth must lie in 1 .. {config.depth - 1}, below depth, got {early}."
         )
-        size |= dict(num_classes=num_classes, learn_sigma=learn_sigma)
-        return DiT(shape, **size, **options, key=key)
-
-    make.__name__ = make.__qualname__ = f"dit_{name.lower()}_{patch_size}"
-    make.__doc__ = f"""DiT-{name}/{patch_size}: {depth} blocks, {width} wide, {num_heads} heads.
-
-    `shape` is the latent's, (4, 32, 32) in the paper (Peebles & Xie 2023). All other arguments are
-    those of `DiT`; for another condition than a class, `num_classes=None, embed_cond=...`.
-
-    >>> dit = eqx.filter_eval_shape({make.__name__}, (4, 32, 32), key=jax.random.key(0))
-    >>> dit.patch_size, dit.blocks.stacked.fc1.weight.shape
-    ({patch_size}, ({depth}, {4 * width}, {width}))
-    """
-    return make
-
-
-dit_s_2 = _published("S", 2, depth=12, width=384, num_heads=6)
-dit_s_4 = _published("S", 4, depth=12, width=384, num_heads=6)
-dit_s_8 = _published("S", 8, depth=12, width=384, num_heads=6)
-dit_b_2 = _published("B", 2, depth=12, width=768, num_heads=12)
-dit_b_4 = _published("B", 4, depth=12, width=768, num_heads=12)
-dit_b_8 = _published("B", 8, depth=12, width=768, num_heads=12)
-dit_l_2 = _published("L", 2, depth=24, width=1024, num_heads=16)
-dit_l_4 = _published("L", 4, depth=24, width=1024, num_heads=16)
-dit_l_8 = _published("L", 8, depth=24, width=1024, num_heads=16)
-dit_xl_2 = _published("XL", 2, depth=28, width=1152, num_heads=16)
-dit_xl_4 = _published("XL", 4, depth=28, width=1152, num_heads=16)
-dit_xl_8 = _published("XL", 8, depth=28, width=1152, num_heads=16)
+    if config.early_head and early is None:
+        raise ValueError("DiT: early_head needs early_depth, the block after which it reads.")
+    if narrow is not None and narrow < 1:
+        raise ValueError(f"DiT: patch_bottleneck must be at least 1, got {narrow}.")
+    counts = config.condition_tokens, config.time_tokens
+    if min(counts) < 0 or not 0 <= config.tokens_start < config.depth:
+        raise ValueError(
+            f"DiT: need condition_tokens and time_tokens of at least 0 and tokens_start in 0 .. "
+            f"{config.depth - 1}, got {counts} and {config.tokens_start}."
+        )
+    if not config.modulated and not config.time_tokens:
+        raise ValueError(
+            "DiT: without modulated the blocks know nothing of the time; give time_tokens, and "
+            "condition_tokens for a condition that is a vector."
+        )

@@ -1,6 +1,7 @@
 """Layers: small modules of one example, from which the models are built."""
 
 from .activations import gelu as gelu, gelu_tanh as gelu_tanh, quick_gelu as quick_gelu
+from .alignment import Aligned as Aligned
 from .attention import (
     QKV as QKV,
     Attention as Attention,

@@ -39,7 +39,8 @@ class Stack(eqx.Module):
     Called as `stack(x, *shared)`. `x`, what the blocks hand on, is an array or a tree of arrays,
     such as the tokens of two streams; a block gives back the same shapes and dtypes. `shared` are
     further arguments of every block, trees of arrays or None. Blocks whose numbers are in `skip`
-    are left out.
+    are left out; of `span = (start, stop)` only blocks `start .. stop - 1` are applied, for what is
+    to happen between two of them.
 
     >>> from eqxldm.nn import Linear
     >>> stack = Stack(lambda key: Linear(4, 4, key=key), 3, key=jax.random.key(0))
@@ -66,8 +67,14 @@ class Stack(eqx.Module):
         self.stacked = eqx.filter_vmap(make_block)(jax.random.split(key, depth))
         self.depth, self.remat, self.unroll = depth, remat, unroll
 
-    def __call__(self, x: PyTree, *shared: PyTree, skip: Collection[int] = ()) -> PyTree:
-        return self._scan(x, shared, every=False, skip=skip)[0]
+    def __call__(
+        self,
+        x: PyTree,
+        *shared: PyTree,
+        skip: Collection[int] = (),
+        span: tuple[int, int] | None = None,
+    ) -> PyTree:
+        return self._scan(x, shared, every=False, skip=skip, span=span)[0]
 
     def outputs(self, x: PyTree, *shared: PyTree) -> PyTree:
         """What each block gave, on a leading axis of length `depth`.
@@ -105,8 +112,16 @@ class Stack(eqx.Module):
         return jax.lax.scan(apply, x, (params, own), unroll=self.unroll)
 
     def _scan(
-        self, x: PyTree, shared: tuple, every: bool, skip: Collection[int] = ()
+        self,
+        x: PyTree,
+        shared: tuple,
+        every: bool,
+        skip: Collection[int] = (),
+        span: tuple[int, int] | None = None,
     ) -> tuple[PyTree, PyTree]:
+        start, stop = span or (0, self.depth)
+        if not 0 <= start < stop <= self.depth:
+            raise ValueError(f"Stack: no blocks {start} .. {stop - 1} among {self.depth}.")
         if wrong := [i for i in skip if not 0 <= i < self.depth]:
             raise ValueError(f"Stack: skip must name blocks 0 .. {self.depth - 1}, got {wrong}.")
         params, static = eqx.partition(self.stacked, eqx.is_array)
@@ -127,6 +142,9 @@ class Stack(eqx.Module):
             return x, (x if every else None)
 
         # The body is what is recomputed: a block's input is kept, and what the policy says.
+        blocks = (params, used)
+        if stop - start < self.depth:
+            blocks = jax.tree.map(lambda leaf: leaf[start:stop], blocks)
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, replicate(x), (params, used), unroll=self.unroll)
+        return jax.lax.scan(apply, replicate(x), blocks, unroll=self.unroll)

@@ -5,6 +5,11 @@ from .adversarial import (
     hinge_generator_loss as hinge_generator_loss,
     kl_to_standard_normal as kl_to_standard_normal,
 )
+from .auxiliary import (
+    alignment_loss as alignment_loss,
+    cosine_loss as cosine_loss,
+    dispersive_loss as dispersive_loss,
+)
 from .base import AbstractObjective as AbstractObjective, Context as Context
 from .consistency import (
     SCM as SCM,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from ..objectives import AbstractObjective, Context
+from ..objectives.auxiliary import EXAMPLES
 from ..sharding import batch_vmap
 from .state import LossFn
 
@@ -66,11 +67,18 @@ def in_dtype(denoiser: Any, dtype: Any) -> Any:
 
 
 class _Cast:
-    """What `in_dtype` gives; a `log_weight` of the denoiser (`nn.Weighted`) stays one."""
+    """What `in_dtype` gives; a `log_weight` (`nn.Weighted`) and a `project` (`nn.Aligned`) of the
+    denoiser stay what they are, and `outputs` (`models.DiT`) computes in the dtype, too."""
 
     def __init__(self, denoiser: Any, dtype: Any):
         self._denoiser, self._dtype = denoiser, dtype
         self.log_weight = getattr(denoiser, "log_weight", None)
+        self.project = getattr(denoiser, "project", None)
+        self.outputs = self._outputs if hasattr(denoiser, "outputs") else None
+
+    def _outputs(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
+        made = self._denoiser.outputs(x_t.astype(self._dtype), t, cond, key=key, **options)
+        return jax.tree.map(lambda a: a.astype(jnp.float32), made)
 
     def __call__(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
         out = self._denoiser(x_t.astype(self._dtype), t, cond, key=key, **options)
@@ -88,7 +96,8 @@ def make_loss(
     """`loss(model, batch, key, context)`: an objective's mean loss over a batch, for any condition.
 
     A batch is `{"x0": (b, ...), "cond": PyTree}`, the condition's arrays with a leading axis too;
-    without `"cond"`, or with None there, the network is unconditional.
+    without `"cond"`, or with None there, the network is unconditional. `"features"`, where there
+    are any, go to the objective (`Denoising(alignment=)`).
 
     **Arguments**:
 
@@ -128,9 +137,12 @@ def make_loss(
         if context is not None:
             context = Context(context.step, tuple(in_dtype(m, dtype) for m in context.ema))
 
-        def one(x0: Any, times: Any, cond: Any, key: Any):
-            return objective.loss(network, x0, times, cond, key=key, context=context)
+        given = {"features": batch["features"]} if "features" in batch else {}
 
-        return jax.tree.map(jnp.mean, batch_vmap(one)(x0, times, cond, keys))
+        def one(x0: Any, times: Any, cond: Any, key: Any, given: Any):
+            return objective.loss(network, x0, times, cond, key=key, context=context, **given)
+
+        each = batch_vmap(one, axis_name=EXAMPLES)
+        return jax.tree.map(jnp.mean, each(x0, times, cond, keys, given))
 
     return loss_fn

@@ -25,7 +25,7 @@ from .commands import (
     train,
     train_autoencoder,
 )
-from .config import ObjectiveName, PresetName
+from .config import FormName, ObjectiveName, PresetName
 from .data import open_folder
 from .presets import preset
 from .processes import exit_with
@@ -33,12 +33,14 @@ from .terminal import run_main
 
 PRESETS: tuple[str, ...] = PresetName.__args__
 OBJECTIVES: tuple[str, ...] = ObjectiveName.__args__
+FORMS: tuple[str, ...] = FormName.__args__
+SAME = ("preset", "space", "denoiser", "form", "objective", "sampling")
 
 
 def commands(found: Train) -> Any:
     """The program's commands with the defaults of a preset."""
     same = {f.name: getattr(found, f.name) for f in fields(found)}
-    which = {name: same[name] for name in ("preset", "space", "denoiser", "objective", "sampling")}
+    which = {name: same[name] for name in SAME}
     count = 10_000 if "mnist" in found.preset else found.samples
     defaults: dict[str, Any] = {
         "train": found,
@@ -83,6 +85,7 @@ def chosen_preset(args: Sequence[str]) -> Train:
     options: dict[str, Any] = {
         "space": one("--space", ("latent", "pixel"), "latent"),
         "denoiser": one("--denoiser", ("dit", "unet"), "dit"),
+        "form": one("--form", FORMS, "published"),
         "objective": one("--objective", OBJECTIVES, "denoising"),
         "started": bool(given(args, "--start-from")),
     }

@@ -80,6 +80,7 @@ def check_options(
     options = config.diffusion
     check_sampling(make_method(config), sampling, prefix)
     _check_few_steps(config, compute)
+    _check_form(config)
     make_decays(options)
     if options.warmup >= options.steps and options.warmup:
         raise UserError(
@@ -97,8 +98,23 @@ def check_options(
         raise UserError(f"--autoencoder.crop-from {crop} is less than --size {h} {w}.")
 
 
+def _check_form(config: Config) -> None:
+    if config.form != "published" and config.denoiser != "dit":
+        raise UserError(f"--form {config.form}: it is of --denoiser dit.")
+    if config.form == "jit" and config.space != "pixel":
+        raise UserError("--form jit: it is for --space pixel.")
+    inside = [n for n in ("early", "dispersive") if getattr(config.diffusion, n)]
+    if inside and (config.dit.early_depth is None or config.denoiser != "dit"):
+        raise UserError(
+            f"--diffusion.{inside[0]}: it needs --denoiser dit and --dit.early-depth, the block "
+            "after which it looks."
+        )
+
+
 def _check_few_steps(config: Config, compute: Compute) -> None:
     few, steps = config.few, config.diffusion.steps
+    if few.conditioned and (config.objective, config.denoiser) != ("imf", "dit"):
+        raise UserError("--few.conditioned: it is of --objective imf and --denoiser dit.")
     if config.objective not in FEW_STEP:
         return
     low, high = few.guidance_interval

@@ -27,6 +27,7 @@ from .conditions import Captions, Labels, Wanted, choose_condition
 from .config import (
     Config,
     DenoiserName,
+    FormName,
     ObjectiveName,
     PresetName,
     SamplingConfig,
@@ -91,6 +92,7 @@ class Which:
     preset: PresetName = "images"  # With space and denoiser the name of the run's folder.
     space: SpaceName = "latent"  # As in training.
     denoiser: DenoiserName = "dit"  # As in training.
+    form: FormName = "published"  # As in training.
     objective: ObjectiveName = "denoising"  # As in training.
     # The run folder; by default in runs/, with the preset's name.
     run_dir: Path | None = None
@@ -264,6 +266,7 @@ def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
     """The folder named, or runs/ with the preset, and what is not the default."""
     names = [command.preset]
     names += ["pixel"] * (command.space == "pixel") + ["unet"] * (command.denoiser == "unet")
+    names += [command.form] * (command.form != "published")
     names += [command.objective] * (command.objective != "denoising")
     path = command.run_dir or Path("runs") / ("-".join(names) + ending)
     return RunFolder(path, primary=is_primary())

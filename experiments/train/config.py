@@ -31,9 +31,11 @@ DenoiserName = Literal["dit", "unet"]
 TokenName = Literal["bytes", "clip"]
 ConditionName = Literal["auto", "label", "text", "none"]
 ObjectiveName = Literal["denoising", "flow", "meanflow", "imf", "shortcut", "scm"]
+FormName = Literal["published", "modern", "jit"]
+NormName = Literal["layer", "rms"]
 PathName = Literal["flow", "cosine", "ddpm"]
 PredictionName = Literal["velocity", "eps", "v", "x0"]
-WeightName = Literal["constant", "min-snr"]
+WeightName = Literal["constant", "min-snr", "velocity"]
 SolverName = Literal[
     "ddim",
     "ddpm",
@@ -143,6 +145,22 @@ class DiTConfig:
     # The side of what makes a token; divides the sides of latents or images.
     patch_size: Few | None = None
     qk_norm: bool = False  # Normalise queries and keys.
+    # Before attention and MLP: a layer norm without parameters, or RMSNorm.
+    norm: NormName = "layer"
+    swiglu: bool = False  # MLPs with a gate, of as many parameters.
+    rope: bool = False  # Rotate queries and keys by their patch's place.
+    # Condition and time shift and scale every block; otherwise they come as tokens alone.
+    modulated: bool = True
+    # Tokens of the class or the caption's vector that stand before the patches.
+    condition_tokens: Annotated[int, Range(0, 1024)] = 0
+    time_tokens: Annotated[int, Range(0, 1024)] = 0  # The same of the time.
+    # The block from which on these tokens are there.
+    tokens_start: Annotated[int, Range(0, 1000)] = 0
+    # After so many blocks comes the auxiliary head of --diffusion.early, and --diffusion.dispersive
+    # looks at the tokens.
+    early_depth: Depth | None = None
+    # A patch goes through so few numbers before it is a token.
+    bottleneck: Width | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +218,14 @@ class DiffusionConfig:
     prediction: PredictionName = "eps"  # What the network outputs.
     # The network chooses the variance of its steps too, by the hybrid loss; "ddpm" path only.
     learned_range: bool = True
-    # Of the loss; min-snr (gamma = 5) means the same loss for every prediction.
+    # Of the loss; min-snr (gamma = 5) means the same loss for every prediction, velocity that of
+    # the velocity.
     weight: WeightName = "constant"
+    cosine: Weight = 0.0  # Of a term on the velocity's direction.
+    early: Weight = 0.0  # Of the same loss of an auxiliary head at --dit.early-depth.
+    dispersive: Weight = 0.0  # Of a term that pushes the examples' tokens there apart.
+    # Moves training times towards noise; 1: not. Of data of d numbers sqrt(d / 4096) is common.
+    time_shift: Annotated[float, Range(0, 100, "(]")] = 1.0
     # Of the logit-normal training times; positive favours noise. The "ddpm" path has its own.
     time_mean: Annotated[float, Range(-20, 20)] = 0.0
     time_stddev: Annotated[float, Range(0, 20, "(]")] = 1.0  # Of the logit-normal training times.
@@ -227,6 +251,10 @@ class FewStepConfig:
     time_stddev: Annotated[float, Range(0, 20, "(]")] = 1.0  # Of the same.
     # Of scm: steps in which the unstable part of its tangent comes in.
     warmup: MaybeSteps = 200
+    # Of imf with classes: scale and interval of guidance are conditions of the network, drawn in
+    # training and chosen when it is sampled, in place of --few.guidance.
+    conditioned: bool = False
+    largest: Annotated[float, Range(1, 100, "(]")] = 4.0  # The largest of these scales.
 
 
 @dataclass(frozen=True)
@@ -245,6 +273,14 @@ class SamplingConfig:
     guidance_interval: tuple[
         Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
     ] = (0.0, 0.8)  # fmt: skip
+    # The scale of guidance by the auxiliary head of --diffusion.early; 1 for none.
+    internal_guidance: Annotated[float, Range(0, 100)] = 1.0
+    # Guide by it only for t between these two.
+    internal_interval: tuple[
+        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
+    ] = (0.3, 1.0)  # fmt: skip
+    # Moves the times of the steps towards noise, as --diffusion.time-shift those of training.
+    shift: Annotated[float, Range(0, 100, "(]")] = 1.0
 
 
 @dataclass(frozen=True)
@@ -254,6 +290,8 @@ class Config:
     size: tuple[Side, Side] = (64, 64)  # Height and width, after a centre crop.
     space: SpaceName = "latent"  # What is diffused: an autoencoder's latents, or the pixels.
     denoiser: DenoiserName = "dit"  # The network: a transformer or a U-Net.
+    # Of the transformer: DiT as published; modern, with what newer ones added; jit, for pixels.
+    form: FormName = "published"
     # What is learned: to denoise, with the options of --diffusion; the velocity of the linear flow;
     # or, for one or few network calls, average velocities or a consistency function.
     objective: ObjectiveName = "denoising"

@@ -1,5 +1,6 @@
 """Objectives of one or few network calls: their losses, their maps, and a start from a denoiser."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,37 @@ class OnDiffusion(AbstractObjective):
         return self.objective.loss(changed(denoiser), x0, times, cond, key=key, context=context)
 
 
+class AtScale:
+    """A network whose condition is guidance, too (`nn.GuidanceEmbedding`), at one scale of it."""
+
+    def __init__(
+        self, denoiser: Any, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+    ):
+        self._denoiser = denoiser
+        self._given = lambda cond: ex.guided_condition(cond, scale, interval)
+        inside = getattr(denoiser, "outputs", None)
+        self.outputs = None if inside is None else self._outputs
+
+    def __call__(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
+        return self._denoiser(x_t, t, self._given(cond), key=key, **options)
+
+    def _outputs(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
+        return self._denoiser.outputs(x_t, t, self._given(cond), key=key, **options)
+
+
+class Unguided(AbstractObjective):
+    """An objective for a network whose condition is guidance, too: at the scale 1."""
+
+    objective: AbstractObjective
+
+    def times(self, key: Any, n: int) -> Any:
+        return self.objective.times(key, n)
+
+    def loss(self, denoiser: Any, x0: Any, times: Any, cond: Any, *, key: Any, context: Any = None):
+        plain = AtScale(denoiser)
+        return self.objective.loss(plain, x0, times, cond, key=key, context=context)
+
+
 def few_step_objective(
     config: Config, diffusion: ex.Diffusion, null: Any = None, teacher: Any = None
 ) -> AbstractObjective:
@@ -73,7 +105,9 @@ def few_step_objective(
         objective = ex.Shortcut(SHORTCUT_STEPS, few.flow_share, times, **options)
     else:
         target: ex.AbstractVelocityTarget = ex.DataVelocity()
-        if guidance != 1:  # w / (1 - k) of the published form, with w = 1
+        if few.conditioned and null is not None:
+            target = ex.ConditionedGuidance(null, few.largest)
+        elif guidance != 1:  # w / (1 - k) of the published form, with w = 1
             target = ex.FixedGuidance(null, 1.0, 1 - 1 / guidance, few.guidance_interval)
         make = ex.improved_mean_flow if name == "imf" else _mean_flow
         objective = make(target, flow_share=few.flow_share, time_sampler=times)
@@ -94,10 +128,13 @@ def make_flow_map(config: Config, diffusion: ex.Diffusion, denoiser: Any) -> ex.
 
 def variants(config: Config, sampling: SamplingConfig) -> dict[int, SamplingConfig]:
     """How the finished network is sampled for its table: few calls, and the ODE of its velocity."""
-    found = {n: replace(sampling, solver="map", steps=n, guidance=1.0) for n in CALLS}
+    few, scale = config.few, 1.0
+    if few.conditioned:  # the network is told, whatever the solver
+        scale, sampling = few.guidance, replace(sampling, guidance_interval=few.guidance_interval)
+    found = {n: replace(sampling, solver="map", steps=n, guidance=scale) for n in CALLS}
     if config.objective != "scm":
         # A shortcut's velocity has no guidance in it; that of a mean flow has.
-        scale = config.few.guidance if config.objective == "shortcut" else 1.0
+        scale = few.guidance if config.objective == "shortcut" else scale
         options: dict[str, Any] = dict(guidance_interval=config.few.guidance_interval)
         found[ODE_STEPS] = replace(
             sampling, solver="ddim", steps=ODE_STEPS, guidance=scale, **options
@@ -125,7 +162,9 @@ def warm_start(network: Any, finished: Any) -> Any:
             return jnp.zeros_like(leaf) if ".linear2." in name else leaf
         if name.startswith("time_embedding.") and not same_time:
             return leaf
-        found = old.get(name)
+        if re.match(r"embed_cond\.(strength|low|high)_embedding\.", name):  # says nothing yet
+            return leaf
+        found = old.get(name.replace("embed_cond.embed_cond.", "embed_cond."))
         if found is None or found.shape != leaf.shape:
             there = "none" if found is None else f"the shape {found.shape}"
             raise UserError(

@@ -12,7 +12,7 @@ from eqxldm.solvers import Variance
 from eqxldm.training import constant, exponential, in_dtype, power_function
 
 from .config import Config, DiffusionConfig, PathName, SamplingConfig
-from .few_steps import FEW_STEP, few_step_objective, make_flow_map
+from .few_steps import FEW_STEP, AtScale, Unguided, few_step_objective, make_flow_map
 from .terminal import UserError
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
@@ -23,7 +23,8 @@ class Method(NamedTuple):
     """A diffusion, how it is trained, the variance of ancestral steps; and names, for messages.
 
     Of a network that is trained for few calls, `flow_map` makes a map of a denoiser, and `plain` is
-    the objective before its own sets in.
+    the objective before its own sets in. `early`: the network has an auxiliary head;
+    `conditioned`: guidance is a condition of it.
     """
 
     diffusion: ex.Diffusion
@@ -32,6 +33,8 @@ class Method(NamedTuple):
     names: tuple[str, str]
     flow_map: Callable[[Any], ex.FlowMap] | None = None
     plain: AbstractObjective | None = None
+    early: bool = False
+    conditioned: bool = False
 
     @property
     def timesteps(self) -> int | None:
@@ -64,7 +67,11 @@ def make_method(config: Config, null: Any = None, teacher: Any = None) -> Method
         return method
     few = few_step_objective(config, method.diffusion, null, teacher)
     flow_map = lambda denoiser: make_flow_map(config, method.diffusion, denoiser)
-    return method._replace(objective=few, flow_map=flow_map, plain=method.objective)
+    plain, conditioned = method.objective, config.few.conditioned and null is not None
+    plain = Unguided(plain) if conditioned else plain
+    return method._replace(
+        objective=few, flow_map=flow_map, plain=plain, conditioned=config.few.conditioned
+    )
 
 
 def _denoising(config: DiffusionConfig) -> Method:
@@ -86,15 +93,27 @@ def _denoising(config: DiffusionConfig) -> Method:
                 "--diffusion.learned-range has the hybrid loss: it needs --diffusion.path ddpm and "
                 f"--diffusion.weight constant, got {config.path} and {config.weight}."
             )
+        if config.cosine or config.early or config.dispersive:
+            raise UserError(
+                "--diffusion.learned-range: its loss takes no --diffusion.cosine, early or "
+                "dispersive. Give --diffusion.no-learned-range."
+            )
         diffusion = ex.Diffusion(path, ex.LearnedRange(prediction))
         return Method(diffusion, Hybrid(diffusion), ex.learned_range, names)
-    weight = ex.min_snr_weight(prediction) if config.weight == "min-snr" else ex.constant_weight
+    weight = {
+        "constant": ex.constant_weight,
+        "min-snr": ex.min_snr_weight(prediction),
+        "velocity": ex.velocity_weight(prediction),
+    }[config.weight]
     if isinstance(path, ex.DiscreteVP):
         times = ex.discrete_time(path.timesteps)
     else:
         times = ex.logit_normal_time(config.time_mean, config.time_stddev)
+        times = ex.shifted_time(times, config.time_shift)
     diffusion = ex.Diffusion(path, prediction)
-    return Method(diffusion, Denoising(diffusion, weight, times), ex.fixed_small, names)
+    terms = dict(cosine=config.cosine, early=config.early, dispersive=config.dispersive)
+    objective = Denoising(diffusion, weight, times, **terms)
+    return Method(diffusion, objective, ex.fixed_small, names, early=config.early > 0)
 
 
 def _path(name: PathName) -> ex.AbstractPath:
@@ -124,17 +143,27 @@ def make_times(method: Method, sampling: SamplingConfig) -> Any:
     """The times: the remaining timesteps of the table, or evenly spaced ones."""
     table = method.timesteps
     if table is None:
-        return ex.uniform_times(sampling.steps)
+        return ex.shifted_times(sampling.steps, sampling.shift)
     if sampling.steps > table:
         raise UserError(f"--sampling.steps {sampling.steps}: the table has {table} timesteps.")
     return ex.timestep_times(table, ex.respace(table, [sampling.steps]))
 
 
-def guided(network: Any, null: Any, sampling: SamplingConfig, dtype: Any) -> ex.Denoiser:
-    """The network with the guidance asked for, computing in `dtype`."""
+def guided(
+    network: Any, null: Any, sampling: SamplingConfig, dtype: Any, conditioned: bool = False
+) -> ex.Denoiser:
+    """The network with the guidance asked for, computing in `dtype`.
+
+    `conditioned`: a network that is told of its guidance.
+    """
     denoiser = in_dtype(network, dtype)
+    if conditioned:
+        return AtScale(denoiser, sampling.guidance, sampling.guidance_interval)
     if sampling.solver == "map":  # the guidance is in the network
         return denoiser
+    if sampling.internal_guidance != 1:
+        interval = sampling.internal_interval
+        denoiser = ex.internal_guide(denoiser, sampling.internal_guidance, interval=interval)
     if sampling.guidance == 1 or null is None:
         return denoiser
     scale = guidance_scale(sampling)
@@ -161,11 +190,19 @@ def guidance_scale(sampling: SamplingConfig) -> Any:
 
 def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "sampling.") -> int:
     """Refuses what cannot be sampled, before anything is trained; returns the network calls."""
-    low, high = sampling.guidance_interval
-    if not low < high:
+    for name in ("guidance", "internal"):
+        low, high = getattr(sampling, f"{name}_interval")
+        if not low < high:
+            raise UserError(
+                f"--{prefix}{name}-interval must be LOW HIGH with LOW < HIGH, got {low} {high}."
+            )
+    if sampling.internal_guidance != 1 and (not method.early or sampling.solver == "map"):
         raise UserError(
-            f"--{prefix}guidance-interval must be LOW HIGH with LOW < HIGH, got {low} {high}."
+            f"--{prefix}internal-guidance: it needs a network with an auxiliary head, trained with "
+            "--diffusion.early and --dit.early-depth, and another solver than map."
         )
+    if sampling.shift != 1 and method.timesteps is not None:
+        raise UserError(f"--{prefix}shift: the timesteps of a table are not moved; leave it at 1.")
     if sampling.solver == "map":
         _check_map(method, sampling, prefix)
         return sampling.steps
@@ -186,7 +223,13 @@ def _check_map(method: Method, sampling: SamplingConfig, prefix: str) -> None:
             f"--{prefix}solver map: it is for networks that are trained for few calls, with "
             f"--objective {', '.join(FEW_STEP)}."
         )
-    if sampling.guidance != 1:
+    if method.conditioned:
+        if sampling.guidance < 1:
+            raise UserError(
+                f"--{prefix}guidance {sampling.guidance:g}: a network whose condition it is "
+                "(--few.conditioned) takes at least 1."
+            )
+    elif sampling.guidance != 1:
         raise UserError(
             f"--{prefix}guidance {sampling.guidance:g}: with --{prefix}solver map the network has "
             "the guidance in it that it was trained with (--few.guidance). Leave it at 1."

@@ -130,14 +130,18 @@ def make_denoiser(
     if config.denoiser == "unet":
         return _unet(config, shape, condition, attention=attend, remat=policy, key=key)
     sizes = dit_sizes(config)
-    options: dict[str, Any] = dict(
-        qk_norm=nn.RMSNorm if config.dit.qk_norm else None,
+    options: dict[str, Any] = _form(config, sizes) | dict(
         learn_sigma=config.diffusion.learned_range,
         attention=attend,
         remat=policy,
         **_times(config),
     )
-    if isinstance(condition, Labels):
+    if config.few.conditioned:
+        if not isinstance(condition, Labels):
+            raise ValueError("--few.conditioned needs images with classes, --condition label.")
+        labels = nn.Labels(condition.num_classes, sizes["width"])
+        options |= dict(embed_cond=nn.GuidanceEmbedding(labels, sizes["width"], key=text_key))
+    elif isinstance(condition, Labels):
         options |= dict(num_classes=condition.num_classes)
     elif isinstance(condition, Captions):
         text = config.text
@@ -152,10 +156,30 @@ def make_denoiser(
     return DiT(shape, **sizes, **options, key=key)
 
 
+def _form(config: Config, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What a DiT has besides the published form."""
+    dit, half = config.dit, sizes["width"] // sizes["num_heads"] // 4 * 2
+    if dit.rope and not half:
+        raise ValueError("--dit.rope needs heads of at least 4; lower --dit.num-heads.")
+    return dict(
+        qk_norm=nn.RMSNorm if dit.qk_norm else None,
+        norm=nn.RMSNorm if dit.norm == "rms" else None,
+        swiglu=dit.swiglu,
+        rope=nn.RoPE((half, half)) if dit.rope else None,  # half of a head for each axis
+        modulated=dit.modulated,
+        condition_tokens=dit.condition_tokens,
+        time_tokens=dit.time_tokens,
+        tokens_start=dit.tokens_start,
+        early_depth=dit.early_depth,
+        early_head=config.diffusion.early > 0,
+        patch_bottleneck=dit.bottleneck,
+    )
+
+
 def _times(config: Config) -> dict[str, Any]:
     """How the network reads its time, and whether it has two."""
     if config.objective == "denoising":
-        return {}
+        return {"time_embedding": UNSCALED} if config.form == "jit" else {}
     two = config.objective in TWO_TIMES
     return {"time_embedding": UNSCALED} | ({"step_embedding": UNSCALED} if two else {})
 

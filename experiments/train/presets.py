@@ -5,7 +5,7 @@ from dataclasses import replace
 import tyro
 
 from .commands import Train
-from .config import DenoiserName, ObjectiveName, PresetName, SpaceName
+from .config import DenoiserName, FormName, ObjectiveName, PresetName, SpaceName
 from .few_steps import DIFFERENTIATED, FEW_STEP
 
 # Sizes that train in minutes on two CPU cores; the defaults of Train's options are DiT's recipe.
@@ -76,6 +76,29 @@ LATENT = "--dit.patch-size 2 --unet.channels 64 128"
 SMALL_UNETS = {"latent": "--unet.channels 16 32", "pixel": "--unet.channels 8 16 32"}
 MNIST_UNETS = {"latent": "--unet.channels 64 128", "pixel": "--unet.channels 16 32 64"}
 
+# What newer transformers have: the blocks, and a term on the velocity's direction.
+BLOCKS = "--dit.norm rms --dit.swiglu --dit.rope --dit.qk-norm"
+MODERN = f"{BLOCKS} --diffusion.cosine 0.5"
+# On ImageNet with the rest of LightningDiT's recipe (Yao et al. 2025), and an auxiliary head.
+MODERN_IMAGENET = f"""
+    {BLOCKS} --diffusion.cosine 1 --diffusion.early 0.25 --dit.early-depth 8
+    --diffusion.path flow --diffusion.prediction velocity --diffusion.no-learned-range
+    --diffusion.batch-size 1024 --diffusion.learning-rate 2e-4 --diffusion.b2 0.95
+    --diffusion.steps 100000 --sampling.solver ddim --sampling.steps 50
+"""
+# JiT (Li & He 2025): x0 from pixels, the loss in the velocity; times as theirs, t = 1 being noise.
+JIT = f"""
+    {BLOCKS} --diffusion.path flow --diffusion.prediction x0 --diffusion.weight velocity
+    --diffusion.no-learned-range --diffusion.time-mean 0.8 --diffusion.time-stddev 0.8
+    --sampling.solver ddim --sampling.steps 50
+"""
+JIT_IMAGENET = """
+    --dit.model dit_b_2 --dit.patch-size 16 --dit.bottleneck 128 --dit.condition-tokens 32
+    --dit.tokens-start 4 --diffusion.batch-size 1024 --diffusion.learning-rate 2e-4
+    --diffusion.b2 0.95 --diffusion.steps 250000 --diffusion.warmup 6250
+    --sampling.guidance 2.9 --sampling.guidance-interval 0 0.9
+"""
+JIT_SMALL = "--dit.bottleneck 16 --dit.condition-tokens 4 --dit.tokens-start 2"
 
 # The velocity of the linear flow, which large presets learn for any objective but their own.
 FLOW = """
@@ -132,8 +155,9 @@ def preset(
     count: int = 1000,
     objective: ObjectiveName = "denoising",
     started: bool = False,
+    form: FormName = "published",
 ) -> Train:
-    """The options of a preset for a space, a denoiser and an objective.
+    """The options of a preset for a space, a denoiser, its form and an objective.
 
     `images` asks for size and count, too; `started`: the run begins as a finished one.
     """
@@ -151,6 +175,11 @@ def preset(
         layers = [*small, images(size, count), patch]
     else:
         layers = [*small, MNIST, f"--data {name}", MNIST_STEPS[space, denoiser], MNIST_UNETS[space]]
+    large = name == "imagenet256"
+    if form == "modern":
+        layers.append(MODERN_IMAGENET if large else MODERN)
+    if form == "jit":
+        layers += [JIT, JIT_IMAGENET if large else JIT_SMALL]
     if objective == "flow" or (objective != "denoising" and name == "imagenet256"):
         layers.append(FLOW)
     if objective in FEW_STEP:
@@ -158,6 +187,6 @@ def preset(
     if objective in DIFFERENTIATED:
         layers.append("--diffusion.dtype float32")
     # Of an option that comes twice the last one counts.
-    default = Train(preset=name, space=space, denoiser=denoiser, objective=objective)
+    default = Train(preset=name, space=space, denoiser=denoiser, form=form, objective=objective)
     found = tyro.cli(Train, args=" ".join(layers).split(), default=default)
     return few_steps(found, started) if objective in FEW_STEP else found

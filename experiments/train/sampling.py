@@ -46,7 +46,7 @@ class Sampler(NamedTuple):
         """`(space, network, cond, keys) -> images`, a pure function of a batch, in uint8."""
 
         def draw(space, network, cond, keys):
-            denoiser = guided(network, null, self.sampling, self.dtype)
+            denoiser = guided(network, null, self.sampling, self.dtype, self.method.conditioned)
 
             def one(cond, key):
                 noise_key, solver_key = jax.random.split(key)
@@ -141,7 +141,9 @@ def reverse_process(sampler: Sampler, trained: Trained, wanted: Wanted, key: Any
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, None, 0, 0))
     def row(space, network, cond, key):
-        denoiser = guided(network, trained.null, sampling, sampler.dtype)
+        denoiser = guided(
+            network, trained.null, sampling, sampler.dtype, sampler.method.conditioned
+        )
         noise_key, solver_key = jax.random.split(key)
         z = sampler.method.diffusion.sample_prior(trained.shape, key=noise_key)
         return jax.vmap(space.decode)(sampler.states(denoiser, z, cond, solver_key)[shown])
