@@ -50,11 +50,15 @@ def twice_the_batch(config: Config) -> Config:
     return other(batch_size=2 * config.diffusion.batch_size)(half(config))
 
 
-def cross_attention(config: Config) -> Config:
-    """Cross-attention in place of joint tokens, with steps that make as many multiply-adds."""
-    changed = replace(config, text=replace(config.text, cross_attention=True))
-    steps = config.diffusion.steps * step_cost(config) / step_cost(changed)
-    return other(steps=round(steps))(changed)
+def looking(cross_attention: bool) -> Variant:
+    """Captions by cross-attention or as joint tokens, in as many multiply-adds as the run's own."""
+
+    def variant(config: Config) -> Config:
+        changed = replace(config, text=replace(config.text, cross_attention=cross_attention))
+        steps = config.diffusion.steps * step_cost(config) / step_cost(changed)
+        return other(steps=round(steps))(changed)
+
+    return variant
 
 
 def step_cost(config: Config) -> int:
@@ -76,7 +80,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "time_mean 0.5": other(time_mean=0.5),
         "192 wide": wider,
     },
-    "text": {"joint tokens": other(), "cross-attention": cross_attention},
+    "text": {"joint tokens": looking(False), "cross-attention": looking(True)},
 }
 COLUMNS = ("fd", "accuracy", "accuracy_known", "precision", "recall")
 

@@ -68,7 +68,7 @@ TEXT = """
     --data emoji --condition text --size 32 32 --no-flip --samples 1000 --checkpoint-every 500
     --autoencoder.steps 1500 --diffusion.steps 7000 --diffusion.learning-rate 2e-3
     --text.tokens clip --text.merges 8192 --text.max-length 16 --text.depth 2 --text.num-heads 4
-    --sampling.guidance 2.5 --latents.images-per-shard 1000
+    --text.cross-attention --sampling.guidance 2.5 --latents.images-per-shard 1000
 """
 # Pixels have patches and levels of their own, so that there are about as many tokens.
 PIXEL = "--dit.patch-size 4 --unet.channels 32 64 64"

@@ -32,8 +32,8 @@ class Config:
     # The bound's estimator: a number of masked tokens, a time, or blocks one after the other.
     objective: Literal["count", "time", "block"] = "count"
     block_size: Annotated[int, Range(1, 10**6)] = 16  # Of --objective block; divides the length.
-    steps: Steps = 2000  # Training steps of each of the two networks.
-    batch_size: Batch = 32  # Windows in a step.
+    steps: Steps = 4000  # Training steps of each of the two networks.
+    batch_size: Batch = 16  # Windows in a step.
     learning_rate: Rate = 3e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.03  # Of matrices.
