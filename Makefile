@@ -16,6 +16,7 @@ ACCELERATOR ?= $(shell \
 ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
 TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
+SERVE := .venv/installed-$(MINOR)-$(ACCELERATOR)-serve
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
 DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
 PARITY := .venv-parity/installed-$(MINOR)
@@ -60,9 +61,9 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
 	train-text sample-text evaluate-text compare-text compare-guidance compare-modern compare-few-steps \
-	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate compare-mnist \
-	bench-solvers bench-mixture bench bench-accelerator bench-data scaling tpu-check tpu-pieces \
-	gpu-check test test-parity test-soak fuzz lint format typecheck pins docs docs-serve clean
+	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate serve compare-mnist \
+	bench-solvers bench-mixture bench bench-accelerator bench-data bench-serve scaling tpu-check tpu-pieces \
+	gpu-check test test-parity test-soak test-soak-serve fuzz lint format typecheck pins docs docs-serve clean
 
 ##@ To train and to sample
 
@@ -141,6 +142,11 @@ generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=fo
 	$(WORDS) generate $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
 		$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
+serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist, or MODEL=folder; PORT=8000 HOST=127.0.0.1
+	.venv/bin/python -m experiments.serve serve $(if $(RUN),--run "$(RUN)") \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
+
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)
 
@@ -182,6 +188,10 @@ bench: $(PARITY) ## ours beside PyTorch: training, sampling, compile time (15 mi
 bench-accelerator: $(RUNTIME) ## training and sampling on a GPU or TPU in many variants; small on a CPU
 	.venv/bin/python benchmarks/accelerator.py $(ARGS)
 
+bench-serve: $(SERVE) ## the server over loopback, beside the bare jitted call: RUN=runs/mnist (2 minutes)
+	.venv/bin/python -m experiments.serve bench --run "$(or $(RUN),runs/mnist)" \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(SOLVER),--solver $(SOLVER)) $(ARGS)
+
 bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)
 	.venv/bin/python benchmarks/data.py
 
@@ -205,6 +215,10 @@ test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for
 
 test-soak: $(DEV) ## kill a run KILLS=20 times, fill its disk FAULTS=10 times, compare with one left alone
 	.venv/bin/python tests/soak.py --kills $(or $(KILLS),20) --faults $(or $(FAULTS),10)
+
+test-soak-serve: $(SERVE) ## REQUESTS=10000, too many at once, killed and started again: RUN=runs/mnist
+	.venv/bin/python -m experiments.serve soak --run "$(or $(RUN),runs/mnist)" \
+		$(if $(REQUESTS),--requests $(REQUESTS)) $(ARGS)
 
 fuzz: $(DEV) ## feed every reader of outside bytes CASES=1000 damaged inputs
 	EQXLDM_FUZZ_CASES=$(or $(CASES),1000) .venv/bin/python -m pytest tests/test_fuzz.py $(ARGS)
@@ -243,6 +257,10 @@ $(RUNTIME): .venv/bin/python pyproject.toml $(CONSTRAINTS)
 
 $(TEXT): $(RUNTIME)
 	$(call INSTALL,.venv,text $(ACCELERATOR_EXTRA))
+	@touch $@
+
+$(SERVE): $(RUNTIME)
+	$(call INSTALL,.venv,serve text $(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(DEV): $(RUNTIME)

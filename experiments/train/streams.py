@@ -27,13 +27,19 @@ def stream_key(seed: int, name: str) -> Any:
     >>> bool(stream_key(0, "samples") == stream_key(2**32, "samples"))
     False
     """
-    if name not in STREAMS:
-        raise ValueError(f"stream_key: {name!r} is not one of {', '.join(sorted(STREAMS))}.")
+    number = stream_number(name)
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"stream_key: a seed must lie in [0, 2^64 - 1], got {seed}.")
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+    return jax.random.fold_in(key, number)
+
+
+def stream_number(name: str) -> int:
+    """The number of a stream, a hash of its name."""
+    if name not in STREAMS:
+        raise ValueError(f"stream_key: {name!r} is not one of {', '.join(sorted(STREAMS))}.")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
 def stream_seed(seed: int, name: str) -> int:

@@ -1,0 +1,388 @@
+"""The engine: a queue of requests, slots that they are drawn in, and the thread that draws."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import Queue
+from typing import Any
+
+import jax
+import numpy as np
+
+from .events import (
+    Draw,
+    Failure,
+    Forward,
+    Job,
+    Picture,
+    Preview,
+    QueueFull,
+    Send,
+    seed_words,
+    shown_calls,
+)
+from .generator import MAP, Generator
+from .pictures import png
+from .plans import Plan
+from .programs import FRAMES, Programs, fitting
+from .requests import Limits, Request, RequestError
+
+AHEAD = 2  # network calls that are dispatched before the first of them must be done
+BACKLOG = 16  # decoded batches that wait to be delivered, before drawing waits for them
+
+
+class Engine:
+    """Draws requests with a `Generator`: step by step, as many together as there are slots.
+
+    `start` compiles and begins, in a thread of its own; `submit` hands in a request. What a request
+    leads to is given to its `send`, from another thread: `Preview`s, a `Picture` for each of its
+    images, in any order, or one `Failure` in their place.
+
+    **Arguments**:
+
+    - `slots`, `sizes`, `decodes`: see `Programs`.
+    - `queue`: images that may wait, at most; beyond it `submit` raises `QueueFull`.
+    - `observe`: `(name, value)` is called with what is measured: `rows` and `size` of a network
+      call, `step_seconds`, `images` delivered, `cancelled`.
+
+    >>> import jax.numpy as jnp
+    >>> from eqxldm import DDIM, Diffusion, LinearFlow, predict_x0, uniform_times
+    >>> from eqxldm.serving import Defaults
+    >>> generator = Generator(
+    ...     "grey", lambda x, t, cond, key=None: jnp.zeros_like(x),
+    ...     Diffusion(LinearFlow(), predict_x0), (1, 2, 2), lambda z: z, (2, 2),
+    ...     {"ddim": DDIM()}, uniform_times, Defaults("ddim"))
+    >>> engine, found = Engine(generator, slots=1), Queue()
+    >>> engine.start(); engine.ready.wait()
+    True
+    >>> job = engine.submit(Request("ddim", 4, 1.0, (0.0, 1.0), seed=7), found.put)
+    >>> found.get().data[:4]
+    b'\\x89PNG'
+    >>> engine.stop()
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        sizes: tuple[int, ...] | None = None,
+        decodes: tuple[int, ...] | None = None,
+        limits: Limits | None = None,
+        observe: Callable[[str, float], None] | None = None,
+    ):
+        self.generator, self.limits = generator, Limits() if limits is None else limits
+        self.programs = Programs(generator, slots=slots, sizes=sizes, decodes=decodes)
+        self.observe: Callable[[str, float], None] = observe or (lambda name, value: None)
+        self.ready, self.failed = threading.Event(), None
+        self.room = queue
+        self._waiting: deque[Draw] = deque()
+        self._active: list[Draw] = []
+        self._wake, self._stopping = threading.Condition(), False
+        self._threads: list[threading.Thread] = []
+        self._flights: deque[Any] = deque()
+        self._outbox: Any = Queue(BACKLOG)
+        self._step_seconds, self._last_step = 0.05, None
+        s = slots
+        self._numbers = np.zeros((s, 1 + self.programs.plans.packing.width), np.float32)
+        self._counts = np.zeros((s, 4), np.int32)
+
+    # From outside, any thread.
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Images that are being drawn."""
+        return len(self._active)
+
+    def prepare(self, request: Request) -> tuple[Plan, Any]:
+        """What a request needs to be drawn: its plan and its condition.
+
+        **Raises** `RequestError` for what the model does not know.
+        """
+        most = self.generator.most_steps
+        if not 1 <= request.steps <= most:
+            raise RequestError(400, f"steps must be in 1 .. {most}, got {request.steps}.", "steps")
+        try:
+            plan = self.programs.plans(request.solver, request.steps)
+            cond = self.generator.condition(request.prompt, request.label)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+        return plan, jax.tree.map(np.asarray, cond)
+
+    def submit(self, request: Request, send: Send) -> Job:
+        """Queues a request.
+
+        **Raises** `QueueFull` where its images find no room, and `RequestError` if the engine is
+        not ready or for what the model does not know.
+        """
+        if not self.ready.is_set() or self._stopping:
+            state = "is stopping" if self._stopping else "is not ready yet"
+            raise RequestError(503, f"the server {state}.")
+        self._check_room(request.n)  # before any work is done for it
+        plan, cond = self.prepare(request)
+        deadline = time.monotonic() + self.limits.seconds
+        job = Job(request, plan, cond, send, deadline)
+        shown = shown_calls(request, plan.calls)
+        with self._wake:
+            if self._stopping:
+                raise RequestError(503, "the server is stopping.")
+            self._check_room(request.n)
+            self._waiting.extend(Draw(job, i, shown=shown) for i in range(request.n))
+            self._wake.notify()
+        return job
+
+    def _check_room(self, n):
+        with self._wake:
+            there = sum(not d.job.ended for d in [*self._active, *self._waiting])
+            if there + n > self.room + self.programs.slots:
+                raise QueueFull(self.seconds_ahead())
+
+    def seconds_ahead(self) -> int:
+        """About how long what is queued takes, for Retry-After."""
+        with self._wake:
+            draws = [d for d in [*self._active, *self._waiting] if not d.job.ended]
+        calls = sum(draw.job.plan.calls - draw.done for draw in draws)
+        return max(1, round(calls * self._step_seconds / self.programs.slots))
+
+    def start(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compiles, then draws, until `stop`; returns at once. `ready` is set when it may begin."""
+        self._threads = [
+            threading.Thread(target=self._draw, args=(progress,), name="engine", daemon=True),
+            threading.Thread(target=self._deliver, name="engine-delivery", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends what is under way, with a `Failure` for each request, and the threads."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        for thread in self._threads:
+            thread.join()
+
+    # The thread that draws.
+
+    def _draw(self, progress):
+        def tell(name):
+            if self._stopping:
+                raise _Stopped
+            if progress is not None:
+                progress(name)
+
+        try:
+            self.programs.warm_up(tell)
+            self._warm_conditions()
+            self.ready.set()
+            while self._await_work():
+                self._drop_ended()
+                self._admit()
+                for follows in (False, True):
+                    draws = [d for d in self._active if (d.job.request.solver == MAP) == follows]
+                    if draws:
+                        self._step(draws, follows)
+                self._show()
+        except _Stopped:
+            pass
+        except BaseException as error:  # whatever it is, nobody waits for ever
+            self.failed = error
+            self.ready.clear()
+            raise
+        finally:
+            with self._wake:
+                self._stopping = True
+                left = {id(d.job): d.job for d in [*self._active, *self._waiting]}
+                self._waiting.clear()
+            for job in left.values():
+                self._fail(job, 503, "the server is stopping.")
+            self._outbox.put(None)
+
+    def _warm_conditions(self):
+        """Text encoders compile at the first prompt, and plans at nothing."""
+        generator = self.generator
+        label = 0 if generator.labels else None
+        generator.condition("" if generator.takes_text else None, label)
+        for solver in generator.solver_names:
+            self.programs.plans(solver, 2)
+
+    def _await_work(self):
+        with self._wake:
+            while not (self._waiting or self._active or self._stopping):
+                self._flights.clear()
+                self._last_step = None
+                self._wake.wait()
+            return not self._stopping
+
+    def _drop_ended(self):
+        now = time.monotonic()
+        with self._wake:
+            draws = [*self._active, *self._waiting]
+        for draw in draws:
+            if not draw.job.ended and now > draw.job.deadline:
+                seconds = f"{self.limits.seconds:g} s"
+                self._fail(draw.job, 504, f"not done within {seconds}; ask for fewer steps.")
+        with self._wake:
+            before = len(self._active) + len(self._waiting)
+            self._active = [d for d in self._active if not d.job.ended]
+            self._waiting = deque(d for d in self._waiting if not d.job.ended)
+            gone = before - len(self._active) - len(self._waiting)
+        if gone:
+            self.observe("cancelled", gone)
+
+    def _fail(self, job, status, message):
+        if not job.ended:
+            job.ended = True
+            job.send(Failure(status, message))
+
+    def _admit(self):
+        """Fills free slots with what has waited longest."""
+        with self._wake:
+            free = sorted(set(range(self.programs.slots)) - {d.slot for d in self._active})
+            new = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+            for draw, slot in zip(new, free, strict=False):
+                draw.slot = slot
+            self._active += new
+        if not new:
+            return
+        s = self.programs.slots
+        mask, words = np.zeros(s, bool), np.zeros((s, 2), np.uint32)
+        index, std = np.zeros(s, np.int32), np.ones(s, np.float32)
+        conds = [new[0].job.cond] * s
+        for draw in new:
+            mask[draw.slot], words[draw.slot] = True, seed_words(draw.job.request.seed)
+            index[draw.slot], std[draw.slot] = draw.index, draw.job.plan.start_std
+            conds[draw.slot] = draw.job.cond
+        cond = jax.tree.map(lambda *leaves: np.stack(leaves), *conds)
+        self.programs.admit(mask, words, index, std, cond)
+
+    def _step(self, draws, follows):
+        """One network call of each image, in as few calls as the largest size allows."""
+        most = self.programs.sizes[-1]
+        while draws:
+            rows, taken = [], []
+            self._counts[:, 1] = -1
+            for draw in draws:
+                request, plan = draw.job.request, draw.job.plan
+                t, (low, high) = plan.times[draw.done], request.interval
+                guides = request.guidance != 1 and not follows
+                guides = guides and np.float32(low) <= t <= np.float32(high)
+                if len(rows) + 1 + guides > most:
+                    break
+                own = len(rows)
+                rows.append((draw.slot, 0))
+                if guides:
+                    rows.append((draw.slot, 1))
+                self._numbers[draw.slot, 0] = request.guidance if guides else 1.0
+                self._numbers[draw.slot, 1:] = plan.rows[draw.done]
+                solver = 0 if follows else self.programs.solvers[request.solver]
+                self._counts[draw.slot] = draw.done, solver, own, len(rows) - 1
+                taken.append(draw)
+            size = fitting(self.programs.sizes, len(rows))
+            padded = np.zeros((size, 2), np.int32)
+            padded[: len(rows)] = rows
+            call = self.programs.follow if follows else self.programs.advance
+            self._flights.append(call(self._numbers.copy(), self._counts.copy(), padded))
+            self.observe("rows", len(rows))
+            self.observe("size", size)
+            self._keep_pace()
+            for draw in taken:
+                draw.done += 1
+            draws = draws[len(taken) :]
+
+    def _keep_pace(self):
+        """Waits for the call before the last: a new request joins soon, and the device is busy."""
+        if len(self._flights) >= AHEAD:
+            self._flights.popleft().block_until_ready()
+        now = time.monotonic()
+        if self._last_step is not None:
+            seconds = now - self._last_step
+            self._step_seconds = 0.9 * self._step_seconds + 0.1 * seconds
+            self.observe("step_seconds", seconds)
+        self._last_step = now
+
+    def _show(self):
+        """Decodes what is finished and what is to be seen on the way."""
+        rows, meanings = [], []
+        for draw in self._active:
+            final = draw.done == draw.job.plan.calls
+            if draw.done in draw.shown:
+                rows.append((draw.slot, 1))
+                meanings.append((draw, draw.done, "estimate"))
+                if draw.job.request.trajectory:
+                    rows.append((draw.slot, 0))
+                    meanings.append((draw, draw.done, "state"))
+            if final:
+                rows.append((draw.slot, 0))
+                meanings.append((draw, draw.done, "final"))
+        most = self.programs.decodes[-1]
+        for i in range(0, len(rows), most):
+            part = rows[i : i + most]
+            padded = np.zeros((fitting(self.programs.decodes, len(part)), 2), np.int32)
+            padded[: len(part)] = part
+            finite = self._flights[-1] if self._flights else None
+            self._outbox.put((self.programs.decode(padded), meanings[i : i + most], finite))
+        finished = [d for d in self._active if d.done == d.job.plan.calls]
+        for draw in finished:
+            if draw.job.request.trajectory:
+                times = np.linspace(0.0, 1.0, FRAMES)
+                at = self.generator.diffusion.path.coefficients(times)
+                alpha, sigma = (np.asarray(a, np.float32) for a in (at.alpha, at.sigma))
+                words = seed_words(draw.job.request.seed)
+                given = np.int32(draw.slot), words, np.int32(draw.index), alpha, sigma
+                self._outbox.put((self.programs.noise(*given), draw, times))
+        if finished:
+            with self._wake:
+                self._active = [d for d in self._active if d.done < d.job.plan.calls]
+
+    # The thread that delivers: it waits for the device and makes PNGs.
+
+    def _deliver(self):
+        while (item := self._outbox.get()) is not None:
+            pictures, meanings, more = item
+            draws = [meanings] if isinstance(meanings, Draw) else [m[0] for m in meanings]
+            try:
+                pictures = np.asarray(pictures)
+                if isinstance(meanings, Draw):
+                    frames = tuple(png(picture) for picture in pictures)
+                    self._send(meanings, Forward(tuple(more.tolist()), frames))
+                    continue
+                finite = None if more is None else np.asarray(more)
+                for picture, (draw, done, kind) in zip(pictures, meanings, strict=False):
+                    if finite is not None and not finite[draw.slot]:
+                        self._fail(draw.job, 500, NOT_FINITE)
+                    elif not draw.job.ended:
+                        self._send_picture(draw, done, kind, png(picture))
+            except Exception as error:  # of one answer; the others go on
+                for draw in draws:
+                    self._fail(draw.job, 500, f"the picture was lost: {type(error).__name__}.")
+
+    def _send(self, draw, event):
+        if not draw.job.ended:
+            draw.job.send(event)
+
+    def _send_picture(self, draw, done, kind, data):
+        if kind == "final":
+            self.observe("images", 1)
+            self._send(draw, Picture(draw.index, data))
+            return
+        trajectory = draw.job.request.trajectory
+        if kind == "estimate" and trajectory:
+            draw.estimate = data  # its state comes next
+            return
+        time, calls = float(draw.job.plan.times[done - 1]), draw.job.plan.calls
+        shown = (draw.estimate, data) if trajectory else (data, None)
+        self._send(draw, Preview(draw.index, done, calls, time, *shown))
+
+
+class _Stopped(Exception):
+    """Raised in the middle of warming up."""
+
+
+NOT_FINITE = "the picture became NaN or infinite. Lower guidance, or take another solver."

@@ -1,0 +1,88 @@
+"""The options of `make serve`, and the server that they ask for."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from eqxldm.serving import Engine, Generator, Limits
+from eqxldm.serving.server import access_for, bind, serve
+
+from ..train.options import Range, check
+from ..train.terminal import UserError, say
+from .generators import from_folder, from_run
+
+TOKEN = "EQXLDM_TOKEN"  # the environment's: a command line can be seen by others
+LARGE = 256 * 256  # pixels of a picture from which they are decoded one by one
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a finished run, or a folder of published weights, over HTTP."""
+
+    run: Path | None = None  # The folder of a finished run of experiments.train.
+    model: Path | None = None  # A diffusers folder, with a model_index.json.
+    host: str = "127.0.0.1"  # The address; 0.0.0.0 is every one of this machine's.
+    port: Annotated[int, Range(0, 65535)] = 8000  # 0 takes a free one, which is printed.
+    slots: Annotated[int, Range(1, 256)] = 8  # Images that are drawn at once.
+    queue: Annotated[int, Range(1, 100_000)] = 64  # Images that may wait; others are refused.
+    # Network rows of the one call that is compiled: each image then is the same bit for bit,
+    # whoever else is there. By default some sizes are, and a small load costs less.
+    rows: Annotated[int, Range(1, 512)] | None = None
+    seconds: Annotated[float, Range(0, 86400, "(]")] = 120.0  # A request has, with its waiting.
+    images: Annotated[int, Range(1, 1000)] = 16  # Of one request, at most.
+    size: tuple[int, int] | None = None  # HEIGHT WIDTH of a folder's pictures.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Of a folder's weights.
+
+
+def load(options: Serve) -> Generator:
+    """The model that the options name."""
+    if (options.run is None) == (options.model is None):
+        raise UserError("what is to be served? RUN=runs/mnist, or MODEL=folder.")
+    if options.run is not None:
+        return from_run(options.run)
+    assert options.model is not None
+    return from_folder(options.model, options.size, options.dtype)
+
+
+def make_engine(options: Serve, generator: Generator, observe=None) -> Engine:
+    """Its engine, not started."""
+    height, width = generator.size
+    limits = Limits(images=options.images, seconds=options.seconds)
+    sizes = None if options.rows is None else (options.rows,)
+    try:
+        return Engine(
+            generator, slots=options.slots, queue=options.queue, sizes=sizes,
+            decodes=(1,) if height * width > LARGE else None, limits=limits, observe=observe,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"--rows {options.rows}: {error}") from error
+
+
+def start(options: Serve) -> None:
+    """Serves until SIGTERM."""
+    check(options)
+    try:
+        from eqxldm.serving.metrics import Metrics
+
+        metrics = Metrics()
+    except ImportError as error:
+        raise UserError(f'serving needs the extra "serve" ({error.name} is missing).') from error
+    try:
+        listener = bind(options.host, options.port)  # before the model is loaded
+    except OSError as error:
+        raise UserError(str(error.strerror)) from error
+    with listener:
+        generator = load(options)
+        token = os.environ.get(TOKEN) or None
+        access = access_for(options.host, token)
+        if access.hosts is None and token is None:
+            say(f"Anyone who reaches {options.host} can draw here; {TOKEN}=... asks for a token.")
+        say(f"{generator.name}: {', '.join(generator.solver_names)}; compiling ...")
+        engine = make_engine(options, generator, metrics.observe)
+        code = serve(engine, listener, metrics=metrics, access=access, say=say)
+    if code:
+        raise UserError(f"the engine ended: {engine.failed}")
+    say("stopped.")
+    sys.stdout.flush()
