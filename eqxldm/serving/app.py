@@ -68,7 +68,7 @@ def make_app(engine: Engine, metrics: Metrics | None = None, access: Access | No
     metrics, access = metrics or Metrics(), access or Access()
     metrics.watch(engine)
     shelf, generator = Shelf(), engine.generator
-    page = resources.files(__package__) / "page"
+    page = resources.files("eqxldm.serving") / "page"
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="eqxldm", docs_url=None, redoc_url=None, openapi_url=None)
 

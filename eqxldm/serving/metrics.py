@@ -53,8 +53,8 @@ class Metrics:
         self._gauge = lambda name, text: Gauge(name, text, **there)
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, name, seconds, **_):
-        if name == COMPILED:
+    def _listen(self, event, duration_secs, **kwargs):
+        if event == COMPILED:
             self._compiled.inc()
 
     def close(self) -> None:

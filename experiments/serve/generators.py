@@ -76,9 +76,7 @@ def from_run(path: Path) -> Generator:
         config.size,
         solvers_of(method, config),
         lambda steps: make_times(method, SamplingConfig(steps=steps)),
-        Defaults(
-            sampling.solver, sampling.steps, sampling.guidance, tuple(sampling.guidance_interval)
-        ),
+        Defaults(sampling.solver, sampling.steps, sampling.guidance, sampling.guidance_interval),
         reader(condition),
         trained.null,
         labels=tuple(about["class_names"]) if isinstance(condition, Labels) else (),
