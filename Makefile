@@ -50,6 +50,7 @@ SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PRO
 GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
 	$(if $(NEGATIVE),--negative "$$NEGATIVE") $(if $(LABEL),--label "$(LABEL)") $(HOW) \
 	$(if $(SEED),--seed $(SEED)) $(if $(SIZE),--size $(SIZE)) $(if $(INIT),--init "$(INIT)") \
+	$(if $(FRAMES),--frames $(FRAMES)) $(if $(FPS),--fps $(FPS)) \
 	$(if $(STRENGTH),--strength $(STRENGTH)) $(if $(MASK),--mask "$(MASK)") \
 	$(if $(PREVIEW),--preview) $(if $(TAE),--tae "$(TAE)") $(if $(DTYPE),--dtype $(DTYPE)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(if $(FROM),--repeat "$(FROM)") $(ARGS)
@@ -132,7 +133,7 @@ evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
 train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
 	$(JOB) autoencoder $(IMAGENET) $(PICTURES) $(ON) $(ARGS)
 
-generate: $(TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png; FROM=made.png
+generate: $(TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png FRAMES=33; FROM=made.png
 	.venv/bin/python -m experiments.generate $(GENERATE)
 
 train-text-diffusion: $(RUNTIME) ## words: a masked diffusion model beside an autoregressive twin: TEXT=file

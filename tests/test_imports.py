@@ -48,7 +48,8 @@ LAYERS = {
 }
 APART = {"metrics": {"metrics"}, "text": {"text"}}
 OPTIONAL = {
-    "PIL", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips", "matplotlib",
+    "PIL", "av", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips",
+    "matplotlib",
     "orbax", "pandas", "safetensors", "sentencepiece", "sklearn", "tensorboard", "tensorboardX",
     "tensorstore", "tokenizers", "torch", "torchvision", "tqdm", "transformers", "wandb",
 }  # fmt: skip

@@ -173,6 +173,9 @@ def shipped():
             models.MMDiT, 2, depth=3, width=16, num_heads=2, context_size=6, pooled_size=5,
             dual_depth=1, qk_norm=nn.RMSNorm,
         ),
+        "wan": partial(
+            models.WanTransformer, 2, depth=2, width=16, num_heads=2, context_size=6
+        ),
         "weighted": partial(nn.Weighted, lambda x_t, t, cond, *, key=None: x_t),
         "unet": partial(models.UNet, 3, **unet, num_classes=5),
         "text unet": partial(
@@ -181,6 +184,7 @@ def shipped():
         ),
         "autoencoder": partial(models.AutoencoderKL, 3, 4, **deep),
         "quant": partial(models.AutoencoderKL, 3, 4, **deep, quant_convs=True),
+        "video": partial(models.CausalVideoAutoencoder, 3, 4, channels=(8, 8), blocks=1),
         "tiny": partial(models.TinyAutoencoder, 3, 4, width=8, pool=True),
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),

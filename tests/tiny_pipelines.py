@@ -93,3 +93,37 @@ def write_stable_diffusion(folder, in_channels=4, scheduler=STABLE, **more):
     export(tiny_unet(in_channels), folder / "unet", sample_size=4)
     export(tiny_vae(), folder / "vae")
     write_index(folder, "StableDiffusionPipeline", scheduler, **more)
+
+
+FLOW_UNIPC = dict(
+    _class_name="UniPCMultistepScheduler", prediction_type="flow_prediction",
+    use_flow_sigmas=True, flow_shift=3.0, solver_order=2, timestep_spacing="linspace",
+)  # fmt: skip
+
+
+def write_wan(folder, **more):
+    """One of Wan 2.1's form, with clips of 4 x 4 x 4 to a latent's pixel."""
+    import tokenizers
+
+    from eqxldm.models import CausalVideoAutoencoder, T5Encoder, WanTransformer
+
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -1.0)]
+    letters += [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    core = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    write_json(folder / "tokenizer" / "tokenizer_config.json", dict(tokenizer_class="T5Tokenizer"))
+    core.save(str(folder / "tokenizer" / "tokenizer.json"))
+    key = jax.random.key(0)
+    text = lambda: T5Encoder(
+        8, 1, 2, 12, head_size=4, vocabulary=30, shared_bias=False, key=key
+    )  # fmt: skip
+    export(filled(text, seed=5), folder / "text_encoder")
+    wan = lambda: WanTransformer(
+        2, depth=1, width=16, num_heads=2, context_size=8, hidden=8, key=key
+    )  # fmt: skip
+    export(filled(wan, seed=6), folder / "transformer")
+    vae = lambda: CausalVideoAutoencoder(
+        3, 2, channels=(4, 4, 4), blocks=1, decoder_blocks=2, key=key
+    )  # fmt: skip
+    export(filled(vae, seed=7), folder / "vae")
+    write_index(folder, "WanPipeline", FLOW_UNIPC, **more)

@@ -1,4 +1,4 @@
-"""The networks, one example at a time: autoencoder, DiT, MMDiT, FLUX, U-Net, discriminator."""
+"""The networks, one example at a time: autoencoders, DiT, MMDiT, FLUX, Wan, U-Net."""
 
 from ..nn.stack import save_matmuls as save_matmuls, save_narrow as save_narrow
 from .autoencoder import (
@@ -113,4 +113,20 @@ from .unet_sizes import (
     unet_sd1 as unet_sd1,
     unet_sd2 as unet_sd2,
     unet_sdxl as unet_sdxl,
+)
+from .video_autoencoder import (
+    CausalVideoAutoencoder as CausalVideoAutoencoder,
+    CausalVideoAutoencoderConfig as CausalVideoAutoencoderConfig,
+)
+from .video_autoencoder_sizes import (
+    wan21_autoencoder as wan21_autoencoder,
+    wan22_autoencoder as wan22_autoencoder,
+)
+from .wan import (
+    WanBlock as WanBlock,
+    WanConfig as WanConfig,
+    WanTransformer as WanTransformer,
+    wan_t2v_1_3b as wan_t2v_1_3b,
+    wan_t2v_14b as wan_t2v_14b,
+    wan_ti2v_5b as wan_ti2v_5b,
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,14 +16,16 @@ from ..nn.norms import GroupNorm
 from ..nn.resnet import ResnetBlock
 from .config import arguments, make_record
 
+Record = TypeVar("Record")
+
 
 class Posterior(eqx.Module):
-    """A diagonal Gaussian `N(mean, exp(logvar))`: what an encoder says of one image."""
+    """A diagonal Gaussian `N(mean, exp(logvar))`: what an encoder says of one image or clip."""
 
-    mean: Float[Array, "zc zh zw"]
-    logvar: Float[Array, "zc zh zw"]
+    mean: Float[Array, "zc *space"]
+    logvar: Float[Array, "zc *space"]
 
-    def sample(self, key: Key[Array, ""]) -> Float[Array, "zc zh zw"]:
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "zc *space"]:
         """`mean + exp(logvar / 2) n`, `n ~ N(0, I)`.
 
         >>> Posterior(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2))).sample(jax.random.key(0)).shape
@@ -262,7 +264,7 @@ class AutoencoderKL(eqx.Module):
         >>> ae.with_latent_stats(0, 0.18215).scale
         (0.18215, 0.18215)
         """
-        return with_fields(self, config=_normalised(self.config, shift, scale))
+        return with_fields(self, config=normalised(self.config, shift, scale))
 
     def posterior(self, x: Float[Array, "c h w"]) -> Posterior:
         """`q(z_raw | x)`, the log-variance clamped to [-30, 20]."""
@@ -318,19 +320,25 @@ def _completed(config: AutoencoderConfig) -> AutoencoderConfig:
             f"channels, got {attention_levels}."
         )
     config = replace(config, decoder_blocks=decoder_blocks, attention_levels=attention_levels)
-    return _normalised(config, config.shift, config.scale)
+    return normalised(config, config.shift, config.scale)
 
 
-def _normalised(config: AutoencoderConfig, shift: Any, scale: Any) -> AutoencoderConfig:
-    """The configuration with this shift and scale, spread over the latent channels."""
-    n = config.latent_channels
+def normalised(config: Record, shift: Any, scale: Any) -> Record:
+    """The configuration of an autoencoder with this shift and scale, spread over the channels.
+
+    **Raises** `ValueError` for another number of them, and for scales that are not positive.
+
+    >>> normalised(AutoencoderConfig(1, 2, channels=(8,), blocks=1), 0, 2).scale
+    (2.0, 2.0)
+    """
+    n = config.latent_channels  # type: ignore[attr-defined]
     shift, scale = _spread(shift, n), _spread(scale, n)
     if len(shift) != n or len(scale) != n or not all(s > 0 for s in scale):
         raise ValueError(
             f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
             f"channels; got {shift} and {scale}."
         )
-    return replace(config, shift=shift, scale=scale)
+    return replace(config, shift=shift, scale=scale)  # type: ignore[type-var]
 
 
 def _spread(value: float | tuple[float, ...], n: int) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from .attention import (
     CrossAttention as CrossAttention,
     SelfAttention as SelfAttention,
     attend as attend,
+    attend_in_blocks as attend_in_blocks,
     cudnn_attend as cudnn_attend,
 )
 from .causal_conv import (
@@ -28,6 +29,7 @@ from .conditioning import (
     embed_times as embed_times,
 )
 from .constraints import (
+    divide_tokens as divide_tokens,
     fusion_barrier as fusion_barrier,
     replicate_activation as replicate_activation,
 )

@@ -103,6 +103,51 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 
 
+def attend_in_blocks(
+    query: Float[Array, "n heads d"],
+    key: Float[Array, "m heads d"],
+    value: Float[Array, "m heads d"],
+    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    *,
+    block: int = 1024,
+) -> Float[Array, "n heads d"]:
+    """The same as `attend`, with the scores of at most `block` queries in memory at a time.
+
+    For the many tokens of a clip or a large image, on any device: one part of the queries after the
+    other in a `jax.lax.map`, and again in the backward pass, which keeps no scores. Up to `2 block`
+    queries it is `attend`. A part takes every `count`-th query, so that queries that are divided
+    over a mesh stay where they are.
+
+    >>> q, k = jnp.ones((5, 2, 8)), jnp.ones((6, 2, 8))
+    >>> attend_in_blocks(q, k, k, jnp.arange(6) < 3, block=2).shape
+    (5, 2, 8)
+    """
+    n = len(query)
+    if n <= 2 * block:
+        return attend(query, key, value, mask, bias)
+    count = -(-n // block)
+
+    def parts(x: Array, axis: int) -> Array:
+        shape = (*x.shape[:axis], block, count, *x.shape[axis + 1 :])
+        pad = [(0, block * count - n if i == axis else 0) for i in range(x.ndim)]
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis + 1, 0)
+
+    def own(x: Array | None) -> Array | None:
+        if x is None or x.ndim < 2 or x.shape[-2] != n:
+            return None
+        return parts(x, x.ndim - 2)
+
+    @jax.checkpoint
+    def one(part: Any) -> Array:
+        q, *given = part
+        given = [a if b is None else b for a, b in zip((mask, bias), given, strict=True)]
+        return attend(q, key, value, *given)
+
+    y = jax.lax.map(one, (parts(query, 0), own(mask), own(bias)))
+    return jnp.moveaxis(y, 0, 1).reshape(block * count, *y.shape[2:])[:n]
+
+
 def cudnn_attend(
     query: Float[Array, "n heads d"],
     key: Float[Array, "m heads d"],
@@ -324,14 +369,15 @@ class CrossAttention(eqx.Module):
 class AttentionBlock(eqx.Module):
     """Self-attention over all positions of a feature map, with a residual.
 
-    `channels` must divide by `num_heads`; the autoencoder and DDPM have one.
+    `channels` must divide by `num_heads`; the autoencoder and DDPM have one. `norm` makes the norm
+    from their number, by default a `GroupNorm`.
 
     >>> import jax.numpy as jnp
     >>> AttentionBlock(8, groups=4, key=jax.random.key(0))(jnp.ones((4, 4, 8))).shape
     (4, 4, 8)
     """
 
-    norm: GroupNorm
+    norm: Callable[[Array], Array]
     query: Linear
     key: Linear
     value: Linear
@@ -346,12 +392,13 @@ class AttentionBlock(eqx.Module):
         num_heads: int = 1,
         groups: int = 32,
         norm_eps: float = 1e-6,
+        norm: Callable[[int], Any] | None = None,
         attention: Attention = attend,
         key,
     ):
         check_heads(channels, num_heads)
         kq, kk, kv, ko = jax.random.split(key, 4)
-        self.norm = GroupNorm(channels, groups, norm_eps)
+        self.norm = GroupNorm(channels, groups, norm_eps) if norm is None else norm(channels)
         self.query = Linear(channels, channels, key=kq)
         self.key = Linear(channels, channels, key=kk)
         self.value = Linear(channels, channels, key=kv)

@@ -21,6 +21,29 @@ def replicate_activation(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return constrain(x, (None,) * x.ndim)
 
 
+def divide_tokens(x: Shaped[Array, "*shape"], axis: str | None) -> Shaped[Array, "*shape"]:
+    """`x`, its first axis divided over an axis of the mesh: tokens, or the frames they make up.
+
+    With None it is `replicate_activation`. For sequences that are too long for one device; a layer
+    that needs the whole sequence, attention's keys, gathers it (Korthikanti et al. 2023).
+
+    **Raises** `ValueError` if the mesh's axis does not divide the tokens.
+
+    >>> import jax.numpy as jnp
+    >>> divide_tokens(jnp.ones((2, 3)), "tensor").shape
+    (2, 3)
+    """
+    if axis is None:
+        return replicate_activation(x)
+    size = dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+    if x.shape[0] % size:
+        raise ValueError(
+            f"divide_tokens: {x.shape[0]} tokens do not divide over the {size} devices of the "
+            f"mesh's axis {axis}. Take another number of frames, or another mesh."
+        )
+    return constrain(x, (axis if size > 1 else None, *(x.ndim - 1) * [None]))
+
+
 @jax.custom_jvp
 def fusion_barrier(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """`x`, computed where it is made and not inside what reads it; its gradient is not affected.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..sharding import gather_params
-from .constraints import replicate_activation
+from .constraints import divide_tokens, replicate_activation
 
 # Keep what a matmul against a weight produced; recompute the elementwise rest.
 save_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -35,6 +35,8 @@ class Stack(eqx.Module):
     - `remat`: a `jax.checkpoint` policy. The default keeps the outputs of the linear layers and
       recomputes the rest; `save_narrow` is best on TPUs; None keeps everything.
     - `unroll`: how many blocks of the scan to unroll; True unrolls all.
+    - `sequence_axis`: the mesh's axis over which the tokens of `x`, its first axis, are divided
+      between the blocks (`nn.divide_tokens`); None keeps them whole.
 
     Called as `stack(x, *shared)`. `x`, what the blocks hand on, is an array or a tree of arrays,
     such as the tokens of two streams; a block gives back the same shapes and dtypes. `shared` are
@@ -52,6 +54,7 @@ class Stack(eqx.Module):
     depth: int = eqx.field(static=True)
     remat: Callable[..., Any] | None = eqx.field(static=True)
     unroll: int = eqx.field(static=True)
+    sequence_axis: str | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -60,12 +63,14 @@ class Stack(eqx.Module):
         *,
         remat: Callable[..., Any] | None = save_matmuls,
         unroll: int = 1,
+        sequence_axis: str | None = None,
         key,
     ):
         if depth < 1:
             raise ValueError(f"Stack: depth must be at least 1, got {depth}.")
         self.stacked = eqx.filter_vmap(make_block)(jax.random.split(key, depth))
         self.depth, self.remat, self.unroll = depth, remat, unroll
+        self.sequence_axis = sequence_axis
 
     def __call__(
         self,
@@ -127,6 +132,7 @@ class Stack(eqx.Module):
         params, static = eqx.partition(self.stacked, eqx.is_array)
         dtype = jnp.result_type(*(a.dtype for a in jax.tree.leaves(x) if eqx.is_inexact_array(a)))
         replicate = lambda tree: jax.tree.map(replicate_activation, tree)
+        divide = lambda tree: jax.tree.map(lambda a: divide_tokens(a, self.sequence_axis), tree)
 
         # Whether each block is used; None where all are, so that nothing is asked in the loop.
         used = np.isin(np.arange(self.depth), list(skip), invert=True) if skip else None
@@ -136,7 +142,7 @@ class Stack(eqx.Module):
 
             def run(x: PyTree) -> PyTree:
                 block = eqx.combine(gather_params(block_params, dtype), static)
-                return replicate(block(x, *replicate(shared)))
+                return divide(block(x, *replicate(shared)))
 
             x = run(x) if use is None else jax.lax.cond(use, run, lambda x: x, x)
             return x, (x if every else None)
@@ -147,4 +153,4 @@ class Stack(eqx.Module):
             blocks = jax.tree.map(lambda leaf: leaf[start:stop], blocks)
         if self.remat is not None:
             apply = jax.checkpoint(apply, policy=self.remat)
-        return jax.lax.scan(apply, replicate(x), blocks, unroll=self.unroll)
+        return jax.lax.scan(apply, divide(x), blocks, unroll=self.unroll)

@@ -23,7 +23,12 @@ from .folder import (
     PartFiles as PartFiles,
     open_pipeline_folder as open_pipeline_folder,
 )
-from .grids import AbstractGrid as AbstractGrid, FlowGrid as FlowGrid, TableGrid as TableGrid
+from .grids import (
+    AbstractGrid as AbstractGrid,
+    FlowGrid as FlowGrid,
+    MultistepFlowGrid as MultistepFlowGrid,
+    TableGrid as TableGrid,
+)
 from .interpolated import InterpolatedVP as InterpolatedVP
 from .pipeline import Pipeline as Pipeline, describe as describe, load as load
 from .sampling import (

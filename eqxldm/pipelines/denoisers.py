@@ -22,6 +22,8 @@ class NetworkDenoiser(eqx.Module):
     - `network`: `(x_t, t, cond) -> out`.
     - `timesteps`: of the table that it was trained with. Networks read `1000 t - 1`; where the
       table has another length, they are told the time at which that is its timestep.
+    - `whole`: of a flow; the network is told `floor(1000 t)` thousandths, as by schedulers of
+      diffusers whose timesteps are integers.
 
     >>> denoiser = NetworkDenoiser(lambda x_t, t, cond, key=None: t * x_t, timesteps=500)
     >>> denoiser(jnp.ones(2), jnp.array(0.5), None)
@@ -30,11 +32,13 @@ class NetworkDenoiser(eqx.Module):
 
     network: Any
     timesteps: int = eqx.field(static=True, default=1000)
+    whole: bool = eqx.field(static=True, default=False)
 
     def __call__(self, x_t, t, cond, *, key=None, **options):
         weights = jax.tree.leaves(eqx.filter(self.network, eqx.is_inexact_array))
         dtype = weights[0].dtype if weights else x_t.dtype
         t = t if self.timesteps == 1000 else t * (self.timesteps / 1000)
+        t = jnp.floor(1000 * t) / 1000 if self.whole else t
         out = self.network(x_t.astype(dtype), t, cond, key=key, **options)
         return out.astype(x_t.dtype)
 

@@ -3,7 +3,14 @@
 from typing import NamedTuple
 
 from .errors import PipelineError
-from .text import Encode, encode_clip, encode_clip_and_t5, encode_clips_and_t5, encode_two_clips
+from .text import (
+    Encode,
+    encode_clip,
+    encode_clip_and_t5,
+    encode_clips_and_t5,
+    encode_two_clips,
+    encode_umt5,
+)
 
 
 class Family(NamedTuple):
@@ -13,7 +20,8 @@ class Family(NamedTuple):
     `required` on may be absent; `encode` reads them; `every_nth` is that of `read_schedule`,
     `round_up` that of `steps_of_strength`; `steps` and `guidance` are diffusers' defaults; `sizes`:
     the network is told the picture's; `packed`: its tokens are 2 x 2 latent pixels, whatever its
-    configuration calls them, and it may be told a guidance scale instead of being called twice.
+    configuration calls them, and it may be told a guidance scale instead of being called twice;
+    `size`: of a clip that is made by default, frames, height and width; None where pictures are.
     """
 
     network: str
@@ -26,6 +34,12 @@ class Family(NamedTuple):
     round_up: bool = False
     sizes: bool = False
     packed: bool = False
+    size: tuple[int, int, int] | None = None
+
+    @property
+    def video(self) -> bool:
+        """Whether clips are made."""
+        return self.size is not None
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -47,6 +61,7 @@ FLUX = Family(
     every_nth=True, round_up=True, packed=True,
 )  # fmt: skip
 DIT = Family("transformer", (), None, 50, 4.0)
+WAN = Family("transformer", _TEXTS[:1], encode_umt5, 50, 5.0, size=(81, 480, 832))
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
@@ -62,6 +77,7 @@ FAMILIES: dict[str, Family] = {
     "FluxImg2ImgPipeline": FLUX,
     "FluxInpaintPipeline": FLUX,
     "DiTPipeline": DIT,
+    "WanPipeline": WAN,
 }
 
 

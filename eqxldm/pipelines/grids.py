@@ -172,3 +172,33 @@ class FlowGrid(AbstractGrid):
         few, low, many, high = self.mus
         mu = low + (high - low) * (tokens - few) / (many - few)
         return mu if self.linear_mu else math.exp(mu)
+
+
+class MultistepFlowGrid(AbstractGrid):
+    """Times of a flow as UniPC's scheduler in diffusers spaces them: `n` of `n + 1` from 1 on.
+
+    `linspace(1, 1 / T, n + 1)` without its end, shifted once (`times.shift_time`), in float32, and
+    at last 0. The first is `1 - 1e-6`: at 1 no logSNR is finite. Its networks are told `floor(T t)`
+    (`NetworkDenoiser`), so a time whose product rounds to another whole number is moved by its last
+    bit.
+
+    **Arguments**: `shift`; `timesteps`, T.
+
+    >>> MultistepFlowGrid(3.0).times(3).round(4)  # Wan's at 480p
+    array([1.    , 0.8575, 0.6006, 0.    ])
+    """
+
+    shift: float = eqx.field(static=True, default=1.0)
+    timesteps: int = eqx.field(static=True, default=1000)
+
+    def times(self, steps: int, tokens: int | None = None) -> Grid:
+        total = self.timesteps
+        if not 1 <= steps <= total:
+            raise PipelineError(f"{steps} steps: the scheduler allows 1 to {total}.")
+        times = shift_time(np.linspace(1.0, 1 / total, steps + 1)[:-1], self.shift)
+        times[0] = min(times[0], 1 - 1e-6)
+        told, rounded = np.floor(times * total), times.astype(np.float32)
+        floor = lambda t: np.floor(np.float32(total) * t)
+        rounded = np.where(floor(rounded) < told, np.nextafter(rounded, np.float32(2)), rounded)
+        rounded = np.where(floor(rounded) > told, np.nextafter(rounded, np.float32(0)), rounded)
+        return np.append(rounded.astype(np.float64), 0.0)

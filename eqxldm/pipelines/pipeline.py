@@ -68,18 +68,33 @@ class Pipeline:
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network as a denoiser, a PyTree."""
-        return NetworkDenoiser(self._part("network"), self.schedule.timesteps)
+        schedule = self.schedule
+        return NetworkDenoiser(self._part("network"), schedule.timesteps, schedule.whole)
 
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width of the pictures that the network was trained on."""
+        if self.family.size is not None:
+            return self.family.size[1:]
         side = self._config(self.family.network, "sample_size")
         height, width = side if isinstance(side, list) else (side, side)
         return (height or DEFAULT_SIDE) * self.factor, (width or DEFAULT_SIDE) * self.factor
 
     @property
+    def default_frames(self) -> int | None:
+        """How many frames a clip has by default; None where pictures are made."""
+        return None if self.family.size is None else self.family.size[0]
+
+    @property
+    def time_factor(self) -> int:
+        """How many frames a latent frame but the first stands for; 1 for pictures."""
+        return self._config("vae", "scale_factor_temporal") or 4 if self.family.video else 1
+
+    @property
     def factor(self) -> int:
         """How many pixels a latent's pixel is wide."""
+        if self.family.video:
+            return self._config("vae", "scale_factor_spatial") or 8
         return 2 ** (len(self._config("vae", "block_out_channels") or [0] * 4) - 1)
 
     @property
@@ -89,6 +104,7 @@ class Pipeline:
             return 2 * self.factor
         levels = self._config(self.family.network, "block_out_channels")
         patch = self._config(self.family.network, "patch_size") or 2
+        patch = patch[-1] if isinstance(patch, list) else patch
         return self.factor * (patch if levels is None else 2 ** (len(levels) - 1))
 
     @property
@@ -97,8 +113,10 @@ class Pipeline:
         config = self._part("network").config
         return config.in_channels if hasattr(config, "in_channels") else config.shape[0]
 
-    def check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         """`PipelineError`, with the nearest that does, for a size that does not divide.
+
+        `frames` are those of a clip, by default the family's number.
 
         A DiT has one size only: its positions are those of one grid.
         """
@@ -115,26 +133,44 @@ class Pipeline:
                 f"a picture of {height} x {width} does not do: both must be multiples of "
                 f"{self.multiple} for this model. The nearest is {nearest[0]} x {nearest[1]}."
             )
+        if frames is not None and not self.family.video:
+            raise PipelineError(f"this model draws pictures, and not clips of {frames} frames.")
+        time = self.time_factor
+        if frames is not None and (frames < 1 or (frames - 1) % time):
+            below = 1 + time * max(0, (frames - 1) // time)
+            raise PipelineError(
+                f"a clip of {frames} frames does not do: this model makes 1 + {time} k, such as "
+                f"{below} or {below + time}; 1 is a picture."
+            )
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """The latent's shape of a picture; `PipelineError` if the size does not divide."""
-        self.check_size(height, width)
-        return self._part("autoencoder").latent_shape(height, width)
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """The latent's shape of a picture or clip; `PipelineError` if the size does not divide."""
+        self.check_size(height, width, frames)
+        clip = (frames or self.default_frames,) if self.family.video else ()
+        return self._part("autoencoder").latent_shape(*clip, height, width)
 
     def times(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         """The folder's grid of so many steps; FLUX.1's looks at the size of the picture."""
         if height is None or width is None:
             return self.schedule.times(steps)
         self.check_size(height, width)
+        if self.family.video:
+            return self.schedule.times(steps)  # no published scheduler looks at a clip's size
         patch = 2 if self.family.packed else self._config(self.family.network, "patch_size") or 1
         patch = patch * self.factor
         return self.schedule.times(steps, (height // patch) * (width // patch))
 
     def noise(
-        self, keys: Key[Array, " n"], height: int, width: int, times: Any
-    ) -> Float[Array, "n c h w"]:
-        """Where runs over `times` begin: one latent of noise a key."""
-        shape = self.latent_shape(height, width)
+        self,
+        keys: Key[Array, " n"],
+        height: int,
+        width: int,
+        times: Any,
+        *,
+        frames: int | None = None,
+    ) -> Float[Array, "n c *space"]:
+        """Where runs over `times` begin: one latent of noise a key, of a clip with `frames`."""
+        shape = self.latent_shape(height, width, frames)
         draw = jax.vmap(lambda key: jax.random.normal(key, shape))
         return self.schedule.start_std(times) * draw(keys)
 
@@ -175,8 +211,9 @@ class Pipeline:
                 "without_texts(), or load them again: load(folder, parts=...)."
             )
         width = self._config(self.family.network, "joint_attention_dim") or 4096
-        # Of FLUX.1, dev was made with 512 tokens and schnell with 256, as Stable Diffusion 3.
-        length = 512 if self._config(self.family.network, "guidance_embeds") else 256
+        # FLUX.1 dev and Wan were made with 512 tokens, schnell with 256, as Stable Diffusion 3.
+        longer = self._config(self.family.network, "guidance_embeds") or self.family.video
+        length = 512 if longer else 256
         sizes = TextSizes(width, length)
         cond, cut = self.family.encode(self.texts, [str(p) for p in prompts], sizes)
         return Encoding(self.with_numbers(cond, size=size, guidance=guidance), cut)
@@ -202,8 +239,11 @@ class Pipeline:
             cond = eqx.tree_at(parts, cond, [jnp.zeros_like(a) for a in parts(cond)])
         return cond
 
-    def decode(self, z: Float[Array, "n c h w"]) -> Float[Array, "n channels H W"]:
-        """Latents to pictures in about [-1, 1], one after the other, so that memory is one's."""
+    def decode(self, z: Float[Array, "n c *space"]) -> Float[Array, "n channels *Space"]:
+        """Latents to pictures in about [-1, 1], one after the other, so that memory is one's.
+
+        Clips `(c, f, h, w)` go through the decoder a latent frame at a time.
+        """
         autoencoder = self._part("autoencoder")
         return jnp.stack([_decode(autoencoder, latent) for latent in z])
 
@@ -273,6 +313,11 @@ def load(
     family = family_of(found.class_name)
     texts_too = parts is None or any(encoder in parts for _, encoder in family.texts)
     found = open_pipeline_folder(folder, family.needed if texts_too else family.needed[-3:])
+    if "transformer_2" in found.parts:
+        raise PipelineError(
+            f"{found.path} has two networks, for much noise and for little, as Wan 2.2's 14B has. "
+            "Read here are those with one: Wan 2.1 and Wan 2.2's 5B."
+        )
     schedule = load_schedule(found.part("scheduler"), every_nth=family.every_nth)
     wanted = set(part_names(found)) if parts is None else set(parts)
     if unknown := sorted(wanted - set(part_names(found))):
@@ -337,7 +382,8 @@ def _load_part(path: Path, dtype: Any, mesh: Mesh | None) -> Any:
 
 @eqx.filter_jit
 def _decode(autoencoder, latent):
-    return autoencoder.decode(latent)
+    chunked = dict(chunked=True) if latent.ndim == 4 else {}
+    return autoencoder.decode(latent, **chunked)
 
 
 @eqx.filter_jit

@@ -7,6 +7,7 @@
 | `EulerDiscreteScheduler` | the table | `DDIM()`: Euler in `sigma / alpha` | the same |
 | `DPMSolverMultistepScheduler` | the table | `DPMSolverPP2M()`, `3M` | without the first |
 | `UniPCMultistepScheduler` | the table | `UniPC(p)` | without the first |
+| the same, `use_flow_sigmas` | `LinearFlow()` | `UniPC(p)` | shifted |
 | `FlowMatchEulerDiscreteScheduler` | `LinearFlow()` | `Euler()` | shifted |
 
 What diffusers computes with the rest of an option's values is refused by name.
@@ -34,7 +35,7 @@ from ..solvers import DDIM, AbstractSolver, DPMSolverPP2M, DPMSolverPP3M, Euler,
 from ..times import Grid, trailing_timesteps
 from . import grids
 from .errors import PipelineError
-from .grids import AbstractGrid, FlowGrid, TableGrid
+from .grids import AbstractGrid, FlowGrid, MultistepFlowGrid, TableGrid
 from .interpolated import InterpolatedVP
 
 # What diffusers assumes where a configuration is silent.
@@ -86,6 +87,11 @@ FREE = {
     "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
     "max_image_seq_len", "shift_terminal",
 }  # fmt: skip
+# Of a multistep scheduler of flows.
+FLOW_NEEDS = dict(
+    use_flow_sigmas=True, prediction_type="flow_prediction", use_dynamic_shifting=False,
+    shift_terminal=None, num_train_timesteps=1000,
+)  # fmt: skip
 PREDICTIONS = {"epsilon": predict_eps, "sample": predict_x0, "v_prediction": predict_v}
 BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 SMALLEST_ALPHA_BAR = 2.0**-24  # in the place of zero, where sigma / alpha must be finite
@@ -96,7 +102,7 @@ class Schedule(eqx.Module):
 
     `start_std(times)` is the standard deviation of the noise to start from, which some schedulers
     take smaller than the prior's; `timesteps` is the length of the table that the network was
-    trained with, or 1000.
+    trained with, or 1000; `whole`: it is told whole timesteps of a flow, rounded down.
 
     >>> config = dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear",
     ...               beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
@@ -110,6 +116,7 @@ class Schedule(eqx.Module):
     grid: AbstractGrid
     timesteps: int = eqx.field(static=True, default=1000)
     starts_at_sigma: bool = eqx.field(static=True, default=False)
+    whole: bool = eqx.field(static=True, default=False)
 
     def times(self, steps: int, tokens: int | None = None) -> Grid:
         """The grid of so many steps; `tokens` is for schedulers that look at the picture's size."""
@@ -151,6 +158,8 @@ UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler.
     given = kind.defaults | {k: v for k, v in config.items() if k in kind.defaults}
     if given.get("solver_type") in kind.foreign_solvers:  # one that came from another class
         given["solver_type"] = kind.defaults["solver_type"]
+    if kind.flow is not None and given["use_flow_sigmas"]:
+        kind = kind._replace(read=kind.flow, needs=FLOW_NEEDS)
     wanted = {k: kind.defaults[k] for k in kind.defaults.keys() - FREE} | dict(kind.needs)
     wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in sorted(wanted.items()) if given[k] != v]
     if wrong:
@@ -174,12 +183,14 @@ def load_schedule(path: str | Path, *, every_nth: bool = False) -> Schedule:
 
 class _Kind(NamedTuple):
     """What is known of a class: its defaults, its reader, values that it needs to differ from
-    the defaults, and `solver_type`s of other classes, for which it takes its own."""
+    the defaults, `solver_type`s of other classes, for which it takes its own, and its reader where
+    it is told to sample a flow (`use_flow_sigmas`)."""
 
     defaults: dict[str, Any]
     read: Callable[..., Schedule]
     needs: Mapping[str, Any] = MappingProxyType({})
     foreign_solvers: tuple[str, ...] = ()
+    flow: Callable[..., Schedule] | None = None
 
 
 def _choose(option: str, value: Any, among: Mapping[str, Any]) -> Any:
@@ -254,13 +265,25 @@ def _euler(given: dict[str, Any]) -> Schedule:
 def _multistep(given: dict[str, Any]) -> Schedule:
     alpha_bar, prediction = _table(given, finite=True)
     grid = _spaced(given, len(alpha_bar), MULTISTEP_SPACINGS, to_data=True)
+    diffusion = Diffusion(DiscreteVP(alpha_bar), prediction)
+    return Schedule(diffusion, _multistep_solver(given), grid, len(alpha_bar))
+
+
+def _multistep_solver(given: dict[str, Any]) -> AbstractSolver:
     order, solvers = given["solver_order"], {2: DPMSolverPP2M(), 3: DPMSolverPP3M(half_bend=True)}
     if "predict_x0" in given:
         solvers = {n: UniPC(n) for n in (1, 2, 3)}
     if order not in solvers:
         raise PipelineError(f"scheduler: solver_order = {order} is not one of {list(solvers)}.")
-    diffusion = Diffusion(DiscreteVP(alpha_bar), prediction)
-    return Schedule(diffusion, solvers[order], grid, len(alpha_bar))
+    return solvers[order]
+
+
+def _multistep_flow(given: dict[str, Any]) -> Schedule:
+    diffusion, grid = (
+        Diffusion(LinearFlow(), predict_velocity),
+        MultistepFlowGrid(given["flow_shift"]),
+    )
+    return Schedule(diffusion, _multistep_solver(given), grid, whole=True)
 
 
 def _flow(given: dict[str, Any], every_nth: bool) -> Schedule:
@@ -282,7 +305,10 @@ SCHEDULERS: dict[str, _Kind] = {
         DPM_DEFAULTS, _multistep, foreign_solvers=("logrho", "bh1", "bh2")
     ),
     "UniPCMultistepScheduler": _Kind(
-        UNIPC_DEFAULTS, _multistep, foreign_solvers=("midpoint", "heun", "logrho")
+        UNIPC_DEFAULTS,
+        _multistep,
+        foreign_solvers=("midpoint", "heun", "logrho"),
+        flow=_multistep_flow,
     ),
     "FlowMatchEulerDiscreteScheduler": _Kind(FLOW_DEFAULTS, _flow, dict(num_train_timesteps=1000)),
 }

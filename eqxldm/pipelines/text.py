@@ -1,5 +1,6 @@
 """Prompts to conditions, as each family of published pipelines reads its text encoders."""
 
+import html
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,20 @@ def encode_clip_and_t5(
     return Encoding(Conditioning(vector=out.pooled, tokens=tokens), (cut, t5_cut))
 
 
+def encode_umt5(parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes) -> Encoding:
+    """Wan: umT5's tokens, which do not see the padding, and zeros behind the text's end.
+
+    Entities of HTML and runs of blanks are cleaned from prompts first, as Wan does (its repair of
+    wrongly decoded characters, by the package ftfy, is left out).
+    """
+    clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+    tokens = parts[0].tokenizer(clean, sizes.length)
+    _check_vocabulary(parts[0], tokens.ids)
+    ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+    out = _run_masked_t5(parts[0].encoder, ids, mask)
+    return Encoding(Conditioning(tokens=jnp.where(mask[..., None], out, 0)), (tokens.cut,))
+
+
 def _clip(part: TextPart, prompts: Sequence[str], layer: int | None) -> tuple[Any, tuple]:
     tokens = part.tokenizer(list(prompts))
     _check_vocabulary(part, tokens.ids)
@@ -114,6 +129,11 @@ def _check_vocabulary(part: TextPart, ids: np.ndarray) -> None:
 def _run_clip(encoder, ids, layer):
     options = {} if layer is None else {"layer": layer}
     return jax.vmap(lambda row: encoder(row, **options))(ids)
+
+
+@eqx.filter_jit
+def _run_masked_t5(encoder, ids, mask):
+    return jax.vmap(encoder)(ids, mask)
 
 
 @eqx.filter_jit

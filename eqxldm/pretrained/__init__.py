@@ -11,6 +11,8 @@ from . import (
     t5 as t5,
     tiny_autoencoder as tiny_autoencoder,
     unet as unet,
+    video_autoencoder as video_autoencoder,
+    wan as wan,
 )
 from .dit import (
     diffusers_layout as diffusers_layout,

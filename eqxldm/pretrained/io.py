@@ -16,6 +16,7 @@ from ..models import (
     AutoencoderKL,
     ByteTextEncoder,
     CaptionEncoder,
+    CausalVideoAutoencoder,
     CLIPText,
     DiT,
     Flux,
@@ -25,6 +26,7 @@ from ..models import (
     TinyAutoencoder,
     TokenTransformer,
     UNet,
+    WanTransformer,
 )
 from . import (
     autoencoder,
@@ -37,6 +39,8 @@ from . import (
     t5,
     tiny_autoencoder,
     unet,
+    video_autoencoder,
+    wan,
 )
 from .files import (
     TRANSFORMERS,
@@ -85,6 +89,10 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     AutoencoderKL: (autoencoder.diffusers_layout,),
     ByteTextEncoder: (),
     CaptionEncoder: (),
+    CausalVideoAutoencoder: (
+        video_autoencoder.original_layout,
+        video_autoencoder.diffusers_layout,
+    ),
     CLIPText: (clip_text.transformers_layout, clip_text.open_clip_layout),
     DiT: (dit.official_layout, dit.diffusers_layout),
     Flux: (flux.original_layout, flux.diffusers_layout),
@@ -95,10 +103,16 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
     TokenTransformer: (llada.llada_layout,),
     UNet: (unet.diffusers_layout,),
+    WanTransformer: (wan.original_layout, wan.diffusers_layout),
 }
 DIFFUSERS: dict[type, Diffusers] = {
     AutoencoderKL: Diffusers(
         autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
+    ),
+    CausalVideoAutoencoder: Diffusers(
+        video_autoencoder.diffusers_config,
+        video_autoencoder.from_diffusers,
+        video_autoencoder.diffusers_layout,
     ),
     CLIPText: Diffusers(
         clip_text.transformers_config,
@@ -123,6 +137,7 @@ DIFFUSERS: dict[type, Diffusers] = {
         tiny_autoencoder.diffusers_layout,
     ),
     UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
+    WanTransformer: Diffusers(wan.diffusers_config, wan.from_diffusers, wan.diffusers_layout),
 }
 # The `_class_name` of a config.json, or the one entry of `architectures` in those of transformers.
 # Transformer2DModel is the old name of diffusers' DiT.
@@ -130,6 +145,7 @@ CLASS_NAMES: dict[str, type] = {
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLWan": CausalVideoAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
     "CLIPTextModel": CLIPText,
     "CLIPTextModelWithProjection": CLIPText,
@@ -139,6 +155,7 @@ CLASS_NAMES: dict[str, type] = {
     "UMT5EncoderModel": T5Encoder,
     "UNet2DConditionModel": UNet,
     "UNet2DModel": UNet,
+    "WanTransformer3DModel": WanTransformer,
 }
 
 

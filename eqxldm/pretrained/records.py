@@ -15,6 +15,7 @@ CONFIGS: dict[str, type] = {
         models.AutoencoderConfig,
         models.ByteTextConfig,
         models.CaptionEncoderConfig,
+        models.CausalVideoAutoencoderConfig,
         models.CLIPTextConfig,
         models.DiscriminatorConfig,
         models.DiTConfig,
@@ -25,6 +26,7 @@ CONFIGS: dict[str, type] = {
         models.TinyAutoencoderConfig,
         models.TokenTransformerConfig,
         models.UNetConfig,
+        models.WanConfig,
         nn.Labels,
         nn.RoPE,
         nn.Sinusoid,
@@ -38,7 +40,15 @@ def functions() -> dict[str, Any]:
     >>> functions()["attend"] is nn.attend
     True
     """
-    known = (nn.attend, nn.cudnn_attend, nn.RMSNorm, nn.LayerNorm, nn.Conv, nn.SpectralConv)
+    known = (
+        nn.attend,
+        nn.attend_in_blocks,
+        nn.cudnn_attend,
+        nn.RMSNorm,
+        nn.LayerNorm,
+        nn.Conv,
+        nn.SpectralConv,
+    )
     known += (nn.gelu, nn.gelu_tanh, nn.quick_gelu)
     known += (models.DiTBlock, models.CrossAttentionDiTBlock, eqx.nn.Identity)
     known += (models.LlamaBlock, models.AdaptiveTokenBlock)

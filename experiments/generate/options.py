@@ -31,7 +31,7 @@ WORDS = 2000  # of a prompt; no text encoder reads a quarter of them
 
 @dataclass(frozen=True)
 class Generate:
-    """Pictures from a folder of published weights."""
+    """Pictures, or clips, from a folder of published weights."""
 
     # A diffusers folder, with a model_index.json.
     model: Path | None = None
@@ -51,12 +51,14 @@ class Generate:
     )
     n: Annotated[int, Range(1, 10_000)] | None = None  # How many pictures, at once.
     size: tuple[int, int] | None = None  # HEIGHT WIDTH; by default the model's, or that of INIT.
+    frames: Annotated[int, Range(1, 10_000)] | None = None  # Of a clip: 1 + 4 k; 1 is a picture.
+    fps: Annotated[float, Range(1, 240)] | None = None  # Frames a second of a clip; 16 by default.
     init: Path | None = None  # A picture to start from.
     strength: Annotated[float, Range(0, 1, "(]")] | None = None  # How much of it is lost.
     mask: Path | None = None  # What of it is repainted: white.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # Of the weights.
     mesh: str | None = None  # Devices, as in tensor=4.
-    out: Path | None = None  # A PNG; by default the next number in pictures/.
+    out: Path | None = None  # A PNG, animated for clips; by default the next number in pictures/.
     preview: bool = False  # A small picture every few steps, beside the result.
     tae: Path | None = None  # A tiny autoencoder's folder, for previews.
     # A picture that was generated: what is not given again is as it was.
@@ -116,8 +118,14 @@ def to_json(options: Generate) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()}
 
 
-def check_request(options: Generate, *, takes_text: bool) -> None:
+def check_request(options: Generate, *, takes_text: bool, makes_clips: bool = False) -> None:
     """Refuses what no folder can make, before anything is loaded."""
+    if makes_clips:
+        for name in ("init", "mask", "preview", "tae"):
+            if getattr(options, name) not in (None, False):
+                raise UserError(f"{name.upper()} is for models of pictures; this one makes clips.")
+    elif options.fps is not None:
+        raise UserError("FPS is for models of clips; this one draws pictures.")
     prompt = options.prompt
     if takes_text:
         if prompt is None or not prompt.strip():

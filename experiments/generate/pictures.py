@@ -1,6 +1,7 @@
 """Pictures in and out, with the settings that made them."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def paths_of(out: Path, n: int) -> list[Path]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(path.read_bytes()))  # an animation would keep a file open
         image.load()
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}.") from None

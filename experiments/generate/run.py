@@ -21,6 +21,7 @@ from eqxldm.sharding import make_mesh, parse_mesh
 
 from ..train.options import check
 from ..train.terminal import StageBar, UserError, say
+from .clips import write_clip
 from .memory import available, check_fits, show, step_bytes
 from .options import SOLVERS, Generate, check_request, complete, to_json
 from .pictures import (
@@ -62,7 +63,8 @@ def generate(options: Generate) -> list[Path]:
     with _told():
         folder = open_pipeline_folder(options.model)
         family = family_of(folder.class_name)
-        check_request(options, takes_text=family.encode is not None)
+        takes_text, makes_clips = family.encode is not None, family.size is not None
+        check_request(options, takes_text=takes_text, makes_clips=makes_clips)
         options = _with_folders_defaults(options, family)
         _check_files(options, files)
         return _generate(options, folder, family)
@@ -90,7 +92,7 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
     # Without weights: sizes and steps are refused before the first gigabyte is read.
     bare = pipelines.load(model, parts=())
     height, width = size = _size(options, bare)
-    bare.check_size(*size)
+    bare.check_size(*size, options.frames)
     _grid(options, bare, size)
     divided = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     for parts in (encoders, [network, "vae"]):
@@ -127,7 +129,8 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
         step = None
         for step in pipelines.sample_steps(*arguments, keys=inputs.keys, keep=inputs.keep):
             jax.block_until_ready(step.x)
-            bar.update(step.done, f"{n} x {height} x {width}")
+            shown = "" if options.frames is None else f"{options.frames} x "
+            bar.update(step.done, f"{n} x {shown}{height} x {width}")
             preview(step)
     assert step is not None
     if not bool(jnp.all(jnp.isfinite(step.x))):
@@ -156,7 +159,9 @@ def _announce(options: Generate, folder: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _with_folders_defaults(options: Generate, family: Family) -> Generate:
-    defaults = dict(steps=family.steps, guidance=family.guidance)
+    defaults: dict[str, Any] = dict(steps=family.steps, guidance=family.guidance)
+    if family.size is not None:
+        defaults |= dict(frames=family.size[0], fps=16.0)
     if options.init is not None:
         defaults |= dict(strength=1.0 if options.mask is not None else 0.8)
     opened = {k: v for k, v in defaults.items() if getattr(options, k) is None}
@@ -220,7 +225,8 @@ def _inputs(options: Generate, pipe, size, cond, null) -> Inputs:
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
     start, solver_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
     whole, times = _grid(options, pipe, size)
-    noise = pipe.noise(start, *size, times) / pipe.schedule.start_std(times)
+    drawn = pipe.noise(start, *size, times, frames=options.frames)
+    noise = drawn / pipe.schedule.start_std(times)
     x, keep = pipe.schedule.start_std(whole) * noise, None
     denoiser: Any = pipe.denoiser
     extra = pipe.network_channels - noise.shape[1]
@@ -293,9 +299,27 @@ def _write(options: Generate, out: Path, images: jax.Array) -> list[Path]:
     files = {k: getattr(options, k) for k in ("init", "mask") if getattr(options, k) is not None}
     settings["files"] = {name: file_digest(path) for name, path in files.items()}
     paths = paths_of(out, len(images))
+    if images.ndim == 5:
+        return _write_clips(options, paths, images, settings)
     for i, (path, image) in enumerate(zip(paths, np.asarray(to_uint8(images)), strict=True)):
         write_picture(path, image, settings | {"index": i})
         say(f"wrote {path}")
     if options.preview:
         out.with_name(f"{out.stem}-preview.png").unlink(missing_ok=True)
     return paths
+
+
+def _write_clips(
+    options: Generate, paths: list[Path], clips: jax.Array, settings: dict[str, Any]
+) -> list[Path]:
+    written = []
+    for i, (path, clip) in enumerate(zip(paths, clips, strict=True)):
+        frames = np.asarray(to_uint8(jnp.moveaxis(clip, 1, 0)))
+        if len(frames) == 1:
+            write_picture(path, frames[0], settings | {"index": i})
+            new = [path]
+        else:
+            new = write_clip(path, frames, options.fps or 16.0, settings | {"index": i})
+        say(f"wrote {', '.join(map(str, new))}")
+        written += new
+    return written
