@@ -273,8 +273,8 @@ $(DOCS): $(RUNTIME)
 	@touch $@
 
 # On the CPU, whatever the machine has: the build of torch is the one that pip's settings give, and
-# so has no hash here. Of open-clip-torch only the vocabulary file of CLIP is read; what it depends on
-# is not installed.
+# so has no hash here. Of open-clip-torch only the vocabulary file of CLIP is read, of torch-fidelity
+# its statistics and networks are run: what they depend on besides is not installed.
 $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
 	$(call INSTALL,.venv-parity,text)
 	.venv-parity/bin/python constraints/pins.py versions $(CONSTRAINTS) > .venv-parity/versions.txt
@@ -282,7 +282,7 @@ $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/par
 		--constraint .venv-parity/versions.txt --constraint constraints/parity.txt \
 		torch diffusers transformers hypothesis pytest pytest-xdist
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--constraint constraints/parity.txt open-clip-torch
+		--constraint constraints/parity.txt open-clip-torch torch-fidelity
 	@touch $@
 
 $(TPU) $(GPU): .venv-%/installed-$(MINOR): .venv-%/bin/python pyproject.toml $(CONSTRAINTS)
