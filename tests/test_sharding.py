@@ -188,6 +188,8 @@ def shipped():
         "tiny": partial(models.TinyAutoencoder, 3, 4, width=8, pool=True),
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),
+        "inception": partial(models.Inception, divide=32),
+        "alex": partial(models.AlexLPIPS, channels=(4,) * 5),
         "lpips": partial(models.LPIPS, channels=(4,) * 5),
         "t5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9),
         "umt5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9, shared_bias=False),

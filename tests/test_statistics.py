@@ -15,7 +15,7 @@ Y = RNG.standard_normal((40, 5)) + 101
 def test_moments_do_not_depend_on_how_features_come(size):
     whole = metrics.moments_of(X)
     found = metrics.stream_moments(X[i : i + size] for i in range(0, len(X), size))
-    assert found.count == 60
+    assert found.n == 60
     np.testing.assert_allclose(found.mean, X.mean(0), rtol=1e-14)
     np.testing.assert_allclose(found.covariance, np.cov(X.T), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(found.scatter, whole.scatter, rtol=1e-12, atol=1e-10)
@@ -30,7 +30,7 @@ def test_shards_merge_in_any_order_and_an_empty_one_changes_nothing():
     for both in (merge(a, empty), merge(empty, a)):
         np.testing.assert_array_equal(both.mean, a.mean)
         np.testing.assert_array_equal(both.scatter, a.scatter)
-    assert merge(empty, empty).count == 0
+    assert merge(empty, empty).n == 0
 
 
 def test_the_scatter_of_far_features_keeps_its_digits():

@@ -1,17 +1,11 @@
 """The Inception score (Salimans et al. 2016)."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import log_softmax, logsumexp
-
-
-@runtime_checkable
-class Permuter(Protocol):
-    """What shuffles: a NumPy generator, or the older `RandomState` of other evaluators."""
-
-    def permutation(self, n: int) -> np.ndarray: ...
 
 
 class InceptionScore(NamedTuple):
@@ -26,7 +20,7 @@ def inception_score(
     *,
     splits: int | None = None,
     part: int = 5000,
-    rng: Permuter | None = None,
+    rng: np.random.Generator | np.random.RandomState | None = None,
 ) -> InceptionScore:
     """`exp(mean_i KL(p(y | x_i) | p(y)))`, `p(y) = mean_i p(y | x_i)`: between 1 and the classes.
 
@@ -44,12 +38,12 @@ def inception_score(
     n = len(logits)
     if n < (splits or 1) or (splits is not None and splits < 1) or part < 1:
         raise ValueError(
-            f"inception_score: {n} samples cannot be divided into {splits or 1} parts of at least 1."
+            f"inception_score: {n} samples cannot be divided into {splits or 1} parts of 1 or more."
         )
     ends = [i * n // splits for i in range(splits + 1)] if splits else [*range(0, n, part), n]
     order = np.arange(n) if rng is None else rng.permutation(n)
     scores = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in pairwise(ends):
         log_p = log_softmax(logits[order[begin:end]].astype(np.float64), axis=1)
         log_mean = logsumexp(log_p, axis=0) - np.log(end - begin)
         scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_mean), axis=1))))

@@ -1,19 +1,12 @@
 """Distances of sets of features by kernels: KID and CMMD, two maximum mean discrepancies."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 Real = Float[np.ndarray, "n d"]
 Fake = Float[np.ndarray, "m d"]
-
-
-@runtime_checkable
-class Chooser(Protocol):
-    """What draws subsets: a NumPy generator, or the older `RandomState` of other evaluators."""
-
-    def choice(self, a: int, size: int, replace: bool) -> np.ndarray: ...
 
 
 class KID(NamedTuple):
@@ -29,7 +22,7 @@ def kid(
     *,
     subsets: int = 100,
     subset_size: int = 1000,
-    rng: Chooser | None = None,
+    rng: np.random.Generator | np.random.RandomState | None = None,
 ) -> KID:
     """The kernel distance of two sets, unbiased however few they are (Bińkowski et al. 2018).
 

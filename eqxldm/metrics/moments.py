@@ -16,7 +16,7 @@ class Moments(NamedTuple):
     [[2.0]]
     """
 
-    count: int
+    n: int
     mean: Float[np.ndarray, " d"]
     scatter: Float[np.ndarray, "d d"]
 
@@ -26,9 +26,9 @@ class Moments(NamedTuple):
 
         **Raises** `ValueError` for fewer than two features.
         """
-        if self.count < 2:
-            raise ValueError(f"covariance: need at least 2 examples, got {self.count}.")
-        return self.scatter / (self.count - 1)
+        if self.n < 2:
+            raise ValueError(f"covariance: need at least 2 examples, got {self.n}.")
+        return self.scatter / (self.n - 1)
 
 
 def moments_of(features: Features) -> Moments:
@@ -55,11 +55,11 @@ def merge_moments(x: Moments, y: Moments) -> Moments:
     >>> merge_moments(moments_of(parts[:1]), moments_of(parts[1:])).mean.tolist()
     [3.0]
     """
-    count = x.count + y.count
+    count = x.n + y.n
     if not count:
         return x
-    delta, share = y.mean - x.mean, y.count / count
-    scatter = x.scatter + y.scatter + x.count * share * np.outer(delta, delta)
+    delta, share = y.mean - x.mean, y.n / count
+    scatter = x.scatter + y.scatter + x.n * share * np.outer(delta, delta)
     return Moments(count, x.mean + share * delta, scatter)
 
 

@@ -74,8 +74,12 @@ def _gaussian(
     if mu not in found and sigma not in found:
         return None
     mean, covariance = found.get(mu), found.get(sigma)
-    good = mean is not None and covariance is not None and mean.ndim == 1
-    if not good or covariance.shape != (len(mean), len(mean)):
+    if (
+        mean is None
+        or covariance is None
+        or mean.ndim != 1
+        or covariance.shape != (len(mean), len(mean))
+    ):
         shapes = ", ".join(f"{k} {found[k].shape}" for k in (mu, sigma) if k in found)
         raise ValueError(f"{path}: need {mu} (d,) and {sigma} (d, d), got {shapes}.")
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":

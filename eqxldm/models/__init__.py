@@ -64,8 +64,19 @@ from .flux import (
     flux1_dev as flux1_dev,
     flux1_schnell as flux1_schnell,
 )
+from .inception import (
+    Inception as Inception,
+    InceptionConfig as InceptionConfig,
+    InceptionOutput as InceptionOutput,
+    inception_input as inception_input,
+)
 from .joint_blocks import JointBlock as JointBlock, JointStream as JointStream
-from .lpips import LPIPS as LPIPS, LPIPSConfig as LPIPSConfig
+from .lpips import (
+    LPIPS as LPIPS,
+    AlexLPIPS as AlexLPIPS,
+    AlexLPIPSConfig as AlexLPIPSConfig,
+    LPIPSConfig as LPIPSConfig,
+)
 from .mmdit import (
     MMDiT as MMDiT,
     MMDiTConfig as MMDiTConfig,

@@ -1,18 +1,21 @@
-"""LPIPS: how different two images look, by the features of a VGG16 (Zhang et al. 2018)."""
+"""LPIPS: how different two images look to a VGG16 or an AlexNet (Zhang et al. 2018)."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..nn.conv import Conv
+from ..nn.conv import Conv, max_pool
 from .config import arguments, make_record
 
 # The convolutions of each block of VGG16; a block's last ReLU is compared, and pooled for the next.
 BLOCKS = (2, 2, 3, 3, 3)
+# The kernels of AlexNet and the steps by which they go.
+ALEX_KERNELS = ((11, 4), (5, 1), (3, 1), (3, 1), (3, 1))
 # Mean and standard deviation of ImageNet's channels, in the range [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -80,11 +83,8 @@ class LPIPS(eqx.Module):
             width = out
 
     def __call__(self, x: Float[Array, "c h w"], y: Float[Array, "c h w"]) -> Float[Array, ""]:
-        _check(x.shape)
         # One after the other: where only one image needs a gradient, the other makes none.
-        pairs = zip(self.heads, self.features(x), self.features(y), strict=True)
-        distances = [jnp.sum(w * jnp.mean((_unit(f) - _unit(g)) ** 2, (0, 1))) for w, f, g in pairs]
-        return jnp.sum(jnp.stack(distances))
+        return _compared(self.heads, self.features(x), self.features(y))
 
     def features(self, x: Float[Array, "c h w"]) -> list[Float[Array, "hi wi ci"]]:
         """What is compared: the five last ReLUs, channels last.
@@ -93,16 +93,95 @@ class LPIPS(eqx.Module):
         >>> lpips.features(jnp.zeros((3, 16, 32)))[-1].shape
         (1, 2, 8)
         """
-        _check(x.shape)
-        x32 = jnp.moveaxis(x, 0, -1).astype(jnp.float32)
-        y = ((x32 - jnp.array(SHIFT)) / jnp.array(SCALE)).astype(x.dtype)
-        found = []
+        _check("LPIPS", x.shape, 2 ** (len(BLOCKS) - 1), "four poolings")
+        y, found = _normalised(x), []
         for block in self.blocks:
             y = _max_pool(y) if found else y
             for conv in block:
                 y = jax.nn.relu(conv(y))
             found.append(y)
         return found
+
+
+@dataclass(frozen=True)
+class AlexLPIPSConfig:
+    """How an `AlexLPIPS` was made: the widths of its five convolutions.
+
+    >>> AlexLPIPSConfig().channels
+    (64, 192, 384, 256, 256)
+    """
+
+    channels: tuple[int, ...] = (64, 192, 384, 256, 256)
+
+    def build(self, *, key) -> "AlexLPIPS":
+        """The network, with random weights."""
+        return AlexLPIPS(**arguments(self), key=key)
+
+
+class AlexLPIPS(eqx.Module):
+    """LPIPS by an AlexNet: what distances are quoted by; `LPIPS`, by VGG16, is what is trained on.
+
+    The same distance of the features after its five ReLUs. A sixth of the parameters, and the
+    gradient of it makes worse pictures (Zhang et al. 2018, section 4).
+
+    **Arguments**: `channels` are the widths; the published ones have 2,470,848 parameters with the
+    heads. `eqxldm.pretrained.load_lpips_package` reads them.
+
+    **Raises** `ValueError` for images that have not three channels, or not 31 pixels a side.
+
+    >>> lpips = AlexLPIPS(channels=(4, 4, 4, 4, 4), key=jax.random.key(0))
+    >>> x = jnp.zeros((3, 32, 32))
+    >>> float(lpips(x, x)), bool(lpips(x, x + 0.5) > 0)
+    (0.0, True)
+    """
+
+    convs: list[Conv]
+    heads: list[Float[Array, " c"]]
+    config: AlexLPIPSConfig = eqx.field(static=True)
+
+    def __init__(self, *, channels: tuple[int, ...] = AlexLPIPSConfig.channels, key):
+        if len(channels) != len(ALEX_KERNELS):
+            raise ValueError(
+                f"AlexLPIPS: channels must be the widths of {len(ALEX_KERNELS)} convolutions, got "
+                f"{channels}."
+            )
+        self.config = make_record(AlexLPIPSConfig, "AlexLPIPS", {"channels": channels})
+        self.convs, self.heads, width = [], [], 3
+        for out, (size, stride) in zip(channels, ALEX_KERNELS, strict=True):
+            key, head_key, k = jax.random.split(key, 3)
+            sides = ((2, 2), (2, 2)) if stride > 1 else None
+            options: dict[str, Any] = dict(stride=stride, padding=sides, gain=math.sqrt(2))
+            self.convs.append(Conv(width, out, size, **options, key=k))
+            self.heads.append(jax.random.uniform(head_key, (out,), maxval=2 / out))
+            width = out
+
+    def __call__(self, x: Float[Array, "c h w"], y: Float[Array, "c h w"]) -> Float[Array, ""]:
+        return _compared(self.heads, self.features(x), self.features(y))
+
+    def features(self, x: Float[Array, "c h w"]) -> list[Float[Array, "hi wi ci"]]:
+        """What is compared: the five ReLUs, channels last.
+
+        >>> lpips = AlexLPIPS(channels=(4, 4, 4, 4, 8), key=jax.random.key(0))
+        >>> [f.shape for f in lpips.features(jnp.zeros((3, 64, 64)))][1:3]
+        [(7, 7, 4), (3, 3, 4)]
+        """
+        _check("AlexLPIPS", x.shape, 31, "stride and two poolings")
+        y, found = _normalised(x), []
+        for i, conv in enumerate(self.convs):
+            y = jax.nn.relu(conv(max_pool(y, 3, 2) if i in (1, 2) else y))
+            found.append(y)
+        return found
+
+
+def _normalised(x: Float[Array, "c h w"]) -> Float[Array, "h w c"]:
+    x32 = jnp.moveaxis(x, 0, -1).astype(jnp.float32)
+    return ((x32 - jnp.array(SHIFT)) / jnp.array(SCALE)).astype(x.dtype)
+
+
+def _compared(heads: list[Array], features: list[Array], others: list[Array]) -> Float[Array, ""]:
+    pairs = zip(heads, features, others, strict=True)
+    distances = [jnp.sum(w * jnp.mean((_unit(f) - _unit(g)) ** 2, (0, 1))) for w, f, g in pairs]
+    return jnp.sum(jnp.stack(distances))
 
 
 def _unit(f: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
@@ -119,14 +198,13 @@ def _max_pool(y: Float[Array, "h w c"]) -> Float[Array, "h2 w2 c"]:
     return jnp.maximum(rows[:, ::2], rows[:, 1::2])
 
 
-def _check(shape: tuple[int, ...]) -> None:
+def _check(name: str, shape: tuple[int, ...], smallest: int, what: str) -> None:
     c, h, w = shape
     if c != 3:
         hint = " Repeat a grey image: jnp.repeat(x, 3, axis=0)." if c == 1 else ""
-        raise ValueError(f"LPIPS: an image needs 3 channels, red, green and blue, got {c}.{hint}")
-    smallest = 2 ** (len(BLOCKS) - 1)
+        raise ValueError(f"{name}: an image needs 3 channels, red, green and blue, got {c}.{hint}")
     if min(h, w) < smallest:
         raise ValueError(
-            f"LPIPS: of a {h} x {w} image its four poolings leave nothing; at least {smallest} x "
+            f"{name}: of a {h} x {w} image its {what} leave nothing; at least {smallest} x "
             f"{smallest} are needed. Enlarge it, by jax.image.resize for example."
         )

@@ -37,6 +37,7 @@ from .conv import (
     Conv as Conv,
     ConvPair as ConvPair,
     depth_to_space as depth_to_space,
+    max_pool as max_pool,
     space_to_depth as space_to_depth,
     upsample_nearest as upsample_nearest,
 )
@@ -75,6 +76,13 @@ from .patchify import (
     patch_sizes as patch_sizes,
     patchify as patchify,
     unpatchify as unpatchify,
+)
+from .resize import (
+    bicubic_matrix as bicubic_matrix,
+    bilinear_matrix as bilinear_matrix,
+    resize as resize,
+    resize_and_crop as resize_and_crop,
+    tf1_matrix as tf1_matrix,
 )
 from .resnet import (
     ConditionedResnetBlock as ConditionedResnetBlock,

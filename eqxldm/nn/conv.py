@@ -85,6 +85,19 @@ class ConvPair(eqx.Module):
         return self.second(self.first(x))
 
 
+def max_pool(
+    x: Float[Array, "h w c"], size: int, stride: int, pad: int = 0
+) -> Float[Array, "h2 w2 c"]:
+    """The largest of each `size x size`, by steps of `stride`, with `pad` on each side.
+
+    >>> max_pool(jnp.ones((5, 7, 1)), 3, 2).shape
+    (2, 3, 1)
+    """
+    sides = ((pad, pad), (pad, pad), (0, 0))
+    window, strides = (size, size, 1), (stride, stride, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, sides)
+
+
 def space_to_depth(x: Float[Array, "H W c"], factor: int) -> Float[Array, "h w C"]:
     """Folds each `factor x factor` square into channels; `depth_to_space` inverts it.
 

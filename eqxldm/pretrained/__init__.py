@@ -5,6 +5,7 @@ from . import (
     clip_text as clip_text,
     dit as dit,
     flux as flux,
+    inception as inception,
     llada as llada,
     lpips as lpips,
     mmdit as mmdit,
@@ -19,6 +20,7 @@ from .dit import (
     official_layout as official_layout,
     with_diffusers_time as with_diffusers_time,
 )
+from .inception import load_inception as load_inception
 from .io import (
     export as export,
     load as load,
@@ -29,5 +31,5 @@ from .io import (
 )
 from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
 from .llada import load_llada as load_llada
-from .lpips import load_lpips as load_lpips
+from .lpips import load_lpips as load_lpips, load_lpips_package as load_lpips_package
 from .tiny_autoencoder import load_tiny_autoencoder as load_tiny_autoencoder

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from ..models import (
     LPIPS,
+    AlexLPIPS,
     AutoencoderKL,
     ByteTextEncoder,
     CaptionEncoder,
@@ -20,6 +21,7 @@ from ..models import (
     CLIPText,
     DiT,
     Flux,
+    Inception,
     MMDiT,
     PatchDiscriminator,
     T5Encoder,
@@ -33,6 +35,7 @@ from . import (
     clip_text,
     dit,
     flux,
+    inception,
     llada,
     lpips,
     mmdit,
@@ -86,6 +89,7 @@ class Diffusers(NamedTuple):
 
 # The ways in which the tensors of a model are named in files, besides our own.
 LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
+    AlexLPIPS: (lpips.alex_layout, lpips.package_layout),
     AutoencoderKL: (autoencoder.diffusers_layout,),
     ByteTextEncoder: (),
     CaptionEncoder: (),
@@ -96,7 +100,8 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     CLIPText: (clip_text.transformers_layout, clip_text.open_clip_layout),
     DiT: (dit.official_layout, dit.diffusers_layout),
     Flux: (flux.original_layout, flux.diffusers_layout),
-    LPIPS: (lpips.published_layout,),
+    Inception: (inception.published_layout,),
+    LPIPS: (lpips.published_layout, lpips.package_layout),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
     T5Encoder: (t5.transformers_layout,),

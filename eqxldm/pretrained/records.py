@@ -12,6 +12,7 @@ from .layout import WeightsError
 CONFIGS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
+        models.AlexLPIPSConfig,
         models.AutoencoderConfig,
         models.ByteTextConfig,
         models.CaptionEncoderConfig,
@@ -20,6 +21,7 @@ CONFIGS: dict[str, type] = {
         models.DiscriminatorConfig,
         models.DiTConfig,
         models.FluxConfig,
+        models.InceptionConfig,
         models.LPIPSConfig,
         models.MMDiTConfig,
         models.T5Config,

@@ -1,4 +1,4 @@
-"""FID, KID, Inception score, precision and recall against torch-fidelity's, of the same features."""
+"""FID, KID, Inception score, precision and recall against torch-fidelity's of equal features."""
 
 import sys
 from functools import cache
