@@ -91,7 +91,7 @@ def test_nothing_in_a_pickle_is_called(protocol, tmp_path, monkeypatch):
     assert (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("protocol", range(3, 6))
+@pytest.mark.parametrize("protocol", (3, 4))
 def test_arrays_of_any_protocol_and_order(protocol, tmp_path):
     arrays = {"a": {"w": BASE, "t": np.asfortranarray(BASE)}, "n": np.array([1, 2], np.int32)}
     (tmp_path / "a.ckpt").write_bytes(pickle.dumps(arrays, protocol))

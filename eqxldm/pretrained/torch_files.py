@@ -57,7 +57,9 @@ def open_torch(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"weights: there is no file {path}.")
     try:
         opened = _open_zip(path) if zipfile.is_zipfile(path) else _open_old(path)
-    except (OSError, zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # zipfile raises many kinds
         raise WeightsError(f"{path} is truncated or no PyTorch file: {error}.") from error
     content, read = opened
     for key in ("ema", "model", "state_dict"):
@@ -182,7 +184,7 @@ def _tensor(view: _View, read: Callable[[str], bytes]) -> Tensor:
     def values() -> np.ndarray:
         try:
             held = np.frombuffer(read(view.key), view.dtype)
-        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile and zlib raise their own kinds
             raise WeightsError(f"the storage {view.key} is damaged: {error}.") from error
         steps = zip(view.shape, view.strides, strict=True)
         reach = view.offset + sum((n - 1) * step for n, step in steps)
