@@ -32,13 +32,14 @@ def tf1_matrix(size: int, out: int) -> Matrix:
 def bilinear_matrix(size: int, out: int) -> Matrix:
     """Bilinear with half pixels and without antialiasing: torch's `interpolate`, of pytorch-fid.
 
-    Positions are float32's, as there.
+    Positions are rounded to float32 as there.
 
     >>> bilinear_matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
     """
-    middle = np.arange(out, dtype=np.float32) + np.float32(0.5)
-    at = np.maximum(np.float32(size / out) * middle - np.float32(0.5), 0)
+    # A float32 scale, multiplied and added in one.
+    scale = np.float64(np.float32(size / out))
+    at = np.maximum((scale * (np.arange(out) + 0.5) - 0.5).astype(np.float32), 0)
     low = np.minimum(np.floor(at).astype(int), size - 1)
     return _between(low, np.minimum(low + 1, size - 1), at - low, size)
 
