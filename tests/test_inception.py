@@ -74,7 +74,7 @@ def test_the_middle_square_is_cut_after_the_resize():
 
 @pytest.fixture(scope="module")
 def narrow():
-    network = Inception(divide=64, key=jax.random.key(0))
+    network = Inception(divide=16, key=jax.random.key(0))
     spread = lambda a: a + 0.1 * jnp.asarray(RNG.standard_normal(a.shape), a.dtype)
     return jax.tree.map(lambda a: spread(a) if eqx.is_array(a) and a.ndim == 1 else a, network)
 
@@ -83,13 +83,13 @@ def test_a_batch_says_what_each_image_does(narrow):
     x = jnp.asarray(RNG.standard_normal((3, 3, 80, 80)), jnp.float32)
     run = eqx.filter_jit(lambda network, x: jax.vmap(network)(x))
     out = run(narrow, x)
-    assert out.pooled.shape == (3, 32) and out.spatial.shape == (3, 3, 3, 3)
+    assert out.pooled.shape == (3, 128) and out.spatial.shape == (3, 3, 3, 7)
     np.testing.assert_allclose(out.logits, out.pooled @ narrow.fc.weight.T, rtol=1e-4, atol=1e-5)
     turned = run(narrow, x[::-1])
     for a, b in zip(out, turned, strict=True):
         np.testing.assert_allclose(a, b[::-1], rtol=1e-5, atol=1e-6)
     assert all(bool(jnp.all(a >= 0)) for a in (out.pooled, out.spatial))
-    assert float(jnp.std(out.pooled, 0).max()) > 1e-3
+    assert float(jnp.std(out.pooled, 0).max()) > 1e-4
     with pytest.raises(ValueError, match=r"3 channels and 75 pixels a side, got \(3, 60, 80\)"):
         narrow(x[0, :, :60])
 
