@@ -209,7 +209,7 @@ gpu-check: $(GPU) ## the same for H100 and H200, without a GPU (4.4 GB are insta
 	.venv-gpu/bin/python -m benchmarks.aot.check gpu $(AOT)
 
 test: $(DEV) ## run the tests
-	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for other networks
 	.venv-parity/bin/python -m pytest -n $(or $(WORKERS),auto) tests/parity $(ARGS)

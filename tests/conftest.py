@@ -1,6 +1,9 @@
 """Settings of the test session; they must be made before jax is imported."""
 
+import contextlib
+import fcntl
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +44,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("eqxldm")
+
+
+# The files that take longest, longest first: with them at the end, one worker would be left alone.
+LONG = (
+    "test_train_job", "test_train_resume", "test_processes", "test_examples", "test_sharding",
+    "test_train_refused", "test_few_step_job",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 # Need torch and diffusers, which the tests do not: they made the reference files.
@@ -92,3 +106,30 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One worker at a time."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A finished run on images that it made itself, the same for all workers; never written to."""
+    from job_runs import train
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run = base / "finished" / "run"
+    with locked(base / "finished.lock"):
+        if not (run / "metrics.json").exists():
+            assert train(run, "--log.tensorboard") == 0
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))

@@ -6,14 +6,16 @@ import os
 import signal
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import eqxldm as ex
 from eqxldm import sharding, training
 from eqxldm.data import Batches
-from eqxldm.models import DiT
+from eqxldm.nn import Linear
 from experiments.train.loop import Settings, run_stage
 from experiments.train.run import RunFolder
 from experiments.train.telemetry import Telemetry
@@ -22,6 +24,22 @@ from experiments.train.terminal import Interrupted, Signals
 from helpers import filled
 
 RECORDS, BATCH = 20, 8  # an epoch is two and a half batches
+
+
+class Network(eqx.Module):
+    """One hidden layer, with a row for each label: quickly compiled, and divided by every axis."""
+
+    fc1: Linear
+    fc2: Linear
+    table: jax.Array
+
+    def __init__(self, size, *, key):
+        self.fc1, self.fc2 = Linear(size, size, key=key), Linear(size, size, key=key)
+        self.table = jnp.zeros((4, size))
+
+    def __call__(self, x_t, t, cond, *, key=None):
+        hidden = self.fc1(x_t.ravel()) + t + self.table[cond]
+        return self.fc2(jnp.tanh(hidden)).reshape(x_t.shape)
 
 
 class Reader:
@@ -57,11 +75,11 @@ def main():
     own = [[d for d in jax.devices() if d.process_index == i] for i in range(jax.process_count())]
     devices = [device for each in zip(*own, strict=True) for device in each]
     mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh), devices)
-    sizes = dict(patch_size=2, depth=2, width=16, num_heads=2, num_classes=3)
-    dit = filled(lambda: DiT((2, 4, 4), **sizes, key=jax.random.key(0)))
+    sharding.SMALLEST_DIVIDED = 1
+    network = filled(lambda: Network(32, key=jax.random.key(0)))
     # Not Adam, which makes a whole step of the rounding of a gradient that is zero.
     optimizer = optax.sgd(0.05, momentum=0.9)
-    state, static = training.init_state(dit, optimizer, num_emas=1)
+    state, static = training.init_state(network, optimizer, num_emas=1)
     objective = ex.Denoising(
         ex.Diffusion(ex.LinearFlow(), ex.predict_velocity), time_sampler=ex.logit_normal_time()
     )

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+
 from children import ROOT, free_port, run_together
 
 MESH = "data=2,fsdp=2"
