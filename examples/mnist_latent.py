@@ -57,11 +57,11 @@ def batches_of(arrays, batch_size, seed):
         yield {name: array[rows] for name, array in arrays.items()}
 
 
-def train_autoencoder(images, steps, key):
+def train_autoencoder(images, steps, channels, key):
     """The averaged autoencoder: reconstruction and KL, and a discriminator for the last third."""
-    sizes = dict(channels=(32, 64), blocks=1, patch_size=2, groups=8)
+    sizes = dict(channels=(channels, 2 * channels), blocks=1, patch_size=2, groups=8)
     ae = AutoencoderKL(1, 4, **sizes, key=key)
-    disc = PatchDiscriminator(1, channels=32, layers=2, groups=8, key=key)
+    disc = PatchDiscriminator(1, channels=channels, layers=2, groups=8, key=key)
     optimizers = adamw(optax.cosine_decay_schedule(3e-3, max(steps, 1))), adamw(1e-3, b1=0.5)
     (ae_state, ae_static), (disc_state, disc_static) = (
         init_state(ae, optimizers[0], num_emas=1),
@@ -92,10 +92,10 @@ def encode(ae, images, batch_size=250):
     return {"mean": mean, "logvar": logvar}, ae.with_latent_stats(*measure_latents(mean, logvar))
 
 
-def train_dit(ae, posteriors, labels, steps, key):
+def train_dit(ae, posteriors, labels, steps, width, key):
     """The averaged transformer, on fresh samples of the posteriors."""
     shape = ae.latent_shape(28 + 2 * PAD, 28 + 2 * PAD)
-    dit = DiT(shape, patch_size=2, depth=6, width=128, num_heads=4, num_classes=10, key=key)
+    dit = DiT(shape, patch_size=2, depth=6, width=width, num_heads=4, num_classes=10, key=key)
     optimizer = adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, max(steps, 101)),
                       b2=0.99, clip_norm=1.0)  # fmt: skip
     state, static = init_state(dit, optimizer, num_emas=1)
@@ -132,6 +132,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--autoencoder-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=2000, help="training steps of the DiT")
+    parser.add_argument("--channels", type=int, default=32, help="of the autoencoder, at its edge")
+    parser.add_argument("--width", type=int, default=128, help="of the DiT")
     parser.add_argument("--guidance", type=float, default=1.6, help="1 is the network alone")
     parser.add_argument("--images", type=int, default=60_000, help="how many are trained on")
     parser.add_argument("--data", default=None, help="a folder with MNIST's files; else fetched")
@@ -140,9 +142,9 @@ def main():
     mnist, key = open_mnist("mnist", options.data, log=print), jax.random.key(0)
     images, labels = mnist.images[: options.images], mnist.labels[: options.images]
 
-    ae = train_autoencoder(images, options.autoencoder_steps, key)
+    ae = train_autoencoder(images, options.autoencoder_steps, options.channels, key)
     posteriors, ae = encode(ae, images)
-    dit = train_dit(ae, posteriors, labels, options.steps, key)
+    dit = train_dit(ae, posteriors, labels, options.steps, options.width, key)
 
     originals = images[[np.argmax(labels == digit) for digit in range(10)]]
     through = jax.vmap(lambda x: ae.decode(ae.encode(x)))(to_float(originals, pad=PAD))

@@ -23,15 +23,16 @@ SIZES = (
     "--size 16 16 --checkpoint-every 4 --reference 20 --classifier.steps 8 "
     "--classifier.batch-size 16 --classifier.channels 4 --classifier.features 8 "
     "--autoencoder.steps 12 --autoencoder.batch-size 8 --autoencoder.gan-start 6 "
-    "--autoencoder.channels 8 8 --autoencoder.groups 4 --autoencoder.discriminator-channels 4 "
-    "--autoencoder.discriminator-layers 1 --latents.batch-size 40 --latents.images-per-shard 100 "
+    "--autoencoder.channels 8 8 --autoencoder.blocks 1 --autoencoder.groups 4 "
+    "--autoencoder.discriminator-channels 4 --autoencoder.discriminator-layers 1 --latents.batch-size 40 --latents.images-per-shard 100 "
     "--latents.statistics 64"
 ).split()
 SMALL = (
     SIZES
     + (
         "--diffusion.steps 12 --diffusion.batch-size 8 --diffusion.warmup 2 --dit.depth 2 "
-        "--dit.width 16 --dit.num-heads 2 --unet.channels 8 8 --unet.groups 4 --unet.num-heads 2 "
+        "--dit.width 16 --dit.num-heads 2 --unet.channels 8 8 --unet.blocks 1 "
+        "--unet.groups 4 --unet.num-heads 2 "
         "--samples 24 --sampling.steps 3 --sampling-batch 8 --eval-samples 10"
     ).split()
 )

@@ -17,7 +17,7 @@ from helpers import filled, small_autoencoder, small_discriminator
 MIXED = "data=2,fsdp=2,tensor=2"
 MESHES = {
     "diffusion": ["data=8", "fsdp=8", "tensor=2,data=4", MIXED],
-    "autoencoder": ["data=8", "fsdp=8", "tensor=2,data=4", MIXED],
+    "autoencoder": ["fsdp=8", MIXED],
 }
 KEY = jax.random.key(3)
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import signal
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -22,12 +21,12 @@ from eqxldm.data.archives import NpmArchive, Wheel
 from eqxldm.data.download import PublishedFile, fetch
 from eqxldm.models import CaptionEncoder
 from experiments.train import captions
-from experiments.train.__main__ import main
 from experiments.train.captions import CaptionTokens
 from experiments.train.compare import VARIANTS, step_cost
 from experiments.train.evaluate import Comparison, Described, accuracy_of_parts
 from experiments.train.presets import preset
-from experiments.train.terminal import run_main
+
+from job_runs import call
 
 # 40 objects of two categories, of which the hash holds out some in each style.
 OBJECTS = [(f"thing {i}", ("Food & Drink", "Objects")[i % 2]) for i in range(40)]
@@ -244,16 +243,6 @@ SMALL = (
     "--sampling.steps 2 --sampling-batch 12 --text.depth 1 --text.num-heads 2 --text.merges 8 "
     "--text.max-length 12"
 ).split()
-
-
-def call(*args) -> int:
-    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(s) for s in signums]
-    try:
-        return run_main(lambda: main([str(arg) for arg in args]))
-    finally:
-        for signum, handler in zip(signums, handlers, strict=True):
-            signal.signal(signum, handler)
 
 
 def test_the_job_trains_on_captions_and_draws_what_was_held_out(

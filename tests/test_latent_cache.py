@@ -52,6 +52,13 @@ class Pictures:
         return f"{self.n} pictures"
 
 
+class Repainted(Pictures):
+    """The same names and sizes; image 3 has the pixels of another."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i)._replace(image=super().__getitem__(i + (i == 3)).image)
+
+
 def pixels(i):
     return np.random.default_rng(int(i)).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
@@ -175,6 +182,18 @@ def test_unreadable_images_may_have_names_that_are_not_utf8(tmp_path):
     assert json.loads((tmp_path / "skipped.json").read_bytes()) == {name: reason}
 
 
+def test_a_cache_of_an_earlier_version_is_read_and_gone_on_with(tmp_path):
+    """Its header says nothing of the images' content."""
+    made_from = header(Pictures())
+    older = {name: value for name, value in made_from.items() if name != "content"}
+    write_latents(Pictures(), moments, tmp_path, older, batch_size=BATCH, threads=2)
+    before = files(tmp_path)
+    assert len(open_latents(tmp_path, made_from)) == N
+    (tmp_path / "latents-00001-of-00005.arrayrecord").unlink()
+    assert write(tmp_path) == made_from
+    assert files(tmp_path) == before
+
+
 def test_another_cache_is_refused_with_every_difference(tmp_path):
     made_from = write(tmp_path)
     other = header(Pictures(24), scale=[2.0, 4.0], autoencoder="def", size=16)
@@ -192,9 +211,13 @@ def test_another_cache_is_refused_with_every_difference(tmp_path):
             "  scale: it has [2.0, 3.0], expected [2.0, 4.0]",
             "  size: it has [8, 8], expected [16, 16]",
             '  source: it has "23 pictures", expected "24 pictures"',
+            f'  content: it has "{made_from["content"]}", expected "{other["content"]}"',
             "  images: it has 23, expected 24",
         ]
     open_latents(tmp_path, {"autoencoder": "abc", "scale": (2.0, 3.0)})
+    with pytest.raises(DataError, match=r"made otherwise:\n  content: it has") as refusal:
+        open_latents(tmp_path, header(Repainted()))
+    assert len(str(refusal.value).splitlines()) == 3
     with pytest.raises(DataError, match=r'crop: it has "ADM .*expected "other"'):
         open_latents(tmp_path, {"crop": "other"})
     (tmp_path / "header.json").write_text(json.dumps({**made_from, "format": 0}))

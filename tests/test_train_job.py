@@ -58,15 +58,18 @@ def test_a_finished_run_is_left_as_it_is(copied, capsys):
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory) -> Path:
-    """A finished run on a folder with captions, of images that are not square, measured along."""
+def captioned(finished, tmp_path_factory) -> Path:
+    """A finished run on a folder with captions, of images that are not square, measured along, with
+    the autoencoder of another run.
+    """
     base = tmp_path_factory.mktemp("captioned")
     names = [f"{i:02d}.png" for i in range(40)]
     folder = write_images(base / "images", names)
     texts = {name: f"{('red', 'blå')[i % 2]} boat {i}" for i, name in enumerate(names)}
     (folder / "captions.json").write_text(json.dumps(texts))
     options = "--size 16 24 --eval-every 5 --text.depth 1 --text.num-heads 2 --text.max-length 16"
-    args = ["--images", folder, *SMALL, *options.split(), "--run-dir", base / "run"]
+    args = ["--images", folder, *SMALL, *options.split(), "--vae", finished]
+    args += ["--run-dir", base / "run"]
     assert call("train", *args) == 0
     return base / "run"
 
@@ -143,7 +146,8 @@ def write_mnist(folder: Path, side: int = 28) -> Path:
 def test_mnist_and_its_data(tmp_path, capsys):
     data = write_mnist(tmp_path / "mnist")
     where = ["--preset", "mnist", "--run-dir", tmp_path / "run"]
-    args = [*where, "--images", data, *SMALL, "--size", 28, 28]
+    # Its autoencoder goes without the discriminator, whose step would be compiled.
+    args = [*where, "--images", data, *SMALL, "--size", 28, 28, "--autoencoder.gan-start", 12]
     assert call("train", *args) == 0
     with np.load(tmp_path / "run" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (24, 28, 28, 1)

@@ -153,27 +153,28 @@ def test_another_configuration_or_other_images_are_refused(copied, images, capsy
     assert "is about other images" in capsys.readouterr().err
 
 
-def test_images_of_the_same_names_and_sizes_but_other_pixels_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("changed, field", [("images", "content"), ("test", "test_content")])
+def test_images_of_the_same_names_and_sizes_but_other_pixels_are_refused(changed, field, tmp_path):
     """Files without compression always have the size that they had."""
-    folder = write_images(tmp_path / "images", [f"{k}/{i}.bmp" for k in "ab" for i in range(12)])
+    names = [f"{k}/{i}.bmp" for k in "ab" for i in range(12)]
+    folders = {name: write_images(tmp_path / name, names) for name in ("images", "test")}
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     config = preset("images", size=(16, 16), count=24).config
 
     def describe():
-        source = open_images(folder)
-        job = SimpleNamespace(
-            source=source, condition=choose_condition(config, source), run=run, lpips=None
-        )
-        jobs.describe_data(job, folder, trains=True)  # type: ignore[arg-type]
+        source, test = open_images(folders["images"]), open_images(folders["test"])
+        condition = choose_condition(config, source)
+        job = SimpleNamespace(source=source, condition=condition, run=run, lpips=None, test=test)
+        jobs.describe_data(job, folders["images"], trains=True)  # type: ignore[arg-type]
 
     describe()
     before = (run.path / "data.json").read_bytes()
     describe()
-    content = bytearray((folder / "a" / "5.bmp").read_bytes())
+    content = bytearray((folders[changed] / "a" / "5.bmp").read_bytes())
     content[-1] ^= 1
-    (folder / "a" / "5.bmp").write_bytes(content)
-    with pytest.raises(UserError, match="about other images:\n  content: it has"):
+    (folders[changed] / "a" / "5.bmp").write_bytes(content)
+    with pytest.raises(UserError, match=f"about other images:\n  {field}: it has"):
         describe()
     assert (run.path / "data.json").read_bytes() == before
 

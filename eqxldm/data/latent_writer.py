@@ -80,7 +80,7 @@ def write_latents(
     if condition_schema(example_condition(source, condition)) != header["condition"]:
         raise ValueError("write_latents: the header is for another condition; give both the same.")
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, header)
+    header = _begin(folder, header)
     paths = shard_paths(folder, header)
     mine = range(process_index, len(paths), process_count)
     per_shard = header["images_per_shard"]
@@ -245,11 +245,12 @@ def _stored(name: str, values: Any, images: list[Decoded], header: Header, batch
     return stored.view(np.uint16)
 
 
-def _begin(folder: Path, header: Header) -> None:
-    """Writes the header into a new folder; refuses another cache's header or shards."""
+def _begin(folder: Path, header: Header) -> Header:
+    """The folder's header, written if it is new; refuses another cache's header or shards."""
     found = read_header(folder)
     if found is not None:
         compare_headers(folder, found, header)
+        header = found  # the shards know their cache by it
     paths = shard_paths(folder, header)
     strangers = sorted(set(folder.glob("latents-*.arrayrecord")) - set(paths))
     if strangers:
@@ -261,6 +262,7 @@ def _begin(folder: Path, header: Header) -> None:
             read_footer(RecordFiles([path]), 0, header, shard)
     if found is None:
         _write_json(folder / "header.json", header)
+    return header
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -226,7 +226,7 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
             check_readable(config, source, strict=inputs.strict)
         job = Job(
             config, compute, inputs, source, condition, run, mesh, signals, command.log, vae, lpips,
-            start,
+            start, test,
         )  # fmt: skip
         if config.space == "latent" and not alone:
             check_cache(job, own=False, overwrite=command.overwrite)

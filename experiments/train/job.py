@@ -83,6 +83,7 @@ class Job:
     vae: Autoencoder | None = None
     lpips: LPIPS | None = None
     start: Any = None  # the models of --start-from
+    test: ImageSource | None = None  # held-out images to measure against
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def train(
@@ -149,8 +150,8 @@ class Job:
 
 
 def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
-    """`data.json`: the images, and the identity of the LPIPS, that the run is about; refuses
-    others."""
+    """`data.json`: the images, the test images and the identity of the LPIPS that the run is about;
+    refuses others."""
     about: dict[str, Any] = {
         "source": job.source.digest(),
         "images": len(job.source),
@@ -158,11 +159,15 @@ def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
         "condition": job.condition.kind,
         "num_classes": getattr(job.condition, "num_classes", None),
     }
+    test = job.test if trains else None
     if trains:
+        about["test_source"] = None if test is None else test.digest()
         about["lpips"] = None if job.lpips is None else digest(eqx.filter(job.lpips, eqx.is_array))
     if not job.run.primary:
         return
     about["content"] = sample_digest(job.source)
+    if trains:
+        about["test_content"] = None if test is None else sample_digest(test)
     try:
         found = read_json(job.run.path / DATA, repair="--overwrite starts anew.")
     except FileNotFoundError:
@@ -174,7 +179,8 @@ def describe_data(job: Job, images: Path | None, *, trains: bool) -> None:
     lines = [
         f"  {name}: it has {short(found.get(name))}, now {short(value)}\n"
         for name, value in about.items()
-        if name not in found or found[name] != value
+        # A run of an earlier version does not know its test images.
+        if (name not in found and not name.startswith("test_")) or found.get(name, value) != value
     ]
     if lines:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from eqxldm.data import Latents, latent_header, open_latents, write_latents
+from eqxldm.data.latent_cache import compare_headers
 from eqxldm.distributed import barrier
 
 from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
@@ -69,8 +70,7 @@ def check_cache(job: Job, *, own: bool, overwrite: bool = False) -> None:
         )
     header = cache_header(job, autoencoder)
     found = read_json(folder / "header.json", repair="Delete the folder.")
-    if any(found.get(name) != value for name, value in header.items()):
-        open_latents(folder, header)  # raises, with all that differs
+    compare_headers(folder, found, header)
 
 
 def cache_latents(job: Job, autoencoder: Autoencoder) -> Latents:
