@@ -24,8 +24,8 @@ SIZES = (
     "--classifier.batch-size 16 --classifier.channels 4 --classifier.features 8 "
     "--autoencoder.steps 12 --autoencoder.batch-size 8 --autoencoder.gan-start 6 "
     "--autoencoder.channels 8 8 --autoencoder.blocks 1 --autoencoder.groups 4 "
-    "--autoencoder.discriminator-channels 4 --autoencoder.discriminator-layers 1 --latents.batch-size 40 --latents.images-per-shard 100 "
-    "--latents.statistics 64"
+    "--autoencoder.discriminator-channels 4 --autoencoder.discriminator-layers 1 "
+    "--latents.batch-size 40 --latents.images-per-shard 100 --latents.statistics 64"
 ).split()
 SMALL = (
     SIZES

@@ -15,6 +15,7 @@ from .errors import PipelineError
 INDEX = "model_index.json"
 # Of diffusers' models and of transformers', full precision first.
 STEMS = ("diffusion_pytorch_model", "model")
+LONGEST_HEADER = 10**8  # bytes; the format allows no more
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -150,7 +151,11 @@ def describe_part(folder: Path, class_name: str) -> PartFiles:
 def _dtype(folder: Path) -> str:
     """The dtype of most tensors, as safetensors' header names it."""
     files = sorted(folder.glob("*.safetensors"), key=lambda f: (".fp16." in f.name, f.name))
-    with files[0].open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    dtypes = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+    try:
+        with files[0].open("rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), LONGEST_HEADER)
+            header = json.loads(file.read(length))
+        dtypes = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PipelineError(f"{files[0]} is truncated or not a safetensors file.") from error
     return max(set(dtypes), key=dtypes.count) if dtypes else "F32"

@@ -92,6 +92,15 @@ FLOW_NEEDS = dict(
     use_flow_sigmas=True, prediction_type="flow_prediction", use_dynamic_shifting=False,
     shift_terminal=None, num_train_timesteps=1000,
 )  # fmt: skip
+# The least and the greatest value of numbers; those with whole ends are integers.
+NUMBERS: dict[str, tuple[float, float]] = {
+    "num_train_timesteps": (2, 10**6), "steps_offset": (0, 10**6), "solver_order": (0, 100),
+    "base_image_seq_len": (1, 10**9), "max_image_seq_len": (1, 10**9),
+    "beta_start": (0.0, 1.0), "beta_end": (0.0, 1.0), "shift": (1e-6, 1e6),
+    "flow_shift": (1e-6, 1e6),
+    "base_shift": (-20.0, 20.0), "max_shift": (-20.0, 20.0), "shift_terminal": (0.0, 0.999),
+}  # fmt: skip
+FLAGS = ("set_alpha_to_one", "rescale_betas_zero_snr", "use_dynamic_shifting")
 PREDICTIONS = {"epsilon": predict_eps, "sample": predict_x0, "v_prediction": predict_v}
 BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 SMALLEST_ALPHA_BAR = 2.0**-24  # in the place of zero, where sigma / alpha must be finite
@@ -149,13 +158,14 @@ DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepSchedule
 UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler.
     """
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise PipelineError(f"scheduler: {name} is not one of {', '.join(SCHEDULERS)}.")
     kind = SCHEDULERS[name]
     known = {option for each in SCHEDULERS.values() for option in each.defaults}
     if unknown := sorted(k for k in config if k not in known and not k.startswith("_")):
         raise PipelineError(f"scheduler: {name} has options not known here: {', '.join(unknown)}.")
     given = kind.defaults | {k: v for k, v in config.items() if k in kind.defaults}
+    _check_values(given, kind.defaults)
     if given.get("solver_type") in kind.foreign_solvers:  # one that came from another class
         given["solver_type"] = kind.defaults["solver_type"]
     if kind.flow is not None and given["use_flow_sigmas"]:
@@ -167,7 +177,12 @@ UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler.
             f"scheduler: {name} has what is not offered here (in brackets what is): "
             + ", ".join(wrong)
         )
-    return kind.read(given, every_nth) if kind.read is _flow else kind.read(given)
+    try:
+        return kind.read(given, every_nth) if kind.read is _flow else kind.read(given)
+    except PipelineError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:  # betas that make no table
+        raise PipelineError(f"scheduler: {name}: {error}") from error
 
 
 def load_schedule(path: str | Path, *, every_nth: bool = False) -> Schedule:
@@ -193,8 +208,26 @@ class _Kind(NamedTuple):
     flow: Callable[..., Schedule] | None = None
 
 
+def _check_values(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses numbers that are none, or that no table or grid could be made of."""
+    for option in given.keys() & NUMBERS.keys():
+        value, (low, high) = given[option], NUMBERS[option]
+        kinds = int if isinstance(low, int) else (int, float)
+        number = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+        if not number and not (value is None and defaults[option] is None):
+            kind = "an integer" if kinds is int else "a number"
+            raise PipelineError(
+                f"scheduler: {option} must be {kind} from {low:g} to {high:g}, got {value!r:.60}."
+            )
+    for option in given.keys() & set(FLAGS):
+        if not isinstance(given[option], bool):
+            raise PipelineError(
+                f"scheduler: {option} must be true or false, got {given[option]!r:.60}."
+            )
+
+
 def _choose(option: str, value: Any, among: Mapping[str, Any]) -> Any:
-    if value not in among:
+    if not isinstance(value, str) or value not in among:
         raise PipelineError(f"scheduler: {option} = {value!r} is not one of {', '.join(among)}.")
     return among[value]
 
@@ -290,6 +323,10 @@ def _flow(given: dict[str, Any], every_nth: bool) -> Schedule:
     mus = None
     if given["use_dynamic_shifting"]:
         few, many = given["base_image_seq_len"], given["max_image_seq_len"]
+        if few == many:
+            raise PipelineError(
+                f"scheduler: base_image_seq_len and max_image_seq_len must differ, both are {few}."
+            )
         mus = (few, given["base_shift"], many, given["max_shift"])
     linear = _choose("time_shift_type", given["time_shift_type"], dict(exponential=0, linear=1))
     terminal = given["shift_terminal"] or None

@@ -17,8 +17,9 @@ CLASSES = {
     "T5TokenizerFast": "t5",
 }
 CONFIG = "tokenizer_config.json"
-# What `tokenizer_config.json` says of a tokenizer without an end: int(1e30), rounded or not.
-_NO_LIMIT = 10**9
+# `tokenizer_config.json` says int(1e30), rounded or not, of a tokenizer without an end. Rows are
+# made as long as it says, so that nothing near that is taken for a length.
+_NO_LIMIT = 10**6
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -61,14 +62,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return clip_tokenizer(
             vocabulary, merges, padding=padding, longest=int(longest), added=added
         )
-    except TokenizerError as error:
+    except (TypeError, ValueError) as error:  # tokens that are no texts, options of other types
         raise TokenizerError(f"{folder}: {error}") from error
 
 
 def _kind(folder: Path, config: Mapping[str, Any]) -> str:
     """`clip` or `t5`, by the class that the folder names, or else by its files."""
     name = config.get("tokenizer_class")
-    if name in CLASSES:
+    if isinstance(name, str) and name in CLASSES:
         return CLASSES[name]
     if name is not None and name not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         raise TokenizerError(
@@ -93,6 +94,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocabulary: Any
+    merges: Any
     plain = [folder / name for name in ("vocab.json", "merges.txt")]
     absent = [path.name for path in plain if not path.exists()]
     if not absent:
@@ -103,11 +105,16 @@ def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         if model.get("type") != "BPE":
             raise TokenizerError(f"{folder / 'tokenizer.json'} holds no byte pairs, as CLIP's do.")
         vocabulary = model.get("vocab")
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+        merges = model.get("merges", [])
+        if isinstance(merges, list):
+            merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
     else:
         raise TokenizerError(f"{folder} lacks {' and '.join(absent)} of a CLIP tokenizer.")
-    numbered = isinstance(vocabulary, dict) and all(type(i) is int for i in vocabulary.values())
-    if not numbered or any(not isinstance(m, list) or len(m) != 2 for m in merges):
+    numbered = isinstance(vocabulary, dict) and all(
+        type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()
+    )
+    pair = lambda m: isinstance(m, list) and len(m) == 2 and all(isinstance(s, str) for s in m)
+    if not numbered or not isinstance(merges, list) or not all(map(pair, merges)):
         raise TokenizerError(
             f"{folder}: its vocabulary must give each token its number, and its merges two tokens "
             "each; one of the files is damaged."

@@ -57,7 +57,7 @@ class ImageTars:
         folder = Path(index_dir) if index_dir is not None else cache_dir() / "tars"
         kept = folder / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:32]}.npz"
         self._files = files
-        index = _load(kept)
+        index = _load(kept, [size for _, size, _ in stats])
         if index is None:
             index = _index(self.path, files)
             _save(kept, index)
@@ -175,7 +175,8 @@ def _members(file: Path, stream: BinaryIO, begin: int, size: int) -> Iterator[tu
         )
 
 
-def _load(path: Path) -> dict[str, np.ndarray] | None:
+def _load(path: Path, file_sizes: list[int]) -> dict[str, np.ndarray] | None:
+    """An index that was kept, of files of these sizes; None for what is not there or no such."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             index = dict(file)
@@ -185,7 +186,16 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
         return None
     rows = [index[name] for name in ("labels", "ends", "tar", "offset", "size")]
     same = all(array.shape == rows[0].shape and array.ndim == 1 for array in rows)
-    return index if same and index["class_names"].ndim == index["joined"].ndim == 1 else None
+    if not same or not index["class_names"].ndim == index["joined"].ndim == 1:
+        return None
+    within = lambda name, count: np.all((index[name] >= 0) & (index[name] < count))
+    if not within("labels", len(index["class_names"])) or not within("tar", len(file_sizes)):
+        return None
+    ends, offset, size = index["ends"], index["offset"], index["size"]
+    most = np.array(file_sizes, np.int64)[index["tar"]]
+    inside = np.all((offset >= 0) & (size >= 0) & (offset <= most) & (size <= most - offset))
+    ordered = np.all(np.diff(ends, prepend=0) >= 0) and within("ends", len(index["joined"]) + 1)
+    return index if inside and ordered else None
 
 
 def _save(path: Path, index: dict[str, np.ndarray]) -> None:
