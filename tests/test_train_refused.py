@@ -83,6 +83,7 @@ BAD = {
     ),
     "seed": (["--seed", 2**64], "--seed must lie in [0, 18"),
     "cudnn": (["--attention", "cudnn"], "--attention cudnn: needs a GPU"),
+    "flash": (["--attention", "flash"], "--attention flash: needs a TPU"),
     "no vae": (["--vae", "{tmp}/nowhere"], "--vae {tmp}/nowhere: "),
     "vae": (["--vae", "{images}"], "has no config.json"),
     "other vae": (["--vae", "{tmp}/dit.safetensors"], "is a DiT; needed is an AutoencoderKL"),

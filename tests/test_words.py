@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from children import run_together
 
 from eqxldm import models
 from experiments.train.terminal import UserError
 from experiments.words.__main__ import main
 from experiments.words.corpus import Corpus, Vocabulary, entropies, open_corpus
 
+from children import run_together
 from helpers import filled, llada_folder
 
 TINY = """--tokens bytes --length 8 --steps 2 --batch-size 4 --depth 1 --width 8 --num-heads 2

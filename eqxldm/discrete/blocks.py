@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ..objectives import AbstractObjective, Context
 from ..times import stratified_time
-from .masking import Masking, is_masked, token_losses
-from .objectives import Aux, TokenDenoiser, exact_bound
+from .masking import Masking
+from .objectives import Aux, TokenDenoiser, exact_bound, masked_sum
 
 
 def block_mask(n: int, block_size: int) -> Bool[np.ndarray, "n n"]:
@@ -92,8 +92,8 @@ class BlockDiffusion(AbstractObjective):
         t = jnp.repeat(u, self.block_size)
         x_t = self.path.mask(x0, t, key=key)
         logits = one_pass(denoiser, x_t, x0, self.block_size, cond)
-        losses = self.path.weight(t) * token_losses(logits, x0, self.path.mask_id)
-        return jnp.mean(jnp.where(is_masked(x_t, self.path.mask_id), losses, 0.0)), {}
+        weight = self.path.weight(t) / len(x0)
+        return masked_sum(logits, x0, x_t, self.path.mask_id, weight), {}
 
 
 def exact_block_bound(

@@ -140,15 +140,20 @@ def moved(x: Int[Array, " n"], start: int) -> Int[Array, " n"]:
 
 
 def masked_sum(
-    logits: Float[Array, "n v"], x0: Int[Array, " n"], x_t: Int[Array, " n"], mask_id: int
+    logits: Float[Array, "n v"],
+    x0: Int[Array, " n"],
+    x_t: Int[Array, " n"],
+    mask_id: int,
+    weight: Float[Array, " n"] | float = 1.0,
 ) -> Float[Array, ""]:
-    """`sum_{i: x_t[i] = MASK} -log p(x0[i])`.
+    """`sum_{i: x_t[i] = MASK} -w_i log p(x0[i])`.
 
     >>> x0, x_t = jnp.array([0, 1]), jnp.array([2, 1])
     >>> round(float(masked_sum(jnp.zeros((2, 3)), x0, x_t, 2)), 4)
     0.6931
     """
-    return jnp.sum(jnp.where(is_masked(x_t, mask_id), token_losses(logits, x0, mask_id), 0.0))
+    losses = weight * token_losses(logits, x0, mask_id)
+    return jnp.sum(jnp.where(is_masked(x_t, mask_id), losses, 0.0))
 
 
 def time_of(path: Masking, share: Float[Array, ""]) -> Float[Array, ""]:

@@ -109,7 +109,8 @@ class DiT(eqx.Module):
     - `qk_norm`: a norm of queries and keys, made from the head size, such as `nn.RMSNorm`.
     - `rope`: rotates queries and keys by their patch's place, beside the fixed positions: a size
       for each axis, `nn.RoPE((32, 32))` for heads of 64. Tokens of the condition lie at 0.
-    - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
+    - `attention`: `nn.attend`; `nn.cudnn_attend` for bfloat16 on a GPU, `nn.flash_attend` for many
+      tokens on a TPU.
     - `remat`, `unroll`: those of `nn.Stack`.
 
     Those of newer networks, each of which the published DiT does without:

@@ -88,11 +88,11 @@ class LlamaBlock(eqx.Module):
         attention: Attention = attend,
         key,
     ):
-        ka, kg, k1, k2, kp = jax.random.split(key, 5)
+        ka, kg, k1, k2 = jax.random.split(key, 4)
         self.norm1, self.norm2 = RMSNorm(width, norm_eps), RMSNorm(width, norm_eps)
-        layer = SelfAttention(width, num_heads, qkv_bias=False, attention=attention, key=ka)
-        plain = Linear(width, width, use_bias=False, key=kp)
-        self.attention = eqx.tree_at(lambda a: a.proj, layer, plain)
+        self.attention = SelfAttention(
+            width, num_heads, qkv_bias=False, proj_bias=False, attention=attention, key=ka
+        )
         self.gate = Linear(width, hidden, use_bias=False, key=kg)
         self.fc1 = Linear(width, hidden, use_bias=False, key=k1)
         self.fc2 = Linear(hidden, width, use_bias=False, key=k2)
@@ -163,11 +163,11 @@ class AdaptiveTokenBlock(eqx.Module):
         attention: Attention = attend,
         key,
     ):
-        ka, k1, k2, km, kp = jax.random.split(key, 5)
+        ka, k1, k2, km = jax.random.split(key, 4)
         self.norm1, self.norm2 = ScaledNorm(width, norm_eps), ScaledNorm(width, norm_eps)
-        layer = SelfAttention(width, num_heads, qkv_bias=False, attention=attention, key=ka)
-        plain = Linear(width, width, use_bias=False, key=kp)
-        self.attention = eqx.tree_at(lambda a: a.proj, layer, plain)
+        self.attention = SelfAttention(
+            width, num_heads, qkv_bias=False, proj_bias=False, attention=attention, key=ka
+        )
         self.fc1 = Linear(width, hidden, key=k1)
         self.fc2 = Linear(hidden, width, key=k2)
         self.modulation = Modulation(width, 6, in_size=vector_size or 1, key=km)

@@ -101,7 +101,8 @@ class UNet(eqx.Module):
     - `time_width`: of the embedding of the time; None means `4 channels[0]`. `time_embedding` and
       `step_embedding` are those of `DiT`; None is `nn.Sinusoid(size=channels[0])` for the time.
     - `downsample_padding`: zeros (before, after) each side at the stride-2 convolutions.
-    - `attention`: `nn.attend`, or `nn.cudnn_attend` for bfloat16 on a GPU.
+    - `attention`: `nn.attend`; `nn.cudnn_attend` for bfloat16 on a GPU, `nn.flash_attend` for many
+      tokens on a TPU.
     - `remat`: a `jax.checkpoint` policy for every residual block with its attention; None keeps
       all their activations.
 

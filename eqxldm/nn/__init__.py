@@ -58,6 +58,7 @@ from .few_step import (
     Weighted as Weighted,
 )
 from .fields import with_fields as with_fields
+from .flash_attention import flash_attend as flash_attend
 from .linear import (
     Linear as Linear,
     normal as normal,

@@ -42,15 +42,8 @@ def functions() -> dict[str, Any]:
     >>> functions()["attend"] is nn.attend
     True
     """
-    known = (
-        nn.attend,
-        nn.attend_in_blocks,
-        nn.cudnn_attend,
-        nn.RMSNorm,
-        nn.LayerNorm,
-        nn.Conv,
-        nn.SpectralConv,
-    )
+    known = (nn.attend, nn.attend_in_blocks, nn.cudnn_attend, nn.flash_attend)
+    known += (nn.RMSNorm, nn.LayerNorm, nn.Conv, nn.SpectralConv)
     known += (nn.gelu, nn.gelu_tanh, nn.quick_gelu)
     known += (models.DiTBlock, models.CrossAttentionDiTBlock, eqx.nn.Identity)
     known += (models.LlamaBlock, models.AdaptiveTokenBlock)

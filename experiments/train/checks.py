@@ -92,6 +92,8 @@ def check_options(
             "--attention cudnn: needs a GPU and --diffusion.dtype bfloat16; here are "
             f"{' and '.join(here)}."
         )
+    if compute.attention == "flash" and here[0] != "tpu":
+        raise UserError(f"--attention flash: needs a TPU; here is {here[0]}.")
     crop = config.autoencoder.crop_from
     if crop is not None and crop < min(config.size):
         h, w = config.size
@@ -127,10 +129,11 @@ def _check_few_steps(config: Config, compute: Compute) -> None:
             f"--few.pretrain {few.pretrain} must be below --diffusion.steps {steps}, which counts "
             "those steps, too."
         )
-    if compute.attention == "cudnn" and config.objective in DIFFERENTIATED:
+    if compute.attention != "xla" and config.objective in DIFFERENTIATED:
         raise UserError(
             f"--objective {config.objective}: its loss has the network's derivative in it, which "
-            "--attention cudnn does not have. Use --attention xla, or --objective shortcut."
+            f"--attention {compute.attention} does not have. Use --attention xla, or --objective "
+            "shortcut."
         )
 
 

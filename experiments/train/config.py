@@ -54,7 +54,7 @@ ModelName = Literal[
 ]  # fmt: skip
 DTypeName = Literal["float32", "bfloat16"]
 RematName = Literal["everything", "narrow", "matmuls", "nothing"]
-AttentionName = Literal["xla", "cudnn"]
+AttentionName = Literal["xla", "cudnn", "flash"]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Compute:
     # What the backward pass computes again: everything, all but what is as narrow as a token, all
     # but the matmuls, or nothing.
     remat: RematName = "narrow"
-    attention: AttentionName = "xla"  # cudnn is for bfloat16 on a GPU.
+    # cudnn is for bfloat16 on a GPU, flash for a thousand tokens and more on a TPU.
+    attention: AttentionName = "xla"
     # Processes that read and decode images; 0 uses threads.
     workers: Annotated[int, Range(0, 1024)] = 0
     # Threads that read and decode, in each worker or in this process.

@@ -120,7 +120,7 @@ def make_denoiser(
 ) -> DiT | UNet:
     """The denoiser for latents or images of this shape, with what the condition needs."""
     key, text_key = jax.random.split(stream_key(config.seed, "diffusion/model"))
-    attend = {"xla": nn.attend, "cudnn": nn.cudnn_attend}[attention]
+    attend = {"xla": nn.attend, "cudnn": nn.cudnn_attend, "flash": nn.flash_attend}[attention]
     policy = {
         "everything": jax.checkpoint_policies.nothing_saveable,
         "narrow": models.save_narrow,
