@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all, and stay."""
+"""Files that appear whole or not at all, and stay; and reading what may be no file."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -44,6 +46,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_is_file(path: str | Path) -> None:
+    """`OSError` for a pipe, a socket or a device: to open or to read one may never end.
+
+    >>> check_is_file(os.devnull)
+    Traceback (most recent call last):
+    OSError: [Errno 22] is a pipe, a socket or a device, and not a file: '/dev/null'
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "is a pipe, a socket or a device, and not a file"
+        raise OSError(errno.EINVAL, what, str(path))
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file that someone else may have put there.
+
+    **Raises** `OSError`, also for what is no file (`check_is_file`).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a").write_bytes(b"1")
+    ...     read_file(Path(folder, "a"))
+    b'1'
+    """
+    check_is_file(path)
+    return Path(path).read_bytes()
 
 
 def is_temporary(found: Path, path: Path) -> bool:

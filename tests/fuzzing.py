@@ -165,6 +165,20 @@ def bounded():
     assert time.monotonic() - begin < SECONDS
 
 
+def check_pipe(reader, tmp_path):
+    """Puts a pipe that nobody writes to in the place of the file."""
+    reader.make(tmp_path)
+    (tmp_path / reader.file).unlink()
+    os.mkfifo(tmp_path / reader.file)
+    with bounded():
+        try:
+            reader.read(tmp_path / reader.file)
+        except (*ERRORS, FileNotFoundError) as error:
+            assert str(tmp_path) in str(error)
+        else:
+            raise AssertionError("a pipe was read")
+
+
 def check_reader(reader, tmp_path):
     """Feeds it what is sound, then damaged inputs, each in a copy of the folder."""
     sound = tmp_path / "sound"

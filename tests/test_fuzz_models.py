@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +18,18 @@ from eqxldm.pretrained import load_tiny_autoencoder, tiny_autoencoder
 from eqxldm.pretrained.files import write_safetensors
 from eqxldm.text import byte_pairs, load_tokenizer
 
-from fuzzing import Reader, check_reader, damaged_json, damaged_safetensors, edit, edited, one
+from fuzzing import (
+    Reader,
+    check_pipe,
+    check_reader,
+    damaged_json,
+    damaged_safetensors,
+    edit,
+    edited,
+    one,
+)
 from helpers import filled
-from test_fuzz import tars
+from test_fuzz import READERS as FILES, tars
 from tiny_pipelines import STABLE, write_stable_diffusion, write_tokenizer
 
 WORDS = ["a cat, ab", "<|endoftext|> ab!"]
@@ -59,7 +70,7 @@ def t5_pieces(folder):
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a cat sat on the mat"] * 5), model_writer=written, vocab_size=16,
+        sentence_iterator=iter(["a cat sat on the mat"] * 5), model_writer=written, vocab_size=14,
         minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     )  # fmt: skip
     (folder / "spiece.model").write_bytes(written.getvalue())
@@ -126,17 +137,17 @@ def read_halves(path):
 
 def index(folder):
     tars(folder)
-    ImageTars(folder, index_dir=folder / "kept")
-    (kept,) = (folder / "kept").iterdir()
-    shutil.move(kept, folder / "index.npz")
+    with tempfile.TemporaryDirectory() as kept:
+        ImageTars(folder, index_dir=kept)
+        shutil.move(*Path(kept).iterdir(), folder / "index.npz")
 
 
 def read_index(path):
-    kept = path.parent / "kept"
-    ImageTars(path.parent, index_dir=kept)
-    (place,) = kept.iterdir()
-    place.write_bytes(path.read_bytes())
-    source = ImageTars(path.parent, index_dir=kept)
+    with tempfile.TemporaryDirectory() as kept:
+        ImageTars(path.parent, index_dir=kept)
+        (place,) = Path(kept).iterdir()
+        place.write_bytes(path.read_bytes())
+        source = ImageTars(path.parent, index_dir=kept)
     for i in range(len(source)):
         source[i]
 
@@ -186,3 +197,16 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_of_models_ends_with_a_value_or_one_message(name, tmp_path):
     check_reader(READERS[name], tmp_path)
+
+
+PIPES = {name: FILES[name] for name in (
+    "idx.gz", "tar", "tars", "parquet", "arrayrecord", "captions", "metadata", "latents", "header",
+    "safetensors", "weights", "config.json", "index", "about.json", "run: config.json",
+)} | {name: READERS[name] for name in (
+    "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "model_index.json", "scheduler",
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(name, tmp_path):
+    check_pipe(PIPES[name], tmp_path)

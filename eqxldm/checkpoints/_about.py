@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from ..durable import read_file
 from .errors import CheckpointError, CheckpointMismatch, reason
 
 ABOUT = "about.json"
@@ -32,7 +33,7 @@ def _sealed(about: dict[str, Any]) -> str:
 def read_about(folder: Path) -> dict[str, Any]:
     """What was written, or `CheckpointError` with what is wrong with it."""
     try:
-        text = (folder / ABOUT).read_text(encoding="utf-8")
+        text = read_file(folder / ABOUT).decode()
         about = json.loads(text)
         del about["checksum"]
         if _sealed(about) != text:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
+from ..durable import read_file
 from .errors import DataError
 
 _CONNECT_SECONDS = 10
@@ -325,7 +326,7 @@ def read_content(path: str | Path, most: int | None = None) -> bytes:
     unpacks to more than `most` bytes.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not content.startswith(b"\x1f\x8b"):
@@ -395,7 +396,7 @@ def fetch(
     failures: list[str] = []
     for file in files:
         try:
-            content = (folder / file.name).read_bytes()
+            content = read_file(folder / file.name)
             check_content(file, str(folder / file.name), content)
             found[file.name] = content
         except FileNotFoundError:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
+from ..durable import read_file
 from .conditions import Condition, example_condition, label_condition
 from .decode import CROP, MAX_PIXELS, Size, as_size
 from .errors import DataError
@@ -284,7 +285,7 @@ def read_footer(files: RecordFiles, k: int, header: Header, shard: int) -> dict[
 def read_header(folder: Path) -> Header | None:
     path = folder / "header.json"
     try:
-        header = json.loads(path.read_bytes())
+        header = json.loads(read_file(path))
         if not isinstance(header, dict):
             raise ValueError("no JSON object")
         return header

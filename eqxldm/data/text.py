@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 
+from ..durable import read_file
 from .download import Log, PublishedFile, PypiPackage, cache_dir, fetch
 from .errors import DataError
 
@@ -75,7 +76,7 @@ def read_text(path: str | Path) -> str:
     **Raises** `DataError` for a file that cannot be read or is no text.
     """
     try:
-        return Path(path).expanduser().read_bytes().decode()
+        return read_file(Path(path).expanduser()).decode()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:

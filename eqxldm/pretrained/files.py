@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..durable import replacing
+from ..durable import read_file, replacing
 from .layout import Tensor, WeightsError
 
 # How the names of weights begin in the folders of diffusers, and of transformers.
@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     {'a': 1}
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}.") from error
     except OSError as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..durable import read_file
 from .clip import END, LONGEST, clip_tokenizer
 from .errors import TokenizerError
 from .t5 import LONGEST as T5_LONGEST, t5_tokenizer
@@ -125,9 +126,11 @@ def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _merges(path: Path) -> list[list[str]]:
     """One merge a line; the first line may say which version of the format it is."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_file(path).decode().split("\n")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8: {error}.") from error
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
     return [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
 
 
@@ -183,9 +186,11 @@ def _read(path: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
     if absent is not None and not path.exists():
         return absent
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is damaged, not JSON: {error}") from error
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} is damaged: it must hold a JSON object.")
     return content

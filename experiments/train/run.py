@@ -15,7 +15,7 @@ from typing import Any
 
 from beartype.door import is_bearable
 
-from eqxldm.durable import is_temporary, replacing
+from eqxldm.durable import is_temporary, read_file, replacing
 
 from .terminal import UserError, say
 
@@ -36,7 +36,7 @@ def read_json(path: Path, kinds: Mapping[str, Any] = {}, *, repair: str) -> dict
     none.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}, not an object")
         for name, kind in kinds.items():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from ...durable import read_file
 from ..errors import DataError
 from ..image_source import ImageRecord, Listing, check_classes, checked_index, is_image, shown
 
@@ -89,7 +90,7 @@ class ImageFolder:
         i = checked_index(index, len(self))
         path = self.root / self._listing.names[i]
         try:
-            return self._listing.record(i, path.read_bytes())
+            return self._listing.record(i, read_file(path))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
@@ -241,7 +242,7 @@ def _captions(root: Path) -> dict[str, str] | None:
         return None
     path = listed if listed.exists() else lines
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
     pairs = _pairs(path, text) if path == listed else _pairs_of_lines(path, text)

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from ...durable import check_is_file
 from ..errors import DataError
 from ..image_source import ImageRecord, Strings, check_classes, checked_index
 
@@ -132,7 +133,7 @@ class ImageParquet:
 
 
 def _shards(path: Path) -> list[Path]:
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     files = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
     if not files:
@@ -157,6 +158,7 @@ def _pyarrow() -> Any:
 def _open(file: Path) -> Any:
     pq = _pyarrow()
     with _reading(file):
+        check_is_file(file)
         return pq.ParquetFile(file, memory_map=True)
 
 

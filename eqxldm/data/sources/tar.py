@@ -12,6 +12,7 @@ from typing import BinaryIO, SupportsIndex
 
 import numpy as np
 
+from ...durable import check_is_file
 from ..download import cache_dir
 from ..errors import DataError
 from ..image_source import (
@@ -51,6 +52,8 @@ class ImageTars:
         self.path = Path(path)
         try:
             files = sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
+            for file in files:
+                check_is_file(file)
             stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
