@@ -180,14 +180,6 @@ def test_images_of_the_same_names_and_sizes_but_other_pixels_are_refused(changed
     assert (run.path / "data.json").read_bytes() == before
 
 
-def test_overwrite_starts_anew_and_leaves_what_is_not_the_runs(copied, capsys):
-    (copied / "notes.png").write_text("mine")
-    (copied / "checkpoints" / "notes").write_text("mine")
-    assert train(copied, "--seed", 2**40 + 1, "--overwrite", "--samples", 10) == 0
-    assert (copied / "notes.png").exists() and (copied / "checkpoints" / "notes").exists()
-    assert json.loads((copied / "config.json").read_text())["seed"] == 2**40 + 1
-
-
 def test_a_latent_cache_of_another_recipe_is_refused(finished, tmp_path, capsys):
     run, cache = tmp_path / "run", ["--latents", finished / "latents"]
     assert train(run, "--vae", finished, *cache, "--latents.dtype", "bfloat16") == 2

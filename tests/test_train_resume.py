@@ -30,9 +30,13 @@ def interrupt(monkeypatch, owner, name: str, call_number: int) -> None:
     monkeypatch.setattr(owner, name, counting)
 
 
-def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, copied, monkeypatch):
+    """Begun anew in the folder of another run, where what is not that run's stays."""
+    run = copied
+    for name in ("notes.png", "checkpoints/notes"):
+        (run / name).write_text("mine")
     moments = {
+        "another seed": (loader._ReadImages, "__call__", 2),
         "classifier": (loader._ReadImages, "__call__", 4),
         "autoencoder": (loader._ReadImages, "__call__", 9),
         "statistics": (ae.Encoder, "__call__", 1),
@@ -40,11 +44,18 @@ def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, tmp_path, 
         "diffusion": (loader._ReadLatents, "__call__", 6),
         "sampling": (sampling.Drawing, "__call__", 1),
     }
-    for moment in moments.values():
+    options = {
+        "another seed": ("--seed", 2**40 + 1, "--overwrite"),
+        "classifier": ("--overwrite",),
+    }
+    for name, moment in moments.items():
         with monkeypatch.context() as patch:
             interrupt(patch, *moment)
-            assert train(run) == 143
+            assert train(run, *options.get(name, ())) == 143
         assert not (run / "metrics.json").exists()
+        seed = json.loads((run / "config.json").read_text())["seed"]
+        assert seed == (2**40 + 1 if name == "another seed" else 0)
+        assert (run / "notes.png").exists() and (run / "checkpoints" / "notes").exists()
     assert not list((run / "latents").glob("*part*"))
     assert train(run) == 0
     assert final_bytes(run) == final_bytes(finished)
