@@ -49,7 +49,10 @@ def embed_condition(
             )
         return Conditioning(time)
     if cond is None:
-        raise ValueError(f"{name}: the network is conditional, but cond is None.")
+        raise ValueError(
+            f"{name}: the network is conditional, but cond is None. Give a condition; the one that "
+            "means none is the network's null."
+        )
     embedded = embed(cond)
     if not isinstance(embedded, Conditioning):
         embedded = Conditioning(embedded)
