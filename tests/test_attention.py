@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqxldm import nn, sharding
+from eqxldm import nn
 
 from helpers import filled, relative_error, tree_error
 
@@ -91,42 +91,6 @@ def test_a_mask_or_bias_of_another_shape_is_refused(shape):
         nn.attend(Q, K, V, jnp.ones(shape, bool))
     with pytest.raises(ValueError, match=f"attend: bias {message}"):
         nn.attend(Q, K, V, bias=jnp.ones(shape))
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """Values and gradients of TPU's kernel, interpreted, on a mesh of two devices."""
-    from jax.experimental.pallas import tpu
-
-    mesh = sharding.make_mesh({"data": 1, "tensor": 2})
-    q, k, v = (normal(2, n, 2, 8, seed=i) for i, n in enumerate((5, 130, 130)))
-    mask = jnp.stack([jnp.arange(130) % 3 > 0, jnp.zeros(130, bool)])
-    probe = normal(2, 5, 2, 8, seed=3)
-    found = {}
-    # JAX's interpreter takes no kernel under vmap; TPUs' compiler does.
-    for name, attend in (("plain", nn.attend), ("flash", nn.flash_attend)):
-
-        def loss(q, k, v, attend=attend):
-            out = jnp.stack([attend(*(a[i] for a in (q, k, v, mask))) for i in range(2)])
-            return jnp.sum(out * probe), out
-
-        with tpu.force_tpu_interpret_mode(), jax.set_mesh(mesh):
-            gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-            found[name] = jax.device_get(gradient(q, k, v))
-    return found
-
-
-def test_flash_attend_gives_what_attend_gives_and_its_gradients(kernel):
-    """With masked keys, tokens that do not divide into blocks, and heads on two devices."""
-    (gradients, out), (expected_gradients, expected) = kernel["flash"], kernel["plain"]
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-    assert tree_error(gradients, expected_gradients) < 1e-5
-
-
-def test_a_query_without_a_key_gets_zeros_of_flash_attend(kernel):
-    gradients, out = kernel["flash"]
-    assert not out[1].any() and out[0].all()
-    assert not any(gradient[1].any() for gradient in gradients)
 
 
 def test_flash_attend_refuses_what_it_has_not():
