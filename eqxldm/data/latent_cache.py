@@ -317,9 +317,9 @@ def _check_header(folder: Path, header: Header) -> None:
 
 def compare_headers(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     expected = json.loads(json.dumps(dict(expected)))
-    if "content" not in found:  # one of an earlier version
-        expected.pop("content", None)
     differing = [name for name, value in expected.items() if found.get(name) != value]
+    if "content" in differing and "content" not in found:  # a cache of an earlier version
+        differing.remove("content")
     if differing:
         lines = (
             f"  {name}: it has {_short(found.get(name))}, expected {_short(expected[name])}\n"
