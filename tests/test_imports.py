@@ -46,7 +46,7 @@ LAYERS = {
     "models": {"nn", "models"},
     "pretrained": {"nn", "models", "pretrained", "durable"},
 }
-APART = {"metrics": {"metrics"}, "text": {"text"}}
+APART = {"metrics": {"metrics"}, "text": {"text", "durable"}}
 OPTIONAL = {
     "PIL", "av", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips",
     "matplotlib",
