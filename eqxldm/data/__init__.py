@@ -9,6 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .clip_vocabulary import fetch_clip_vocabulary as fetch_clip_vocabulary
+from .clips import (
+    ANIMATION_ENDINGS as ANIMATION_ENDINGS,
+    VIDEO_ENDINGS as VIDEO_ENDINGS,
+    ClipFile as ClipFile,
+    Wanted as Wanted,
+    clips_digest as clips_digest,
+    list_clips as list_clips,
+    open_clips as open_clips,
+    read_clips as read_clips,
+    write_clips as write_clips,
+)
 from .conditions import (
     Condition as Condition,
     caption_bytes as caption_bytes,
@@ -35,6 +46,14 @@ from .mnist import (
     MnistSpec as MnistSpec,
     open_mnist as open_mnist,
     read_idx as read_idx,
+)
+from .moving_digits import (
+    DIRECTIONS as DIRECTIONS,
+    MovingClip as MovingClip,
+    MovingDigits as MovingDigits,
+    caption_of as caption_of,
+    direction_of as direction_of,
+    read_caption as read_caption,
 )
 from .pixels import to_float as to_float, to_uint8 as to_uint8
 from .sources.arrayrecord import write_array_record as write_array_record
