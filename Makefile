@@ -17,6 +17,7 @@ ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
 TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
 SERVE := .venv/installed-$(MINOR)-$(ACCELERATOR)-serve
+VIDEO := .venv/installed-$(MINOR)-$(ACCELERATOR)-video
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
 DOCS := .venv/installed-$(MINOR)-$(ACCELERATOR)-docs
 PARITY := .venv-parity/installed-$(MINOR)
@@ -33,6 +34,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 JOB = .venv/bin/python -m experiments.train
 TABLES = .venv/bin/python -m experiments.train.tables
 WORDS = .venv/bin/python -m experiments.words
+CLIPS = .venv/bin/python -m experiments.video $(if $(SMOKE),--smoke)
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
@@ -56,6 +58,12 @@ GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT")
 	$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(if $(FROM),--repeat "$(FROM)") $(ARGS)
 EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
+OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SIZE),--size $(SIZE)) \
+	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
+	$(if $(FPS),--fps $(FPS)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
+OF_SAMPLES = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(FIRST),--first "$(FIRST)") \
+	$(if $(FRAMES),--frames $(FRAMES)) $(HOW) $(if $(SEED),--seed $(SEED)) \
+	$(if $(OUT),--out "$(OUT)") $(ARGS)
 AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--update) $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -147,6 +155,12 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist, or MODEL=folder; PORT
 	.venv/bin/python -m experiments.serve serve $(if $(RUN),--run "$(RUN)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
+
+train-video: $(if $(VIDEOS),$(VIDEO),$(RUNTIME)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SMOKE=1
+	$(CLIPS) train $(OF_CLIPS)
+
+sample-video: $(RUNTIME) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SMOKE=1
+	$(CLIPS) sample $(OF_SAMPLES)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)
 	.venv/bin/python -m experiments.train.compare $(ARGS)
@@ -262,6 +276,10 @@ $(TEXT): $(RUNTIME)
 
 $(SERVE): $(RUNTIME)
 	$(call INSTALL,.venv,serve text $(ACCELERATOR_EXTRA))
+	@touch $@
+
+$(VIDEO): $(RUNTIME)
+	$(call INSTALL,.venv,video $(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(DEV): $(RUNTIME)

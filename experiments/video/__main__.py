@@ -1,0 +1,36 @@
+"""`python -m experiments.video {train,sample}`; `--help` shows all options.
+
+`--smoke` before all else takes everything tiny: all stages in about a minute.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import tyro
+
+from ..train.processes import exit_with
+from ..train.terminal import run_main
+from .commands import sample, train
+from .config import Sample, Train, smoke
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    default = Train()
+    if args[:1] == ["--smoke"]:
+        args, default = args[1:], smoke(default)
+    if "--videos" in args:  # of which most have colour
+        default = replace(default, clips=replace(default.clips, channels=3))
+    drawn = Sample(run_dir=default.run_dir, sampling=default.sampling)
+    command: Any = (
+        Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Sample, tyro.conf.subcommand("sample", default=drawn)]
+    )
+    found = tyro.cli(command, args=args, prog="python -m experiments.video", description=__doc__)
+    {Train: train, Sample: sample}[type(found)](found)
+
+
+if __name__ == "__main__":
+    exit_with(lambda: run_main(main))

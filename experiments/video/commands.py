@@ -1,0 +1,285 @@
+"""The commands: train everything and measure it, draw with a finished run."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eqxldm import pretrained
+from eqxldm.data import ANIMATION_ENDINGS, VIDEO_ENDINGS, DataError, Wanted, decode_and_crop
+from eqxldm.data.clips import read_clips
+from eqxldm.distributed import is_primary
+from eqxldm.models import CausalVideoAutoencoder, DiT
+from eqxldm.sharding import check_batch, make_mesh, parse_mesh
+
+from ..train.methods import DTYPES
+from ..train.options import check, from_dict
+from ..train.run import CONFIG, METRICS, RunFolder, as_dict, read_json, write_json
+from ..train.streams import stream_key
+from ..train.telemetry import check_packages
+from ..train.terminal import Signals, UserError, say
+from .config import Config, Sample, Train, check_clips
+from .data import choose_condition, identity, open_clips_of, some_clips
+from .drawing import Drawing, Trained
+from .measuring import Measure, psnr_by_frame, reconstruct
+from .networks import KnownFrames
+from .pictures import can_write_mp4, check_ending, grid_frames, save_animation, save_filmstrip
+from .training import (
+    Job,
+    cache_latents,
+    train_autoencoder,
+    train_clip_classifier,
+    train_diffusion,
+    train_digits,
+    with_stats,
+)
+
+AUTOENCODER, DENOISER, TEXTS = "autoencoder.safetensors", "denoiser.safetensors", "texts.json"
+FPS = 8.0  # of animations, where the clips have no rate of their own
+SHOWN = 8  # clips in the pictures
+
+
+def train(command: Train) -> None:
+    signals = Signals()
+    check(command)
+    check_packages(command.log)
+    problem = check_clips(command.clips)
+    if problem is not None:
+        raise UserError(problem)
+    try:
+        mesh = make_mesh(parse_mesh(command.mesh))
+        for options in (command.classifier, command.autoencoder, command.diffusion):
+            check_batch(options.batch_size, mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_network(command.config)
+    run = RunFolder(command.run_dir, primary=is_primary())
+    with run.locked():
+        # Other clips are another run; the folder says which it is about.
+        about = {**as_dict(command.config), "content": identity(command)}
+        run.open(about, overwrite=command.overwrite)
+        found = run.metrics()
+        if found is not None:
+            say(f"{run.path} is finished; --overwrite starts anew.\n{summary(found)}")
+            return
+        clips = open_clips_of(command, run)
+        job = Job(command, clips, choose_condition(command.config, clips), run, mesh, signals)
+        for options in (command.autoencoder, command.diffusion, command.classifier):
+            if options.batch_size > len(clips.train):
+                raise UserError(
+                    f"a batch of {options.batch_size} is more than the {len(clips.train)} clips to "
+                    "learn from. Give smaller batches or more clips."
+                )
+        finish(job, *train_all(job))
+
+
+def check_network(config: Config) -> None:
+    """Refuses widths that do not divide, before anything is trained."""
+    width, heads = config.diffusion.width, config.diffusion.num_heads
+    if width % 6 or width % (2 * heads):
+        raise UserError(
+            f"--diffusion.width {width}: must be a multiple of 6, for the three axes, and divide "
+            f"into {heads} heads of an even size."
+        )
+    if (config.autoencoder.crop_frames - 1) % 4 or config.autoencoder.crop % 8:
+        raise UserError(
+            "--autoencoder.crop must be a multiple of 8 and --autoencoder.crop-frames 4 k + 1, got "
+            f"{config.autoencoder.crop} and {config.autoencoder.crop_frames}."
+        )
+
+
+def train_all(job: Job) -> tuple[Trained, Measure]:
+    """The stages one after another; each goes on where it stopped."""
+    measure = Measure(train_digits(job), train_clip_classifier(job))
+    autoencoder = with_stats(job, train_autoencoder(job))
+    begin = time.monotonic()
+    latents = cache_latents(job, autoencoder)
+    job.timings["latents"] = {"seconds": time.monotonic() - begin}
+    denoiser = train_diffusion(job, autoencoder, latents)
+    return Trained(autoencoder, denoiser, job.command.config, job.captioned), measure
+
+
+def finish(job: Job, trained: Trained, measure: Measure) -> None:
+    """Saves the networks, draws, measures, and leaves the pictures."""
+    if not job.run.primary:
+        return
+    run, command = job.run, job.command
+    pretrained.save(trained.autoencoder, run.file(AUTOENCODER))
+    pretrained.save(trained.denoiser.dit, run.file(DENOISER))
+    count = min(command.samples, len(job.clips.test))
+    real, texts = some_clips(job.clips.test, max(command.clips.test, count), command.clips)
+    write_json(run.file(TEXTS), {"texts": texts[:1000] if job.captioned else None})
+    drawing = Drawing(trained, command.sampling, command.sampling_batch)
+    key, begin = stream_key(command.seed, "samples"), time.monotonic()
+    samples = drawing([texts[i % len(texts)] for i in range(command.samples)], key)
+    job.timings["sampling"] = {"seconds": time.monotonic() - begin}
+    texts_of = [texts[i % len(texts)] for i in range(command.samples)]
+    metrics = {"autoencoder": measured_autoencoder(job, trained, real[:count])}
+    metrics["diffusion"] = measured_samples(job, measure, real, texts, samples, texts_of)
+    metrics["prediction"] = measured_prediction(job, drawing, real[:count], texts[:count])
+    metrics["timings"] = job.timings
+    write_json(run.file(METRICS), metrics)
+    with open(run.file("samples.npz"), "wb") as file:
+        np.savez_compressed(file, clips=samples, texts=np.array(texts_of))
+    save_pictures(run, "samples", samples[:SHOWN], command.clips.fps or FPS)
+    save_pictures(run, "real", real[:SHOWN], command.clips.fps or FPS)
+    say(summary(metrics))
+    if job.captioned:
+        say("samples, row by row: " + "; ".join(texts_of[:SHOWN]))
+    say(f"Animations, filmstrips and metrics.json are in {run.path}.")
+
+
+def save_pictures(run: RunFolder, name: str, clips: Any, fps: float) -> None:
+    """An animation, and MP4 where it can be written, and a filmstrip."""
+    frames = grid_frames(clips)
+    save_animation(run.file(f"{name}.png"), frames, fps)
+    if can_write_mp4():
+        save_animation(run.file(f"{name}.mp4"), frames, fps)
+    save_filmstrip(run.file(f"{name}-strip.png"), clips)
+
+
+def measured_autoencoder(job: Job, trained: Trained, real: Any) -> dict[str, Any]:
+    again = reconstruct(trained.autoencoder, real, job.command.sampling_batch)
+    both = np.stack([real[:4], again[:4]], 1).reshape(-1, *real.shape[1:])
+    save_filmstrip(job.run.file("reconstructions-strip.png"), both)
+    by_frame = psnr_by_frame(real, again)
+    return {"psnr": float(by_frame.mean()), "psnr_by_frame": by_frame.round(2).tolist()}
+
+
+def measured_samples(
+    job: Job, measure: Measure, real: Any, texts: Any, samples: Any, texts_of: Any
+) -> dict[str, Any]:
+    """The samples' numbers, and beside them those of as many real clips."""
+    n = len(samples)
+    others, _ = some_clips(job.clips.train, n, job.command.clips)
+    found: dict[str, Any] = {
+        "samples": n,
+        "reference": len(real),
+        "frechet_distance": measure.distance(real, samples),
+        "frechet_distance_real": measure.distance(real, others),
+    }
+    if measure.digits is not None:
+        found["tracked"] = measure.tracked(samples, texts_of)
+        found["tracked_real"] = measure.tracked(real[:n], texts[:n])
+        if job.captioned:
+            found["tracked"] |= measure.said(samples, texts_of)
+            found["tracked_real"] |= measure.said(real[:n], texts[:n])
+        else:  # the captions were told to nobody
+            for name in ("digits", "directions", "pairs"):
+                found["tracked"].pop(name, None)
+    return found
+
+
+def measured_prediction(job: Job, drawing: Drawing, real: Any, texts: Any) -> dict[str, Any]:
+    """What follows the first frames: beside the truth, and beside a clip that stands still."""
+    clips, found = job.command.clips, {}
+    for given in (1, 5):
+        if given >= clips.frames:
+            continue
+        key = stream_key(job.command.seed, "prediction")
+        drawn = drawing(texts, key, first=real[:, :given], name=f"after {given}")
+        still = np.concatenate(
+            [real[:, :given], real[:, given - 1 : given].repeat(clips.frames - given, 1)], 1
+        )
+        cut = lambda x, given=given: x[:, given:]
+        found[f"after_{given}"] = {
+            "psnr_by_frame": psnr_by_frame(cut(real), cut(drawn)).round(2).tolist(),
+            "psnr_standing_still": psnr_by_frame(cut(real), cut(still)).round(2).tolist(),
+        }
+        both = np.stack([real[:4], drawn[:4]], 1).reshape(-1, *real.shape[1:])
+        save_filmstrip(job.run.file(f"after-{given}-strip.png"), both)
+    return found
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The numbers that one wants first."""
+    ae, d = metrics["autoencoder"], metrics["diffusion"]
+    lines = [
+        f"autoencoder: PSNR {ae['psnr']:.2f} dB, of the frames {min(ae['psnr_by_frame']):.1f} to "
+        f"{max(ae['psnr_by_frame']):.1f}",
+        f"samples: Frechet distance {d['frechet_distance']:.2f} (real clips: "
+        f"{d['frechet_distance_real']:.2f})",
+    ]
+    for name in ("tracked", "tracked_real"):
+        if name in d:
+            shown = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in d[name].items())
+            lines.append(f"{'real clips' if name.endswith('real') else 'samples'}: {shown}")
+    return "\n".join(lines)
+
+
+def load_trained(folder: Path) -> tuple[Trained, list[str]]:
+    """The networks of a finished run, and the captions of its test clips."""
+    run = RunFolder(folder)
+    written = run.config()
+    written.pop("content", None)
+    config = from_dict(Config, written, folder / CONFIG)
+    if not (folder / DENOISER).exists() or not (folder / TEXTS).exists():
+        raise UserError(f"the run in {folder} is not finished: run the train command again.")
+    repair = "Train again with --overwrite."
+    texts = read_json(folder / TEXTS, {"texts": list | None}, repair=repair).get("texts")
+    try:
+        autoencoder = pretrained.load(folder / AUTOENCODER)
+        dit = pretrained.load(folder / DENOISER)
+    except (pretrained.WeightsError, OSError) as error:
+        raise UserError(f"the run in {folder} is damaged: {error} {repair}") from None
+    if not isinstance(autoencoder, CausalVideoAutoencoder) or not isinstance(dit, DiT):
+        raise UserError(f"the run in {folder} is damaged: its networks are others. {repair}")
+    denoiser = KnownFrames(dit, DTYPES[config.diffusion.dtype])
+    return Trained(autoencoder, denoiser, config, texts is not None), texts or [""]
+
+
+def sample(command: Sample) -> None:
+    Signals()
+    check(command)
+    trained, texts = load_trained(command.run_dir)
+    clips = trained.config.clips
+    if command.prompt is not None and not trained.captioned:
+        raise UserError(f"--prompt: the run in {command.run_dir} knows no captions.")
+    if (command.overlap - 1) % 4 or command.overlap >= clips.frames:
+        raise UserError(
+            f"--overlap {command.overlap}: must be 4 k + 1 and less than the {clips.frames} frames "
+            "of a window."
+        )
+    run = RunFolder(command.run_dir)
+    out = command.out
+    if out is not None:
+        check_ending(out)
+    wanted = [command.prompt] if command.prompt is not None else texts
+    wanted = [wanted[i % len(wanted)] for i in range(command.n)]
+    first = None if command.first is None else read_first(command, trained.config)
+    drawing = Drawing(trained, command.sampling, min(command.sampling_batch, command.n))
+    key = stream_key(command.seed, "samples")
+    frames = command.frames or clips.frames
+    found = drawing.long(wanted, key, frames, overlap=command.overlap, first=first)
+    path = out or run.file("sample.png")
+    save_animation(path, grid_frames(found, min(4, command.n)), clips.fps or FPS)
+    save_filmstrip(path.with_name(f"{path.stem}-strip.png"), found)
+    if trained.captioned and command.prompt is None:
+        say("row by row: " + "; ".join(wanted))
+    say(f"wrote {path} and a filmstrip beside it")
+
+
+def read_first(command: Sample, config: Config) -> Any:
+    """The first frames of every clip: those of a picture or of a clip's beginning."""
+    path, clips = command.first, config.clips
+    assert path is not None
+    is_clip = path.is_dir() or path.suffix.lower() in VIDEO_ENDINGS + ANIMATION_ENDINGS
+    count = command.first_frames or (5 if is_clip else 1)
+    if (count - 1) % 4 or count >= clips.frames:
+        raise UserError(
+            f"--first-frames {count}: must be 4 k + 1 and less than the {clips.frames} of a clip."
+        )
+    try:
+        if is_clip:
+            frames = read_clips(path, Wanted(count, clips.size, clips.channels, clips.fps), most=1)
+            first = frames[0]
+        elif count > 1:
+            raise UserError(f"--first {path}: is one picture; --first-frames {count} need a clip.")
+        else:
+            first = decode_and_crop(path.read_bytes(), clips.size, clips.channels, name=str(path))[
+                None
+            ]
+    except (DataError, OSError) as error:
+        raise UserError(f"--first: {error}") from None
+    return np.repeat(first[None], command.n, 0)

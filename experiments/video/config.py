@@ -1,0 +1,189 @@
+"""The options of a run over clips."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from ..train.options import (
+    Batch,
+    Count,
+    Depth,
+    Few,
+    MaybeSteps,
+    Range,
+    Rate,
+    Samples,
+    Seed,
+    Share,
+    Side,
+    Steps,
+    Weight,
+    Width,
+)
+from ..train.telemetry import LogOptions
+
+FramesCount = Annotated[int, Range(1, 1025)]
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """What a clip is. The number of frames is 4 k + 1: the first is a latent frame of its own, and
+    four others share one."""
+
+    frames: FramesCount = 17  # Frames of a clip, 4 k + 1.
+    size: tuple[Side, Side] = (64, 64)  # Height and width, multiples of 16.
+    channels: Annotated[int, Range(1, 3)] = 1  # 1 for grey, 3 for colour.
+    # Frames a second; frames of files are taken as they come, unless it is given.
+    fps: Annotated[float, Range(0, 1000, "(]")] | None = None
+    # The network is told the caption, or nothing; auto: the caption if the clips have any.
+    condition: Literal["auto", "text", "none"] = "auto"
+    count: Samples = 6144  # Clips that are made to learn from, where no folder is given.
+    test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """The networks that measure: of digits, where digits move, and of whole clips."""
+
+    steps: Steps = 400  # Training steps of each.
+    batch_size: Batch = 64  # Examples in a step.
+    learning_rate: Rate = 2e-3  # The peak, after a tenth of the steps; then a cosine to 0.
+    channels: Width = 32  # Of the first convolution; the second has twice as many.
+    features: Width = 128  # Units of the layer whose values are the features.
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """The causal autoencoder, 4 x 8 x 8: a latent pixel is 8 x 8 pixels of four frames."""
+
+    steps: Steps = 1600  # Training steps.
+    batch_size: Batch = 24  # Crops in a step.
+    crop: Annotated[int, Range(16, 8192)] = 32  # The crops' height and width.
+    crop_frames: FramesCount = 9  # The crops' frames, 4 k + 1.
+    learning_rate: Rate = 3e-3  # The peak, after 50 steps; then a cosine to 0.
+    channels: tuple[Width, Width, Width] = (16, 32, 64)  # Of the levels, of half the side each.
+    patch_size: Literal[2] = 2  # The side of the squares that are folded into channels first.
+    blocks: Few = 1  # Residual blocks in a level.
+    latent_channels: Width = 12  # Numbers in a latent pixel.
+    kl_weight: Weight = 1e-3  # Of the KL divergence, in nats a pixel.
+    ema_decay: Share = 0.99  # Of the average of the weights, which is what is used.
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """The spacetime transformer and how it learns."""
+
+    steps: Steps = 2400  # Training steps.
+    batch_size: Batch = 24  # Clips in a step.
+    learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
+    warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
+    weight_decay: Weight = 0.01  # Of matrices.
+    ema_decay: Share = 0.997  # Of the average of the weights, which is what is used.
+    shift: Annotated[float, Range(0, 100, "(]")] = 2.0  # Of the time: above 1, more of the noisy.
+    caption_dropout: Share = 0.1  # The share of the clips whose caption is not told.
+    known_share: Share = 0.3  # The share of the clips whose first frames are told.
+    depth: Depth = 8  # Blocks.
+    width: Width = 192  # Numbers in a token, a multiple of six.
+    num_heads: Width = 6  # Heads of the attention.
+    patch_size: tuple[Few, Few, Few] = (1, 2, 2)  # Latent frames, rows and columns in a token.
+    text_depth: Depth = 1  # Blocks of the encoder of captions.
+    max_length: Annotated[int, Range(2, 10**4)] = 40  # Bytes of a caption, and its start.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # What the transformer computes in.
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How clips are drawn."""
+
+    solver: Literal["euler", "heun", "dpmsolver++", "unipc"] = "heun"
+    steps: Steps = 20  # Of the solver.
+    guidance: Annotated[float, Range(0, 100)] = 2.0  # By the caption; 1 is none.
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run's results depend on: the run folder belongs to it."""
+
+    clips: OmitArgPrefixes[ClipOptions] = field(default_factory=ClipOptions)
+    classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
+    autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
+    seed: Seed = 0  # Of everything that is random.
+
+
+SMOKE = """
+    --count 64 --test 20 --size 32 32 --frames 9 --classifier.steps 40 --classifier.channels 8
+    --classifier.features 16 --classifier.batch-size 16
+    --autoencoder.steps 60 --autoencoder.batch-size 4 --autoencoder.crop 16
+    --autoencoder.crop-frames 5 --autoencoder.channels 8 8 8 --autoencoder.latent-channels 4
+    --diffusion.steps 60 --diffusion.batch-size 8 --diffusion.depth 2 --diffusion.width 48
+    --diffusion.num-heads 2 --diffusion.warmup 10 --sampling.steps 4 --samples 12
+    --run-dir runs/video-smoke
+"""
+
+
+@dataclass(frozen=True)
+class Train(Config):
+    """Train everything on clips, draw some and measure them.
+
+    Goes on where an interrupted run stopped.
+    """
+
+    # A folder of clips (mp4, webm, gif, webp, folders of frames), with captions.json or in folders
+    # by class; by default moving digits, made of MNIST.
+    videos: Path | None = None
+    mnist: Path | None = None  # A folder with MNIST's four files, which are fetched otherwise.
+    run_dir: Path = Path("runs/video")  # The run folder.
+    samples: Samples = 100  # Clips that are drawn and measured at the end.
+    overwrite: bool = False  # Delete what the run in the folder wrote, and start anew.
+    strict: bool = False  # Stop at a file that cannot be used; by default it is listed.
+    mesh: str = ""  # How devices share the work: data=2,fsdp=4. By default all are on data.
+    checkpoint_every: Steps = 400  # Steps between checkpoints.
+    sampling_batch: Batch = 20  # Clips drawn or encoded at once.
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+    @property
+    def config(self) -> Config:
+        """The part of the options that the run folder belongs to."""
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw clips with a finished run."""
+
+    run_dir: Path = Path("runs/video")  # The run folder.
+    prompt: str | None = None  # The caption, of a run with captions; by default those of the test.
+    n: Count = 8  # How many clips.
+    # A picture, which is the first frame, or a clip, whose first frames are told: 4 k + 1 of them.
+    first: Path | None = None
+    first_frames: FramesCount | None = None  # How many; by default one of a picture, 5 of a clip.
+    # Frames of longer clips, by windows that begin with the last frames of the one before.
+    frames: FramesCount | None = None
+    overlap: FramesCount = 5  # Frames, 4 k + 1, that a window shares with the one before.
+    seed: Seed = 0  # Another one draws other clips.
+    out: Path | None = None  # The animation: .png, .gif, .webp, .mp4; by default in the run folder.
+    sampling_batch: Batch = 20  # Clips drawn at once.
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
+
+
+def check_clips(clips: ClipOptions) -> str | None:
+    """What is wrong with the numbers of a clip, or None."""
+    if (clips.frames - 1) % 4:
+        return (
+            f"--frames {clips.frames}: must be 4 k + 1, such as {(clips.frames - 1) // 4 * 4 + 1}."
+        )
+    if any(side % 16 for side in clips.size):
+        h, w = clips.size
+        return f"--size {h} {w}: both must be multiples of 16: 8 pixels of the latent's, twice."
+    return None
+
+
+def smoke(train: Train) -> Any:
+    """The options with everything tiny: all stages in about a minute."""
+    import tyro
+
+    return tyro.cli(Train, args=SMOKE.split(), default=train)

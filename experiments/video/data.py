@@ -1,0 +1,160 @@
+"""The clips of a run: made of MNIST or read from a folder, and what the networks are told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from eqxldm.data import (
+    DIRECTIONS,
+    ImageArrays,
+    ImageRecord,
+    ImageSource,
+    MovingDigits,
+    Wanted,
+    caption_bytes,
+    clips_digest,
+    no_condition,
+    open_mnist,
+    read_caption,
+    write_clips,
+)
+
+from ..train.run import RunFolder
+from ..train.terminal import UserError, say
+from .config import ClipOptions, Config, Train
+
+Frames = UInt8[np.ndarray, "n f h w c"]
+LEAST = 10  # clips to measure against
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips to learn from and those to measure against; `digits` where they are MNIST's."""
+
+    train: ImageSource
+    test: ImageSource
+    digits: ImageArrays | None = None
+
+    @property
+    def captioned(self) -> bool:
+        return self.train.has_captions
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the clips of a source, by number."""
+
+    source: ImageSource
+    chosen: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def has_captions(self) -> bool:
+        return self.source.has_captions
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> ImageRecord:
+        return self.source[self.chosen[index]]
+
+    def digest(self) -> str:
+        return f"{self.source.digest()}, {len(self.chosen)} from {self.chosen[:3]}"
+
+
+def identity(command: Train) -> str:
+    """What the clips are, known before any is decoded."""
+    if command.videos is None:
+        return moving_digits(command).train.digest()
+    return clips_digest(command.videos)
+
+
+def open_clips_of(command: Train, run: RunFolder) -> Clips:
+    """The clips of a run. Those of a folder are decoded once, into the run folder."""
+    clips, seed = command.clips, command.seed
+    if command.videos is None:
+        return moving_digits(command)
+    wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
+    say(f"clips: those of {command.videos} are decoded once")
+    found = write_clips(command.videos, run.file("clips"), wanted, strict=command.strict)
+    if found.skipped:
+        say(
+            f"clips: {len(found.skipped)} files are left out, listed in clips/clips.json; the "
+            f"first: {next(iter(found.skipped.values()))}"
+        )
+    if len(found) < 2 * LEAST:
+        raise UserError(
+            f"--videos {command.videos}: {len(found)} clips of {clips.frames} frames; needed are "
+            f"{2 * LEAST}, of which {LEAST} measure. Give more or longer files, or fewer --frames."
+        )
+    n = min(clips.test, max(len(found) // 10, LEAST))
+    order = np.random.default_rng(seed % 2**32).permutation(len(found)).tolist()
+    return Clips(Part(found, tuple(sorted(order[n:]))), Part(found, tuple(sorted(order[:n]))))
+
+
+def moving_digits(command: Train) -> Clips:
+    """Digits of MNIST's training set to learn from, of its test set to measure against."""
+    clips, seed = command.clips, command.seed
+    if clips.size[0] != clips.size[1] or clips.channels != 1:
+        raise UserError("moving digits are grey squares: --size 64 64 --channels 1.")
+
+    def made(split: str, count: int) -> tuple[MovingDigits, ImageArrays]:
+        digits = open_mnist("mnist", command.mnist, split=split, log=say)
+        assert digits.labels is not None
+        options: dict[str, Any] = dict(frames=clips.frames, size=clips.size[0], seed=seed % 2**32)
+        return MovingDigits(digits.images[..., 0], digits.labels, count, **options), digits
+
+    train, digits = made("train", clips.count)
+    return Clips(train, made("test", clips.test)[0], digits)
+
+
+def choose_condition(config: Config, clips: Clips) -> Any:
+    """What the network is told of a record: the bytes of its caption, or nothing."""
+    kind = config.clips.condition
+    if kind == "text" and not clips.captioned:
+        raise UserError(
+            "--condition text: the clips have no captions. Put captions.json ({file: caption}) "
+            "beside them, or the clips into a folder for each class."
+        )
+    if kind == "none" or not clips.captioned:
+        return no_condition
+    return caption_bytes(config.diffusion.max_length)
+
+
+def strip_size(clips: ClipOptions) -> tuple[int, int]:
+    """Height and width of a clip's frames one below another, which is how records hold it."""
+    return clips.frames * clips.size[0], clips.size[1]
+
+
+def frames_of(strips: Any, clips: ClipOptions) -> Any:
+    """Strips `(n, frames * h, w, c)` as `(n, frames, h, w, c)`."""
+    return strips.reshape(len(strips), -1, *clips.size, clips.channels)
+
+
+def some_clips(source: ImageSource, count: int, clips: ClipOptions) -> tuple[Frames, list[str]]:
+    """The first clips of a source and their captions, "" where they have none."""
+    records = [source[i] for i in range(min(count, len(source)))]
+    strips = np.stack([np.asarray(record.image) for record in records])
+    return frames_of(strips, clips), [record.caption or "" for record in records]
+
+
+@dataclass(frozen=True)
+class SaidPairs:
+    """A condition: which pairs of a digit and a direction a caption names, `(40,)`."""
+
+    def __call__(self, record: ImageRecord) -> Float[np.ndarray, " 40"]:
+        return pairs_of(record.caption or "")
+
+
+def pairs_of(caption: str) -> Float[np.ndarray, " 40"]:
+    """1 where `10 * direction + digit` is in the caption.
+
+    >>> np.flatnonzero(pairs_of("a 3 moving up and a 7 moving right"))
+    array([ 7, 33])
+    """
+    found = np.zeros(40, np.float32)
+    for digit, direction in read_caption(caption):
+        found[10 * DIRECTIONS.index(direction) + digit] = 1
+    return found

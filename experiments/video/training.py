@@ -1,0 +1,365 @@
+"""The stages of training: networks that measure, the autoencoder, the latents, the diffusion."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import eqxldm as ex
+from eqxldm.data import (
+    Latents,
+    image_batches,
+    label_condition,
+    latent_batches,
+    latent_header,
+    no_condition,
+    open_latents,
+    write_latents,
+)
+from eqxldm.digests import digest
+from eqxldm.distributed import all_gather, barrier, local_mesh, replicate
+from eqxldm.models import CausalVideoAutoencoder, Posterior
+from eqxldm.objectives import Denoising, kl_to_standard_normal
+from eqxldm.sharding import batch_sharding, batch_vmap, build_placed, own_rows
+from eqxldm.training import (
+    adamw,
+    exponential,
+    init_state,
+    make_loss,
+    make_train_step,
+    measure_latents,
+)
+
+from ..train.classifier import ConvClassifier, classifier_loss, turned
+from ..train.loop import Settings, run_stage
+from ..train.methods import warmup_cosine
+from ..train.run import RunFolder
+from ..train.streams import stream_key, stream_seed
+from ..train.telemetry import Telemetry
+from ..train.terminal import Signals, StageBar
+from .config import ClassifierOptions, Train
+from .data import Clips, SaidPairs, frames_of, strip_size
+from .networks import make_autoencoder, make_denoiser, to_clips
+
+DIFFUSION = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
+
+
+@dataclass
+class Job:
+    """What every stage needs, and the seconds that each took."""
+
+    command: Train
+    clips: Clips
+    condition: Any
+    run: RunFolder
+    mesh: Mesh
+    signals: Signals
+    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def captioned(self) -> bool:
+        return self.condition is not no_condition
+
+    def key(self, name: str) -> Any:
+        return stream_key(self.command.seed, name)
+
+    def train(
+        self,
+        stage: str,
+        build: Callable[[], Any],
+        optimizer: Any,
+        loss: Any,
+        batches: Any,
+        options: Any,
+        *,
+        ema_decay: float = 0.99,
+    ) -> Any:
+        """The averaged model of a stage, off the mesh; `build()` makes the one to begin with."""
+        made = lambda: init_state(build(), optimizer, num_emas=1)
+        _, static = eqx.filter_eval_shape(made)
+        state = build_placed(lambda: made()[0], self.mesh)
+        step = make_train_step(loss, static, optimizer, ema_decays=(exponential(ema_decay),))
+        every = self.command.checkpoint_every
+        with Telemetry(self.run, self.command.log) as telemetry:
+            state, self.timings[stage] = run_stage(
+                stage,
+                [(options.steps, step)],
+                state,
+                batches,
+                Settings(options.batch_size, every, unit="clips"),
+                key=self.key(f"{stage}/step"),
+                mesh=self.mesh,
+                run=self.run,
+                signals=self.signals,
+                telemetry=telemetry,
+            )
+        average = jax.device_get(all_gather(state.ema[0], self.mesh))
+        return eqx.combine(jax.tree.map(jnp.asarray, average), static)
+
+    def batches(self, stage: str, batch_size: int, condition: Any) -> Any:
+        """Batches of strips of the clips to learn from."""
+        return image_batches(
+            self.clips.train,
+            batch_size,
+            size=strip_size(self.command.clips),
+            channels=self.command.clips.channels,
+            condition=condition,
+            seed=stream_seed(self.command.seed, f"{stage}/data"),
+            flip=False,
+            rows=own_rows(batch_size, self.mesh),
+        )
+
+
+def train_digits(job: Job) -> ConvClassifier | None:
+    """The classifier of single digits, each shifted by up to two pixels; None of other clips."""
+    digits, options = job.clips.digits, job.command.classifier
+    if digits is None:
+        return None
+
+    def build() -> ConvClassifier:
+        sizes = dict(channels=options.channels, features=options.features)
+        return ConvClassifier((1, 28, 28), 10, **sizes, key=job.key("digits/model"))
+
+    def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
+        shift = jax.random.randint(key, (len(batch["image"]), 2), -2, 3)
+        shifted = jax.vmap(lambda x, s: jnp.roll(x, (s[0], s[1]), (0, 1)))(batch["image"], shift)
+        return classifier_loss(model, {"image": shifted, "cond": batch["cond"]}, key, context)
+
+    batches = image_batches(
+        digits,
+        options.batch_size,
+        size=28,
+        channels=1,
+        condition=label_condition,
+        seed=stream_seed(job.command.seed, "digits/data"),
+        flip=False,
+        rows=own_rows(options.batch_size, job.mesh),
+    )
+    return job.train("digits", build, _classifiers(options), loss, batches, options)
+
+
+def _classifiers(options: ClassifierOptions) -> Any:
+    rate = warmup_cosine(options.learning_rate, options.steps, options.steps // 10)
+    return adamw(rate, weight_decay=0.05)
+
+
+def halved(frames: Any) -> Any:
+    """Clips of bytes `(n, f, h, w, c)` as one image of all frames at half the size, `(n, h/2, w/2,
+    f c)`, which is what the classifier of clips sees."""
+    n, f, h, w, c = frames.shape
+    small = frames.astype(jnp.float32).reshape(n, f, h // 2, 2, w // 2, 2, c).mean((3, 5))
+    return jnp.moveaxis(small, 1, 3).reshape(n, h // 2, w // 2, f * c)
+
+
+def train_clip_classifier(job: Job) -> ConvClassifier:
+    """Sees which digit flies where or, of clips without such captions, which way up they are.
+
+    Its features are those of the Frechet distance: they see motion, as all frames are in it.
+    """
+    options, clips = job.command.classifier, job.command.clips
+    said = job.clips.digits is not None
+    square = clips.size[0] == clips.size[1]
+
+    def build() -> ConvClassifier:
+        shape = clips.frames * clips.channels, clips.size[0] // 2, clips.size[1] // 2
+        sizes = dict(channels=options.channels, features=options.features)
+        classes = 40 if said else 4 if square else 2
+        return ConvClassifier(shape, classes, **sizes, key=job.key("clips/model"))
+
+    def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
+        images, target = halved(frames_of(batch["image"], clips)), batch.get("cond")
+        if not said:
+            images, target = turned(images, key)
+        logits = jax.vmap(model)(_unit(images))[1]
+        if said:
+            return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, target)), {}
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return jnp.mean(losses), {}
+
+    condition = SaidPairs() if said else no_condition
+    batches = job.batches("clips", options.batch_size, condition)
+    return job.train("clips", build, _classifiers(options), loss, batches, options)
+
+
+def _unit(images: Any) -> Any:
+    return jnp.moveaxis(images, -1, 1) / 127.5 - 1
+
+
+def clip_features(model: ConvClassifier, frames: Any) -> Any:
+    """`(features, logits)` of clips of bytes; a function for `map_images`."""
+    return jax.vmap(model)(_unit(halved(frames)))
+
+
+def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
+    """The averaged autoencoder, trained on crops in space and time, its latents not normalised."""
+    config, options = job.command.config, job.command.autoencoder
+
+    build = lambda: make_autoencoder(config, key=job.key("autoencoder/model"))
+    rate = warmup_cosine(options.learning_rate, options.steps, min(50, options.steps // 2))
+    optimizer = adamw(rate, b2=0.99, clip_norm=1.0)
+
+    def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
+        crop_key, key = jax.random.split(key)
+        frames = cropped(frames_of(batch["image"], config.clips), options, crop_key)
+        x = to_clips(frames)
+
+        def one(x: Any, key: Any) -> Any:
+            posterior = model.posterior(x)
+            error = jnp.mean((model.decode(posterior.sample(key)) - x) ** 2)
+            return error, kl_to_standard_normal(posterior.mean, posterior.logvar) / x.size
+
+        error, kl = batch_vmap(one)(x, jax.random.split(key, len(x)))
+        error, kl = jnp.mean(error), jnp.mean(kl)
+        return error + options.kl_weight * kl, {"error": error, "kl": kl}
+
+    batches = job.batches("autoencoder", options.batch_size, no_condition)
+    decay = options.ema_decay
+    return job.train("autoencoder", build, optimizer, loss, batches, options, ema_decay=decay)
+
+
+def cropped(frames: Any, options: Any, key: Any) -> Any:
+    """A random part of each clip `(n, f, h, w, c)`, or the clip itself where it is no larger."""
+    n, f, h, w, c = frames.shape
+    part = min(f, options.crop_frames), min(h, options.crop), min(w, options.crop)
+    room = jnp.array([f - part[0] + 1, h - part[1] + 1, w - part[2] + 1])
+    corners = jax.random.randint(key, (n, 3), 0, room)
+    cut = lambda x, at: jax.lax.dynamic_slice(x, (*at, 0), (*part, c))
+    return jax.vmap(cut)(frames, corners)
+
+
+class Encoder:
+    """`encode(strips) -> (mean, logvar)`, a batch divided over this process's devices."""
+
+    def __init__(self, job: Job, autoencoder: CausalVideoAutoencoder):
+        mesh, clips = local_mesh(), job.command.clips
+        self.batch_size = -(-job.command.sampling_batch // mesh.size) * mesh.size
+        self._sharding = batch_sharding(mesh)
+        params, static = eqx.partition(autoencoder, eqx.is_array)
+        self._params = replicate(params, mesh)
+
+        @jax.jit
+        def posterior(params, strips):
+            x = to_clips(frames_of(strips, clips))
+            found = jax.vmap(eqx.combine(params, static).posterior)(x)
+            return found.mean, found.logvar
+
+        self._posterior = posterior
+
+    def __call__(self, strips: np.ndarray) -> tuple[Any, Any]:
+        return self._posterior(self._params, jax.device_put(strips, self._sharding))
+
+
+STATISTICS = 200  # clips whose latents are measured
+
+
+def with_stats(job: Job, autoencoder: CausalVideoAutoencoder) -> CausalVideoAutoencoder:
+    """The autoencoder with the shift and scale that some training clips' latents have."""
+    encode, source = Encoder(job, autoencoder), job.clips.train
+    rng = np.random.default_rng(stream_seed(job.command.seed, "autoencoder/statistics"))
+    chosen = rng.permutation(len(source))[: max(STATISTICS, encode.batch_size)]
+    moments = []
+    for i in range(0, len(chosen), encode.batch_size):
+        at = np.resize(chosen[i : i + encode.batch_size], encode.batch_size)
+        moments.append(encode(np.stack([np.asarray(source[int(k)].image) for k in at])))
+    shift, scale = measure_latents(*(np.concatenate(m) for m in zip(*moments, strict=True)))
+    return autoencoder.with_latent_stats(shift, scale)
+
+
+def latent_shape(job: Job, autoencoder: CausalVideoAutoencoder) -> tuple[int, int, int, int]:
+    clips = job.command.clips
+    return autoencoder.latent_shape(clips.frames, *clips.size)
+
+
+def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
+    """The posteriors of all clips to learn from, written once."""
+    source, clips, folder = job.clips.train, job.command.clips, job.run.file("latents")
+    header = latent_header(
+        source,
+        size=strip_size(clips),
+        channels=clips.channels,
+        shape=latent_shape(job, autoencoder),
+        autoencoder=digest(eqx.filter(autoencoder, eqx.is_array)),
+        shift=autoencoder.shift,
+        scale=autoencoder.scale,
+        condition=job.condition,
+        mirrored=False,
+    )
+    encode = Encoder(job, autoencoder)
+    with StageBar("latents", len(source) // jax.process_count(), "clip") as bar:
+        write_latents(
+            source,
+            encode,
+            folder,
+            header,
+            batch_size=encode.batch_size,
+            condition=job.condition,
+            progress=lambda done, total: bar.update(done),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    barrier("latents")
+    return open_latents(folder, header)
+
+
+def null_text(job_condition: Any) -> Any:
+    """The ids of a caption that says nothing."""
+    return job_condition.tokens("")
+
+
+def make_prepare(job: Job, autoencoder: CausalVideoAutoencoder) -> Callable[[Any, Any], Any]:
+    """`prepare(batch, key)`: fresh latents of the cached posteriors, and what is told of them: the
+    caption, at times not, and at times the first latent frames."""
+    options = job.command.diffusion
+    null = null_text(job.condition) if job.captioned else None
+
+    def prepare(batch: Any, key: Any) -> dict[str, Any]:
+        draw_key, drop_key, known_key, count_key = jax.random.split(key, 4)
+        n = len(batch["mean"])
+
+        def draw(mean: Any, logvar: Any, key: Any) -> Any:
+            raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
+            return autoencoder.normalise(raw).sample(key)
+
+        z = jax.vmap(draw)(batch["mean"], batch["logvar"], jax.random.split(draw_key, n))
+        f = z.shape[2]
+        told = jax.random.bernoulli(known_key, options.known_share, (n,))
+        count = jax.random.randint(count_key, (n,), 1, max(f, 2)) * told * (f > 1)
+        mask = (jnp.arange(f) < count[:, None]).astype(jnp.float32)
+        cond = {"known": z * mask[:, None, :, None, None], "mask": mask}
+        if null is not None:
+            dropped = jax.random.bernoulli(drop_key, options.caption_dropout, (n, 1))
+            cond["text"] = jnp.where(dropped, null, batch["cond"])
+        return {"x0": z, "cond": cond}
+
+    return prepare
+
+
+def train_diffusion(job: Job, autoencoder: CausalVideoAutoencoder, latents: Latents) -> Any:
+    """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end."""
+    config, options = job.command.config, job.command.diffusion
+    shape = latent_shape(job, autoencoder)
+
+    key, captioned = job.key("diffusion/model"), job.captioned
+    build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
+    warmup = min(options.warmup, options.steps - 1)
+    rate = warmup_cosine(options.learning_rate, options.steps, warmup)
+    optimizer = adamw(rate, b2=0.99, weight_decay=options.weight_decay, clip_norm=1.0)
+    plain = ex.logit_normal_time()
+    times = lambda key, n: ex.shift_time(plain(key, n), options.shift)
+    objective = Denoising(DIFFUSION, ex.constant_weight, times)
+    loss = make_loss(objective, prepare=make_prepare(job, autoencoder))
+    batches = latent_batches(
+        latents,
+        options.batch_size,
+        seed=stream_seed(job.command.seed, "diffusion/data"),
+        flip=False,
+        rows=own_rows(options.batch_size, job.mesh),
+    )
+    decay = options.ema_decay
+    return job.train("diffusion", build, optimizer, loss, batches, options, ema_decay=decay)

@@ -1,0 +1,206 @@
+"""The job over clips: it trains, measures and draws; what cannot be is one message."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import eqxldm as ex
+from eqxldm.data import MovingDigits, center_crop, read_clips
+from eqxldm.data.clips import Wanted
+from experiments.train.run import RunFolder
+from experiments.train.terminal import UserError
+from experiments.video.__main__ import main
+from experiments.video.commands import check_network, sample, summary
+from experiments.video.config import Sample, Train, check_clips, smoke
+from experiments.video.data import open_clips_of, pairs_of, some_clips
+from experiments.video.measuring import Measure, psnr_by_frame
+from experiments.video.networks import KnownFrames, to_clips, to_frames
+from experiments.video.pictures import filmstrip, grid_frames, save_animation
+
+RNG = np.random.default_rng(0)
+TINY = """--frames 5 --size 32 32 --count 10 --test 10 --classifier.steps 2
+    --classifier.batch-size 4
+    --classifier.channels 2 --classifier.features 4 --autoencoder.steps 2 --autoencoder.batch-size 4
+    --autoencoder.crop 16 --autoencoder.crop-frames 5 --autoencoder.channels 4 4 4
+    --autoencoder.latent-channels 2 --diffusion.steps 2 --diffusion.batch-size 4
+    --diffusion.depth 1 --diffusion.width 24 --diffusion.num-heads 2 --diffusion.warmup 1
+    --sampling.solver euler --sampling.steps 2 --samples 10 --sampling-batch 10""".split()
+
+
+def idx(array):
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mnist")
+    for split in ("train", "t10k"):
+        images = RNG.integers(0, 256, (10, 28, 28), dtype=np.uint8)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(10, dtype=np.uint8)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(mnist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "video"
+    main(["train", "--mnist", str(mnist), "--run-dir", str(folder), *TINY])
+    return folder
+
+
+def test_a_run_leaves_numbers_animations_and_filmstrips(run, mnist, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert len(metrics["autoencoder"]["psnr_by_frame"]) == 5
+    assert {"frechet_distance", "frechet_distance_real", "tracked"} <= metrics["diffusion"].keys()
+    assert len(metrics["prediction"]["after_1"]["psnr_by_frame"]) == 4
+    assert "autoencoder: PSNR" in summary(metrics)
+    with Image.open(run / "samples.png") as animation:
+        animation.seek(4)
+        assert animation.size[0] == 2 * (4 * 34 + 2)
+    for name in (
+        "samples-strip.png",
+        "real-strip.png",
+        "after-1-strip.png",
+        "denoiser.safetensors",
+    ):
+        assert (run / name).exists()
+    # All is there: the same command trains nothing.
+    main(["train", "--mnist", str(mnist), "--run-dir", str(run), *TINY])
+    assert "resuming" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="--seed: the folder has 0, now 1"):
+        main(["train", "--mnist", str(mnist), "--run-dir", str(run), *TINY, "--seed", "1"])
+
+
+def test_a_finished_run_goes_on_from_a_picture_and_makes_long_clips(run, tmp_path):
+    Image.fromarray(RNG.integers(0, 256, (40, 40), dtype=np.uint8)).save(tmp_path / "a.png")
+    out = tmp_path / "b.png"
+    options = ["--run-dir", str(run), "--sampling.steps", "1", "--sampling.guidance", "2"]
+    options = [o.replace("sampling.", "") for o in options]
+    long = ["--first", str(tmp_path / "a.png"), "--frames", "8", "--overlap", "1", "--n", "2"]
+    main(["sample", *options, *long, "--prompt", "a 3 moving up", "--out", str(out)])
+    (tmp_path / "b.apng").write_bytes(out.read_bytes())
+    (clip,) = read_clips(tmp_path / "b.apng", Wanted(8, (64, 136), 1))
+    given = read_clips(tmp_path / "b.apng", Wanted(1, (72, 140), 1))[0][0, 4:68:2, 4:68:2, 0]
+    assert clip.shape[0] == 8
+    with Image.open(tmp_path / "a.png") as picture:
+        first = center_crop(np.asarray(picture)[..., None], (32, 32))[..., 0]
+    assert np.abs(first.astype(int) - given).mean() < 1  # the given frame stays as it is
+
+
+def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
+    ask = lambda **options: sample(Sample(run_dir=run, **options))
+    with pytest.raises(UserError, match=r"--overlap 2: must be 4 k \+ 1"):
+        ask(overlap=2)
+    with pytest.raises(UserError, match=r"an animation ends with \.png"):
+        ask(out=tmp_path / "a.txt", overlap=1)
+    with pytest.raises(UserError, match="No such file"):
+        ask(first=tmp_path / "none.png", overlap=1)
+    with pytest.raises(UserError, match=r"--first-frames 3: must be 4 k \+ 1"):
+        ask(first=tmp_path / "none.png", first_frames=3, overlap=1)
+    with pytest.raises(UserError, match="no run in"):
+        sample(Sample(run_dir=tmp_path / "none"))
+    train = Train()
+    assert "such as 13" in (check_clips(replace(train.clips, frames=16)) or "")
+    assert "multiples of 16" in (check_clips(replace(train.clips, size=(24, 64))) or "")
+    assert check_clips(smoke(train).clips) is None
+    with pytest.raises(UserError, match="multiple of 6"):
+        check_network(replace(train.config, diffusion=replace(train.diffusion, width=64)))
+    with pytest.raises(UserError, match="crop must be"):
+        check_network(replace(train.config, autoencoder=replace(train.autoencoder, crop=12)))
+
+
+def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measure(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for k in range(24):
+        pictures = [Image.new("RGB", (20, 20), (10 * k, f, 0)) for f in range(5)]
+        pictures[0].save(folder / f"{k}.webp", save_all=True, append_images=pictures[1:])
+    clips = replace(Train().clips, frames=5, size=(16, 16), channels=3)
+    command = replace(Train(), videos=folder, clips=clips)
+    found = open_clips_of(command, RunFolder(tmp_path))
+    assert len(found.train) == 14 and len(found.test) == 10 and not found.captioned
+    frames, texts = some_clips(found.test, 99, clips)
+    assert frames.shape == (10, 5, 16, 16, 3) and set(texts) == {""}
+    with pytest.raises(UserError, match=r"\d+ clips of 5 frames; needed are 20"):
+        for file in sorted(folder.iterdir())[6:]:
+            file.unlink()
+        open_clips_of(command, RunFolder(tmp_path))
+
+
+class Guess:
+    """A network in place of the transformer: it sees the mask's channel and the noisy clip."""
+
+    def __call__(self, x, t, cond):
+        return 0 * x + 7.0
+
+
+def test_known_frames_end_where_they_are_and_cost_nothing():
+    shape, key = (2, 3, 4, 4), jax.random.key(0)
+    x0, eps = jax.random.normal(key, (2, *shape))
+    mask = jnp.array([1.0, 1.0, 0.0])
+    cond = {"known": x0 * mask[:, None, None], "mask": mask}
+    denoiser = KnownFrames(Guess())  # type: ignore[arg-type]
+    t = jnp.array(0.4)
+    out = denoiser((1 - t) * x0 + t * eps, t, cond)
+    assert np.allclose(out[:, :2], (eps - x0)[:, :2], atol=1e-5) and (out[:, 2] == 7).all()
+    flow = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
+    end = ex.sample(denoiser, flow, ex.Heun(), ex.shifted_times(6, 2.0), eps, cond)
+    assert np.allclose(end[:, :2], x0[:, :2], atol=1e-4)
+    assert np.allclose(end[:, 2], eps[:, 2] - 7, atol=1e-4)
+
+
+def test_clips_become_floats_and_bytes_again():
+    frames = RNG.integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
+    clips = to_clips(jnp.asarray(frames))
+    assert clips.shape == (2, 3, 3, 4, 5) and float(clips[1, 2, 0, 3, 4]) == pytest.approx(
+        frames[1, 0, 3, 4, 2] / 127.5 - 1
+    )
+    assert (np.asarray(to_frames(clips)) == frames).all()
+
+
+def test_captions_are_judged_by_what_was_tracked():
+    real = MovingDigits(
+        (255 * (np.hypot(*np.mgrid[-13.5:14, -13.5:14]) < 6)).astype(np.uint8)[None],
+        np.array([4]), 12,
+    )  # fmt: skip
+    clips = [real.clip(i) for i in range(12)]
+    frames, texts = np.stack([c.frames for c in clips]), [c.caption for c in clips]
+    measure = Measure(None, None)  # type: ignore[arg-type]
+    measure._which = lambda clip, path: 4  # type: ignore[method-assign]
+    found = measure.tracked(frames, texts)
+    assert found["digits"] == 1 and found["directions"] > 0.85 and found["turns_at_walls"] == 1
+    swapped = [t.translate(str.maketrans("4", "5")).replace("up", "down") for t in texts]
+    assert measure.tracked(frames, swapped)["digits"] == 0
+    assert measure.tracked(frames, swapped)["directions"] < found["directions"]
+    assert measure.tracked(0 * frames, texts) == {"seen": 0.0}
+    assert pairs_of("a 4 moving down").sum() == 1 and pairs_of("nothing").sum() == 0
+    noisy = frames ^ np.uint8(16)
+    assert psnr_by_frame(frames, noisy) == pytest.approx(20 * np.log10(255 / 16) * np.ones(17))
+
+
+def test_animations_play_what_was_drawn(tmp_path):
+    clips = RNG.integers(0, 256, (3, 5, 8, 8, 1), dtype=np.uint8)
+    frames = grid_frames(clips, 2, scale=1)
+    assert frames.shape == (5, 22, 22, 1) and (frames[2, 2:10, 2:10] == clips[0, 2]).all()
+    for ending in ("png", "gif", "webp"):
+        save_animation(tmp_path / f"a.{ending}", frames, 8.0)
+        with Image.open(tmp_path / f"a.{ending}") as animation:
+            animation.seek(3)
+            assert animation.n_frames == 5  # type: ignore[attr-defined]
+            assert np.abs(np.asarray(animation.convert("L")) - frames[3, ..., 0]).max() == 0
+    assert filmstrip(clips, scale=1).shape == (32, 52, 1)
+
+
+def test_animations_are_mp4_too(tmp_path):
+    pytest.importorskip("av")
+    frames = np.zeros((5, 17, 31, 1), np.uint8)
+    frames[3] = 255
+    save_animation(tmp_path / "a.mp4", frames, 8.0)
+    (clip,) = read_clips(tmp_path / "a.mp4", Wanted(5, (16, 32), 1))
+    assert (clip.mean((1, 2, 3)) > 200).tolist() == [False, False, False, True, False]
