@@ -64,8 +64,8 @@ def test_captions_are_true_and_can_be_read():
     said = [clip for i in range(30) for clip in read_caption(moving().clip(i).caption)]
     assert {direction for _, direction in said} == {"up", "down", "left", "right"}
     for way, velocity in {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}.items():
-        assert direction_of(np.array(velocity)) == way
-        assert read_caption(caption_of(np.array([4]), np.array([velocity]))) == [(4, way)]
+        assert direction_of(np.array(velocity, float)) == way
+        assert read_caption(caption_of(np.array([4]), np.array([velocity], float))) == [(4, way)]
 
 
 def test_strips_become_batches_of_clips():
@@ -210,7 +210,7 @@ def test_videos_are_decoded_and_damaged_ones_say_so(tmp_path):
         read_clips(tmp_path / "sound.mp4", Wanted(4, (16, 16)))
     content = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"cut.mp4: cannot be decoded"):
+    with pytest.raises(DataError, match=r"cut\.mp4: (cannot be decoded|has no video)"):
         read_clips(tmp_path / "cut.mp4", Wanted(4, (16, 16)))
 
 

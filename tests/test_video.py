@@ -120,7 +120,9 @@ def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measu
     folder.mkdir()
     for k in range(24):
         pictures = [Image.new("RGB", (20, 20), (10 * k, f, 0)) for f in range(5)]
-        pictures[0].save(folder / f"{k}.webp", save_all=True, append_images=pictures[1:])
+        pictures[0].save(
+            folder / f"{k}.webp", save_all=True, append_images=pictures[1:], lossless=True
+        )
     clips = replace(Train().clips, frames=5, size=(16, 16), channels=3)
     command = replace(Train(), videos=folder, clips=clips)
     found = open_clips_of(command, RunFolder(tmp_path))

@@ -127,7 +127,7 @@ def _of_video(path: Path, wanted: Wanted) -> Iterator[Timed]:
                 yield (k / rate if frame.time is None else float(frame.time)), turned
     except DataError:
         raise
-    except (av.FFmpegError, ValueError, MemoryError, OSError) as error:
+    except (av.FFmpegError, ValueError, MemoryError, OSError) as error:  # type: ignore[attr-defined]
         raise DataError(f"{path}: cannot be decoded: {_reason(error)}.") from error
 
 

@@ -162,10 +162,7 @@ def measured_samples(
     if measure.digits is not None:
         found["tracked"] = measure.tracked(samples, texts_of)
         found["tracked_real"] = measure.tracked(real[:n], texts[:n])
-        if job.captioned:
-            found["tracked"] |= measure.said(samples, texts_of)
-            found["tracked_real"] |= measure.said(real[:n], texts[:n])
-        else:  # the captions were told to nobody
+        if not job.captioned:  # the captions were told to nobody
             for name in ("digits", "directions", "pairs"):
                 found["tracked"].pop(name, None)
     return found

@@ -39,7 +39,7 @@ class ClipOptions:
     fps: Annotated[float, Range(0, 1000, "(]")] | None = None
     # The network is told the caption, or nothing; auto: the caption if the clips have any.
     condition: Literal["auto", "text", "none"] = "auto"
-    count: Samples = 6144  # Clips that are made to learn from, where no folder is given.
+    count: Samples = 12_000  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
 
 
@@ -66,7 +66,7 @@ class AutoencoderOptions:
     channels: tuple[Width, Width, Width] = (16, 32, 64)  # Of the levels, of half the side each.
     patch_size: Literal[2] = 2  # The side of the squares that are folded into channels first.
     blocks: Few = 1  # Residual blocks in a level.
-    latent_channels: Width = 12  # Numbers in a latent pixel.
+    latent_channels: Width = 16  # Numbers in a latent pixel.
     kl_weight: Weight = 1e-3  # Of the KL divergence, in nats a pixel.
     ema_decay: Share = 0.99  # Of the average of the weights, which is what is used.
 
@@ -75,17 +75,17 @@ class AutoencoderOptions:
 class DiffusionOptions:
     """The spacetime transformer and how it learns."""
 
-    steps: Steps = 2400  # Training steps.
-    batch_size: Batch = 24  # Clips in a step.
+    steps: Steps = 9000  # Training steps.
+    batch_size: Batch = 32  # Clips in a step.
     learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.01  # Of matrices.
-    ema_decay: Share = 0.997  # Of the average of the weights, which is what is used.
+    ema_decay: Share = 0.999  # Of the average of the weights, which is what is used.
     shift: Annotated[float, Range(0, 100, "(]")] = 2.0  # Of the time: above 1, more of the noisy.
     caption_dropout: Share = 0.1  # The share of the clips whose caption is not told.
     known_share: Share = 0.3  # The share of the clips whose first frames are told.
-    depth: Depth = 8  # Blocks.
-    width: Width = 192  # Numbers in a token, a multiple of six.
+    depth: Depth = 6  # Blocks.
+    width: Width = 144  # Numbers in a token, a multiple of six.
     num_heads: Width = 6  # Heads of the attention.
     patch_size: tuple[Few, Few, Few] = (1, 2, 2)  # Latent frames, rows and columns in a token.
     text_depth: Depth = 1  # Blocks of the encoder of captions.

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from eqxldm.data import DIRECTIONS, direction_of, read_caption
+from eqxldm.data import direction_of, read_caption
 from eqxldm.metrics import frechet_distance, motions, track
 
 from ..train.classifier import ConvClassifier, map_images
+from .classifier import ClipClassifier, clip_features
 from .networks import to_clips, to_frames
-from .training import clip_features
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 SIDE = 28  # of a digit
@@ -23,7 +23,7 @@ def psnr_by_frame(x: Frames, y: Frames) -> Float[np.ndarray, " f"]:
 
     >>> x = np.zeros((1, 2, 4, 4, 1), np.uint8)
     >>> psnr_by_frame(x, x + np.uint8(255))
-    array([0., 0.])
+    array([0., 0.], dtype=float32)
     """
     errors = np.mean((x.astype(np.float32) - y.astype(np.float32)) ** 2, (0, 2, 3, 4))
     return 10 * np.log10(255.0**2 / np.maximum(errors, 1e-6))
@@ -53,7 +53,7 @@ class Measure:
     """Compares clips with real ones. `digits` classifies digits that were tracked, if they are
     MNIST's; `network` sees whole clips."""
 
-    def __init__(self, digits: ConvClassifier | None, network: ConvClassifier):
+    def __init__(self, digits: ConvClassifier | None, network: ClipClassifier):
         self.digits, self._network = digits, network
         self._clip = jax.jit(clip_features)
         self._digit = jax.jit(lambda m, x: jax.vmap(m)(jnp.moveaxis(x, -1, 1) / 127.5 - 1.0)[1])
@@ -64,19 +64,6 @@ class Measure:
 
     def distance(self, real: Frames, other: Frames) -> float:
         return float(frechet_distance(self.features(real)[0], self.features(other)[0]))
-
-    def said(self, frames: Frames, texts: list[str]) -> dict[str, float]:
-        """How often the network that sees whole clips finds the digits and directions of the
-        caption: of its forty outputs the largest are those that are there."""
-        _, logits = self.features(frames)
-        right, digits = [], []
-        for row, text in zip(logits, texts, strict=True):
-            wanted = read_caption(text)
-            most = np.argsort(row)[::-1][: len(wanted)]
-            found = [(int(k % 10), DIRECTIONS[k // 10]) for k in most]
-            right.append(sum(pair in found for pair in wanted) / len(wanted))
-            digits.append(_shared([d for d, _ in wanted], [d for d, _ in found]))
-        return {"clip_pairs": float(np.mean(right)), "clip_digits": float(np.mean(digits))}
 
     def tracked(self, frames: Frames, texts: list[str]) -> dict[str, float]:
         """How digits move and what they are, in the clips where both are seen apart in five frames.

@@ -36,13 +36,14 @@ from eqxldm.training import (
     measure_latents,
 )
 
-from ..train.classifier import ConvClassifier, classifier_loss, turned
+from ..train.classifier import ConvClassifier, classifier_loss
 from ..train.loop import Settings, run_stage
 from ..train.methods import warmup_cosine
 from ..train.run import RunFolder
 from ..train.streams import stream_key, stream_seed
 from ..train.telemetry import Telemetry
 from ..train.terminal import Signals, StageBar
+from .classifier import ClipClassifier, halved, turned_clips
 from .config import ClassifierOptions, Train
 from .data import Clips, SaidPairs, frames_of, strip_size
 from .networks import make_autoencoder, make_denoiser, to_clips
@@ -149,51 +150,32 @@ def _classifiers(options: ClassifierOptions) -> Any:
     return adamw(rate, weight_decay=0.05)
 
 
-def halved(frames: Any) -> Any:
-    """Clips of bytes `(n, f, h, w, c)` as one image of all frames at half the size, `(n, h/2, w/2,
-    f c)`, which is what the classifier of clips sees."""
-    n, f, h, w, c = frames.shape
-    small = frames.astype(jnp.float32).reshape(n, f, h // 2, 2, w // 2, 2, c).mean((3, 5))
-    return jnp.moveaxis(small, 1, 3).reshape(n, h // 2, w // 2, f * c)
+def train_clip_classifier(job: Job) -> ClipClassifier:
+    """Learns which digit flies where or, of other clips, how they were turned.
 
-
-def train_clip_classifier(job: Job) -> ConvClassifier:
-    """Sees which digit flies where or, of clips without such captions, which way up they are.
-
-    Its features are those of the Frechet distance: they see motion, as all frames are in it.
+    Its features are those of the Frechet distance: they see motion.
     """
     options, clips = job.command.classifier, job.command.clips
     said = job.clips.digits is not None
-    square = clips.size[0] == clips.size[1]
 
-    def build() -> ConvClassifier:
-        shape = clips.frames * clips.channels, clips.size[0] // 2, clips.size[1] // 2
+    def build() -> ClipClassifier:
         sizes = dict(channels=options.channels, features=options.features)
-        classes = 40 if said else 4 if square else 2
-        return ConvClassifier(shape, classes, **sizes, key=job.key("clips/model"))
+        outputs = 40 if said else 8
+        return ClipClassifier(clips.channels, outputs, **sizes, key=job.key("clips/model"))
 
     def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
-        images, target = halved(frames_of(batch["image"], clips)), batch.get("cond")
-        if not said:
-            images, target = turned(images, key)
-        logits = jax.vmap(model)(_unit(images))[1]
+        seen = halved(frames_of(batch["image"], clips))
         if said:
-            return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, target)), {}
+            logits = jax.vmap(model)(seen)[1]
+            return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch["cond"])), {}
+        seen, target = turned_clips(seen, key)
+        logits = jax.vmap(model)(seen)[1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         return jnp.mean(losses), {}
 
     condition = SaidPairs() if said else no_condition
     batches = job.batches("clips", options.batch_size, condition)
     return job.train("clips", build, _classifiers(options), loss, batches, options)
-
-
-def _unit(images: Any) -> Any:
-    return jnp.moveaxis(images, -1, 1) / 127.5 - 1
-
-
-def clip_features(model: ConvClassifier, frames: Any) -> Any:
-    """`(features, logits)` of clips of bytes; a function for `map_images`."""
-    return jax.vmap(model)(_unit(halved(frames)))
 
 
 def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
