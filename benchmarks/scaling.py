@@ -12,12 +12,22 @@ import math
 import equinox as eqx
 import jax
 
-from eqxldm import models
+from eqxldm import models, nn
 from eqxldm.devices import peak_flops
 from eqxldm.sharding import bytes_per_device, parse_mesh, partition_specs
 from eqxldm.training import adamw, init_state
 
 SIZES = [f"{size}_{patch_size}" for size in ("s", "b", "l", "xl") for patch_size in (2, 4, 8)]
+# Newer forms: XL/2 as `MODERN=1` trains it, with an auxiliary head; and JiT over pixels.
+MODERN = dict(norm=nn.RMSNorm, swiglu=True, qk_norm=nn.RMSNorm, rope=nn.RoPE((36, 36)))
+NEWER = {
+    "DiT-XL/2, modern": lambda key: models.dit_xl_2(
+        (4, 32, 32), learn_sigma=False, early_depth=8, early_head=True, **MODERN, key=key
+    ),
+    "JiT-B/16": lambda key: models.jit_b_16(key=key),
+    "JiT-L/16": lambda key: models.jit_l_16(key=key),
+    "JiT-H/16": lambda key: models.jit_h_16(key=key),
+}
 MESHES = ["data=1", "fsdp=4", "fsdp=8", "fsdp=16", "fsdp=128", "tensor=4", "fsdp=4,tensor=2"]
 
 # Bytes a second that a device can receive from all others: NVLink 4 (NVIDIA's H200 data sheet: 900
@@ -33,7 +43,8 @@ MACHINES = [
 
 def shapes(size):
     """The training state of a size, and its network, as shapes."""
-    make = lambda key: getattr(models, f"dit_{size}")((4, 32, 32), key=key)
+    published = lambda key: getattr(models, f"dit_{size}")((4, 32, 32), key=key)
+    make = NEWER.get(size, published)
     key = jax.random.key(0)
     state = eqx.filter_eval_shape(lambda k: init_state(make(k), adamw(1e-4), num_emas=1)[0], key)
     return state, eqx.filter_eval_shape(make, key)
@@ -68,11 +79,11 @@ def as_table(rows):
 
 def memory_table():
     rows = [["model", "parameters", *(f"`{mesh}`" for mesh in MESHES)]]
-    for size in SIZES:
+    for size in [*SIZES, *NEWER]:
         state, _ = shapes(size)
         millions = models.parameter_count(state.params) / 1e6
         shares = [bytes_per_device(state, parse_mesh(mesh)) / 2**30 for mesh in MESHES]
-        name = f"DiT-{size.upper().replace('_', '/')}"
+        name = size if size in NEWER else f"DiT-{size.upper().replace('_', '/')}"
         rows.append([name, f"{millions:.1f} M", *(f"{share:.2f}" for share in shares)])
     return as_table(rows)
 

@@ -18,6 +18,7 @@ MIXED = "data=2,fsdp=2,tensor=2"
 MESHES = {
     "diffusion": ["data=8", "fsdp=8", "tensor=2,data=4", MIXED],
     "autoencoder": ["fsdp=8", MIXED],
+    "modern": [MIXED],
 }
 KEY = jax.random.key(3)
 
@@ -32,6 +33,27 @@ def diffusion():
     loss = training.make_loss(objective, null=5, cond_dropout=0.1)
     step = training.make_train_step(
         loss, static, optimizer, ema_decays=(constant(0.9),), grad_accum_steps=2
+    )
+    data = {"x0": jax.random.normal(KEY, (16, 4, 8, 8)), "cond": jnp.arange(16) % 5}
+    return state, step, data
+
+
+def modern():
+    """The newer form, with a term that compares the examples of a batch."""
+    dit = filled(
+        lambda: DiT(
+            (4, 8, 8), patch_size=2, depth=2, width=32, num_heads=4, num_classes=5,
+            norm=nn.RMSNorm, swiglu=True, qk_norm=nn.RMSNorm, rope=nn.RoPE((4, 4)),
+            condition_tokens=2, early_depth=1, early_head=True, patch_bottleneck=8, key=KEY,
+        ),
+        size=0.1,
+    )  # fmt: skip
+    optimizer = adamw(1e-4, clip_norm=1.0)
+    state, static = init_state(dit, optimizer, num_emas=1)
+    flow = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
+    objective = ex.Denoising(flow, cosine=0.5, early=0.5, dispersive=0.5)
+    step = training.make_train_step(
+        training.make_loss(objective), static, optimizer, ema_decays=(constant(0.9),)
     )
     data = {"x0": jax.random.normal(KEY, (16, 4, 8, 8)), "cond": jnp.arange(16) % 5}
     return state, step, data
@@ -119,7 +141,7 @@ def compare(name, text, state, step, batch, expected, loss):
 def main():
     sharding.SMALLEST_DIVIDED = 1  # the models here are small
     rows = []
-    for make in (diffusion, autoencoder):
+    for make in (diffusion, autoencoder, modern):
         state, step, batch = make()
         state = jax.device_get(state)  # on no device: placing it copies, and donation frees copies
         expected, metrics = jax.jit(step)(state, batch, KEY)

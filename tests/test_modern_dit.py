@@ -14,7 +14,7 @@ from eqxldm.objectives import alignment_loss, cosine_loss, dispersive_loss
 from helpers import perturbed
 
 KEY = jax.random.key(0)
-SIZES = dict(patch_size=2, depth=3, width=16, num_heads=2)
+SIZES = dict(patch_size=2, depth=3, width=16, num_heads=2, remat=None)
 EARLY = dict(early_depth=2, early_head=True)
 MODERN = dict(norm=nn.RMSNorm, swiglu=True, qk_norm=nn.RMSNorm, rope=nn.RoPE((4, 4)))
 SHAPE = (3, 4, 8)

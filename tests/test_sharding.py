@@ -262,6 +262,7 @@ def eight():
 
 MESHES = ["data=8", "fsdp=8", "tensor=2,data=4", "data=2,fsdp=2,tensor=2"]
 STEPS = [("diffusion", mesh) for mesh in MESHES]
+STEPS += [("modern", "data=2,fsdp=2,tensor=2")]
 STEPS += [("autoencoder", mesh) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")]
 
 
