@@ -11,12 +11,14 @@ import pytest
 
 import eqxldm as ex
 from eqxldm import nn, training
-from experiments.train import commands, diffusion, methods, networks, seeds, tables
+from experiments.train import commands, diffusion, few_steps, methods, networks, seeds, tables
 from experiments.train.__main__ import PRESETS
 from experiments.train.conditions import Labels, Nothing
 from experiments.train.networks import Pixels
 from experiments.train.presets import preset
 from experiments.train.terminal import UserError
+
+from helpers import perturbed
 
 LABELS = Labels(3, 3)
 SHAPE = (1, 8, 8)
@@ -102,6 +104,18 @@ def test_guidance_is_a_condition_of_imf():
         assert shapes.shape == ()
     with pytest.raises(ValueError, match="needs images with classes"):
         networks.make_denoiser(config, SHAPE, Nothing())
+    # It starts as a finished network of the classes alone, whatever the guidance.
+    plain = dataclasses.replace(
+        config, objective="flow", few=dataclasses.replace(config.few, conditioned=False)
+    )
+    old = perturbed(networks.make_denoiser(plain, SHAPE, LABELS, remat="nothing"))
+    started, x = few_steps.warm_start(network, old), jnp.cos(jnp.arange(64.0).reshape(SHAPE))
+    t, label = jnp.array(0.7), jnp.array(2)
+    told = ex.guided_condition(label, 2.0, (0.1, 0.9))
+    run = eqx.filter_jit(lambda network, *args, **options: network(*args, **options))
+    np.testing.assert_allclose(
+        run(started, x, t, told, h=jnp.array(0.5)), run(old, x, t, label), atol=1e-5
+    )
     # Sampled at two scales, of a network whose embedding of them is not silent.
     loud = jax.tree.map(lambda a: a + 0.3 if eqx.is_inexact_array(a) else a, network)
     of = lambda scale: dataclasses.replace(found.sampling, solver="map", guidance=scale)
