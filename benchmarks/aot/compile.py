@@ -123,7 +123,7 @@ def measure(case: targets.Case, count: int, program: Any, memory: Any, text: str
         unknown_loops=len(hlo.unknown_loops(module)),
         gathered_whole=[
             f"{c.operation or c.computation} {list(c.arrays[0].dims)}"
-            for c in hlo.gathered_whole(found, program.stacked, program.others)
+            for c in hlo.gathered_whole(found, program.stacked, program.others, program.spans)
         ],
         cudnn_attention="__cudnn$fmha" in text,
     )

@@ -264,12 +264,14 @@ def gathered_whole(
     found: list[Collective],
     stacked: Sequence[tuple[int, ...]],
     others: Sequence[tuple[int, ...]] = (),
+    spans: Sequence[int] = (),
 ) -> list[Collective]:
     """The all-gathers that collect a block's parameter outside of its block.
 
     `stacked` are the shapes of the blocks' parameters, depth first; `others` those of all other
     parameters. Such an all-gather has as many elements as all blocks' together, or the shape of
-    one block's, which is no other parameter's, and runs less often than there are blocks.
+    one block's, which is no other parameter's, and runs less often than there are blocks. `spans`
+    are the numbers of blocks of the parts that a stack runs in, where it is more than one.
 
     >>> found = collectives(parse(EXAMPLE))
     >>> gathered_whole(found, [(3, 8, 4)]), len(gathered_whole(found, [(5, 8, 4)]))
@@ -277,8 +279,8 @@ def gathered_whole(
     """
     plain = lambda dims: tuple(sorted(d for d in dims if d > 1))  # as gathers and layouts leave it
     large = [shape for shape in stacked if len(plain(shape)) > 2]
-    wholes = {math.prod(shape) for shape in large}
-    depths = {plain(shape[1:]): shape[0] for shape in large}
+    wholes = {n * math.prod(shape[1:]) for shape in large for n in (shape[0], *spans)}
+    depths = {plain(shape[1:]): min(spans, default=shape[0]) for shape in large}
     known = {plain(shape) for shape in others}
 
     def wrong(one: Collective) -> bool:

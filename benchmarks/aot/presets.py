@@ -38,7 +38,8 @@ class Program(NamedTuple):
     """A function to jit, its arguments as shapes with shardings, and what it holds.
 
     `flops` are those of the model, of all devices; `stacked` the shapes of the parameters that
-    blocks share by a leading axis, `others` those of all others.
+    blocks share by a leading axis, `others` those of all others; `spans` the numbers of blocks of
+    the parts that they run in, where an auxiliary head reads between two of them.
     """
 
     function: Callable[..., Any]
@@ -48,6 +49,7 @@ class Program(NamedTuple):
     flops: int
     stacked: list[tuple[int, ...]]
     others: list[tuple[int, ...]]
+    spans: tuple[int, ...] = ()
 
     def lower(self) -> jax.stages.Lowered:
         """To be called under `jax.set_mesh`, as the training loop does."""
@@ -89,8 +91,12 @@ def diffusion_step(
     )
     moments = jax.ShapeDtypeStruct((batch, *LATENT), jnp.float16)
     data = dict(mean=moments, logvar=moments, cond=_ints(batch), index=_ints(batch))
-    flops = 6 * batch * models.multiply_adds(eqx.combine(state.params, static))
-    return _training(step, mesh, state, data, flops, state.params)
+    network = eqx.combine(state.params, static)
+    flops = 6 * batch * models.multiply_adds(network)
+    program = _training(step, mesh, state, data, flops, state.params)
+    early = network.config.early_depth
+    spans = () if early is None else (early, network.config.depth - early)
+    return program._replace(spans=spans)
 
 
 def autoencoder_step(mesh: Mesh, *, batch: int) -> Program:
