@@ -27,7 +27,6 @@ SIZES: dict[str, cfg.ModelName] = {
     "DiT-L/2": "dit_l_2",
     "DiT-B/2": "dit_b_2",
     "Modern-XL/2": "dit_xl_2",
-    "Modern-B/2": "dit_b_2",
 }
 CLASSES = 1000
 LATENT = (4, 32, 32)

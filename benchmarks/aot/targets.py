@@ -87,8 +87,6 @@ TPU = [
     case("DiT-B/2", "v6e:2x4", "data=8", batch=256),
     case("Modern-XL/2", "v5e:2x4", "fsdp=8", batch=256),
     case("Modern-XL/2", "v6e:2x4", "fsdp=8", batch=256),
-    case("Modern-XL/2", "v5p:2x2x1", "fsdp=4", batch=256),
-    case("Modern-B/2", "v5e:2x2", "data=4", batch=256),
     case("autoencoder", "v5e:2x4", "data=8", batch=64),
     case("autoencoder", "v6e:2x4", "fsdp=8", batch=64),
     case("autoencoder", "v4:2x2x1", "fsdp=4", batch=32),
