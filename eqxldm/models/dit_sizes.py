@@ -30,6 +30,7 @@ def _published(name: str, patch_size: int, *, depth: int, width: int, num_heads:
     `shape` is the latent's, (4, 32, 32) in the paper (Peebles & Xie 2023). All other arguments are
     those of `DiT`; for another condition than a class, `num_classes=None, embed_cond=...`.
 
+    >>> import equinox as eqx, jax
     >>> dit = eqx.filter_eval_shape({make.__name__}, (4, 32, 32), key=jax.random.key(0))
     >>> dit.patch_size, dit.blocks.stacked.fc1.weight.shape
     ({patch_size}, ({depth}, {4 * width}, {width}))
@@ -80,6 +81,7 @@ def _jit(name: str, *, depth: int, width: int, num_heads: int, bottleneck: int, 
     "Back to basics: let denoising generative models denoise"). It is meant to predict x0
     (`predict_x0`), with the loss in the velocity (`velocity_weight`).
 
+    >>> import equinox as eqx, jax
     >>> jit = eqx.filter_eval_shape({make.__name__}, key=jax.random.key(0))
     >>> jit.patch_bottleneck.weight.shape
     ({bottleneck}, 768)
