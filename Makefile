@@ -56,6 +56,10 @@ GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT")
 	$(if $(STRENGTH),--strength $(STRENGTH)) $(if $(MASK),--mask "$(MASK)") \
 	$(if $(PREVIEW),--preview) $(if $(TAE),--tae "$(TAE)") $(if $(DTYPE),--dtype $(DTYPE)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(if $(FROM),--repeat "$(FROM)") $(ARGS)
+COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference "$(REFERENCE)") \
+	$(if $(FEATURES),--features $(FEATURES)) $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
+	$(if $(RESIZING),--resizing $(RESIZING)) $(if $(SIZE),--size $(SIZE)) $(if $(N),--n $(N)) \
+	$(if $(OUT),--out "$(OUT)") $(ARGS)
 EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SIZE),--size $(SIZE)) \
@@ -90,8 +94,9 @@ train: $(RUNTIME) ## on your own pictures: IMAGES=folder SIZE="64 96" CHANNELS=1
 sample: $(RUNTIME) ## from that run: PROMPT="a red boat" LABEL=7 N=16 STEPS=50 GUIDANCE=2.0 SEED=0
 	$(JOB) sample --preset $(or $(PRESET),images) $(SAMPLE)
 
-evaluate: $(RUNTIME) ## measure N samples of that run
-	$(JOB) evaluate --preset $(or $(PRESET),images) $(EVALUATE)
+evaluate: $(RUNTIME) ## measure N samples of that run; or anyone's: SAMPLES=a.npz REFERENCE=b.npz FEATURES=inception WEIGHTS=file
+	$(if $(SAMPLES)$(REFERENCE),.venv/bin/python -m experiments.evaluate $(COMPARE),\
+		$(JOB) evaluate --preset $(or $(PRESET),images) $(EVALUATE))
 
 train-mnist: $(RUNTIME) ## on MNIST, in ten minutes on two cores: DENOISER=unet SPACE=pixel MODERN=1 OBJECTIVE=imf FROM=runs/mnist
 	$(JOB) train --preset mnist $(WITH)

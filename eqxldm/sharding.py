@@ -86,6 +86,8 @@ RULES: tuple[Rule, ...] = (
     Rule(r"table"),
     Rule(r"positions"),
     Rule(r"gates"),
+    Rule(r"(class|mask)_token"),
+    Rule(r"layer_scale[12]"),
     # Convolutions with the fixed moments of their norms.
     Rule(r"units\.[\w.]+\.weight", None, True),
     Rule(r"units\.[\w.]+\.(scale|bias|mean|variance)"),

@@ -188,6 +188,8 @@ def shipped():
         "tiny": partial(models.TinyAutoencoder, 3, 4, width=8, pool=True),
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),
+        "dinov2": partial(models.DINOv2, 16, 2, 2, grid=3),
+        "clip image": partial(models.CLIPImage, 16, 2, 2, 8, grid=3, patch_size=4),
         "inception": partial(models.Inception, divide=32),
         "alex": partial(models.AlexLPIPS, channels=(4,) * 5),
         "lpips": partial(models.LPIPS, channels=(4,) * 5),

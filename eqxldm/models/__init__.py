@@ -64,6 +64,21 @@ from .flux import (
     flux1_dev as flux1_dev,
     flux1_schnell as flux1_schnell,
 )
+from .image_encoders import (
+    CLIPImage as CLIPImage,
+    CLIPImageConfig as CLIPImageConfig,
+    DINOv2 as DINOv2,
+    DINOv2Config as DINOv2Config,
+    ImageOutput as ImageOutput,
+    clip_image_b_32 as clip_image_b_32,
+    clip_image_l_14 as clip_image_l_14,
+    clip_image_l_14_336 as clip_image_l_14_336,
+    clip_input as clip_input,
+    dinov2_b as dinov2_b,
+    dinov2_input as dinov2_input,
+    dinov2_l as dinov2_l,
+    dinov2_s as dinov2_s,
+)
 from .inception import (
     Inception as Inception,
     InceptionConfig as InceptionConfig,

@@ -83,6 +83,7 @@ from .resize import (
     bilinear_matrix as bilinear_matrix,
     resize as resize,
     resize_and_crop as resize_and_crop,
+    sparse_bicubic_matrix as sparse_bicubic_matrix,
     tf1_matrix as tf1_matrix,
 )
 from .resnet import (

@@ -62,6 +62,24 @@ def bicubic_matrix(size: int, out: int) -> Matrix:
     return matrix.astype(np.float32)
 
 
+def sparse_bicubic_matrix(size: int, out: int) -> Matrix:
+    """torch's bicubic `interpolate`: Keys's kernel with -3/4, borders repeated, no antialiasing.
+
+    How vision transformers bring their positions to another grid.
+
+    >>> sparse_bicubic_matrix(3, 3).tolist() == np.eye(3).tolist()
+    True
+    """
+    scale = np.float64(np.float32(size / out))
+    at = (scale * (np.arange(out) + 0.5) - 0.5).astype(np.float32)
+    low = np.floor(at).astype(int)
+    matrix = np.zeros((out, size))
+    for tap in range(-1, 3):
+        weights = _keys(at.astype(np.float64) - (low + tap), -0.75)
+        np.add.at(matrix, (np.arange(out), np.clip(low + tap, 0, size - 1)), weights)
+    return matrix.astype(np.float32)
+
+
 def resize(
     x: Float[Array, "c h w"],
     size: tuple[int, int],
@@ -84,6 +102,20 @@ def resize(
     return jnp.einsum("chW,Hh->cHW", along, rows, precision=precise)
 
 
+def resize_and_crop(x: Float[Array, "c h w"], side: int) -> Float[Array, "c s s"]:
+    """The middle square of an image, at `side` pixels: what square-minded encoders look at.
+
+    >>> resize_and_crop(jnp.ones((3, 8, 12)), 4).shape
+    (3, 4, 4)
+    """
+    _, h, w = x.shape
+    short = min(h, w)
+    height, width = (max(side, math.floor(a * side / short + 0.5)) for a in (h, w))
+    x = resize(x, (height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    return x[:, top : top + side, left : left + side]
+
+
 def _between(low: np.ndarray, high: np.ndarray, share: np.ndarray, size: int) -> Matrix:
     matrix = np.zeros((len(low), size), np.float32)
     rows = np.arange(len(low))
@@ -98,17 +130,3 @@ def _keys(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-def resize_and_crop(x: Float[Array, "c h w"], side: int) -> Float[Array, "c s s"]:
-    """The middle square of an image, at `side` pixels: what square-minded encoders look at.
-
-    >>> resize_and_crop(jnp.ones((3, 8, 12)), 4).shape
-    (3, 4, 4)
-    """
-    _, h, w = x.shape
-    short = min(h, w)
-    height, width = (max(side, math.floor(a * side / short + 0.5)) for a in (h, w))
-    x = resize(x, (height, width))
-    top, left = (height - side) // 2, (width - side) // 2
-    return x[:, top : top + side, left : left + side]

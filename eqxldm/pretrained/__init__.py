@@ -5,6 +5,7 @@ from . import (
     clip_text as clip_text,
     dit as dit,
     flux as flux,
+    image_encoders as image_encoders,
     inception as inception,
     llada as llada,
     lpips as lpips,

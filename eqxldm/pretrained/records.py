@@ -19,6 +19,8 @@ CONFIGS: dict[str, type] = {
         models.CausalVideoAutoencoderConfig,
         models.CLIPTextConfig,
         models.DiscriminatorConfig,
+        models.CLIPImageConfig,
+        models.DINOv2Config,
         models.DiTConfig,
         models.FluxConfig,
         models.InceptionConfig,

@@ -1,0 +1,1 @@
+"""Anyone's samples against anyone's reference: FID and what is quoted beside it."""

@@ -1,0 +1,105 @@
+"""Features on disk: computed once, a batch after the other, and gone on with where they ended."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from eqxldm.durable import replacing
+
+from ..train.terminal import StageBar, UserError
+from .networks import Extractor
+from .pictures import Pictures, as_colour
+
+PROGRESS = "progress.json"
+EVERY = 16  # batches between notes of what is done
+
+
+class Stored:
+    """Arrays of features, `(n, d)` float32 each, memory-mapped."""
+
+    def __init__(self, arrays: dict[str, Float[np.ndarray, "n d"]]):
+        self.arrays = arrays
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "n d"]:
+        return self.arrays[name]
+
+    def parts(self, name: str, size: int = 1024) -> Iterator[Float[np.ndarray, "m d"]]:
+        """Some rows at a time, always the same, so that sums do not depend on batches."""
+        array = self.arrays[name]
+        return (np.asarray(array[i : i + size]) for i in range(0, len(array), size))
+
+
+def stored_features(
+    name: str, pictures: Pictures, extractor: Extractor, count: int, batch: int, cache: Path
+) -> Stored:
+    """The features of the first `count` pictures, from the cache as far as they are there."""
+    about = dict(images=pictures.digest(), count=count, **extractor.about)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache / key
+    folder.mkdir(parents=True, exist_ok=True)
+    done, widths = _progress(folder, about)
+    arrays: dict[str, Any] = {k: _opened(folder, k, count, d, done) for k, d in widths.items()}
+    if widths and done == count:
+        return Stored(arrays)
+    with StageBar(name, count, "image") as bar:
+        bar.update(done)
+        # A batch is computed while the one after it is read.
+        waiting: tuple[int, int, dict[str, Any]] | None = None
+        images = itertools.chain(pictures.batches(batch, start=done), [None])
+        for number, part in enumerate(images):
+            given = None
+            if part is not None and done + batch * number < count:
+                first = done + batch * number
+                part = as_colour(part)[: count - first]
+                given = first, len(part), extractor.start(part, batch)
+            if waiting is not None:
+                first, size, outputs = waiting
+                for key_, value in extractor.finish(outputs, size).items():
+                    if not np.isfinite(value).all():
+                        raise UserError(f"{name}: features of image {first} and on are not finite.")
+                    if key_ not in arrays:
+                        widths[key_] = value.shape[1]
+                        arrays[key_] = _opened(folder, key_, count, value.shape[1], 0)
+                    arrays[key_][first : first + size] = value
+                bar.update(first + size)
+                if number % EVERY == 0 or given is None:
+                    _note(folder, about, arrays, widths, first + size)
+            waiting = given
+            if given is None:
+                break
+    return Stored(arrays)
+
+
+def _opened(folder: Path, name: str, count: int, width: int, done: int) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    if done:
+        found = np.load(path, mmap_mode="r+")
+        if found.shape == (count, width) and found.dtype == np.float32:
+            return found
+        raise UserError(f"{path} is damaged: delete its folder.")
+    return np.lib.format.open_memmap(path, "w+", np.float32, (count, width))
+
+
+def _progress(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """How many images are done, and the arrays with their widths."""
+    try:
+        found = json.loads((folder / PROGRESS).read_text())
+        if found["about"] != about:
+            return 0, {}
+        missing = [k for k in found["widths"] if not (folder / f"{k}.npy").exists()]
+        return (0, {}) if missing else (int(found["done"]), dict(found["widths"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, {}
+
+
+def _note(folder: Path, about: Any, arrays: Any, widths: Any, done: int) -> None:
+    for array in arrays.values():
+        array.flush()
+    with replacing(folder / PROGRESS) as temporary:
+        temporary.write_text(json.dumps(dict(about=about, done=done, widths=widths)))
