@@ -15,7 +15,7 @@ from PIL import Image
 from eqxldm import metrics, pretrained
 from eqxldm.data import DataError
 from eqxldm.data.npz_images import NpzImages
-from eqxldm.models import Inception
+from eqxldm.models import CLIPImage, DINOv2, Inception, clip_input, dinov2_input
 from experiments.evaluate import networks, run as evaluating, store
 from experiments.evaluate.networks import Extractor
 from experiments.evaluate.options import Evaluate
@@ -249,3 +249,24 @@ def test_the_command_ends_with_2_and_one_message(tmp_path):
     assert found.stderr.strip().splitlines() == [
         f"error: --samples: there is no file or folder {tmp_path / 'a.npz'}."
     ]
+
+
+def test_the_encoders_of_images_give_features(files):
+    """DINOv2 and CLIP, from transformers' folders, through the command's own way."""
+    keys = jax.random.split(jax.random.key(0))
+    dinov2 = DINOv2(8, 1, 2, grid=2, patch_size=4, key=keys[0])
+    clip = CLIPImage(8, 1, 2, 5, grid=2, patch_size=4, key=keys[1])
+    for name, network, side, width in (("dinov2", dinov2, 8, 8), ("clip", clip, None, 5)):
+        pretrained.export(network, files / name)
+        given = options(files, features=name, weights=files / name, side=side)
+        made = networks.make_extractor(given)
+        found = made.finish(made.start(SAMPLES[:3], 4), 3)["pooled"]
+        prepare = dinov2_input if name == "dinov2" else clip_input
+        image = jnp.asarray(np.moveaxis(SAMPLES[2], -1, 0), jnp.float32)
+        expected = network(prepare(image, 8)).features
+        assert found.shape == (3, width)
+        np.testing.assert_allclose(found[2], expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(UserError, match="--side"):
+            networks.make_extractor(options(files, features=name, weights=files / name, side=9))
+    with pytest.raises(UserError, match="is a CLIPImage, not a DINOv2"):
+        networks.make_extractor(options(files, features="dinov2", weights=files / "clip", side=8))

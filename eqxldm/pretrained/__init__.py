@@ -21,6 +21,7 @@ from .dit import (
     official_layout as official_layout,
     with_diffusers_time as with_diffusers_time,
 )
+from .image_encoders import load_clip_image as load_clip_image
 from .inception import load_inception as load_inception
 from .io import (
     export as export,

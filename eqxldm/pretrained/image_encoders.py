@@ -1,12 +1,17 @@
 """DINOv2 and CLIP's image encoder: the names of transformers and of DINOv2's own files."""
 
+from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import numpy as np
 
 from ..models import CLIPImage, DINOv2
 from .clip_text import ACTIVATIONS
-from .layout import Layout, Part, WeightsError
+from .files import TRANSFORMERS, open_folder, read_json
+from .layout import Layout, Part, WeightsError, fill
+from .limits import check_config, check_count
 from .parts import (
     Leaves,
     join_thirds,
@@ -18,6 +23,7 @@ from .parts import (
     stacked_linear,
     stacked_qkv,
 )
+from .torch_files import open_torch
 
 # What transformers assumes where a configuration is silent.
 DINOV2: dict[str, Any] = dict(
@@ -117,6 +123,34 @@ def from_clip(config: dict[str, Any], *, key) -> CLIPImage:
         norm_eps=given["layer_norm_eps"],
         key=key,
     )
+
+
+def load_clip_image(folder: str | Path) -> CLIPImage:
+    """The image encoder of a transformers folder that holds it alone or a whole CLIP.
+
+    Of a whole one, such as openai/clip-vit-large-patch14-336, the tensors of the images are taken:
+    from `model.safetensors`, or from `pytorch_model.bin`, in which no code is run.
+
+    **Raises** `WeightsError` for a folder without weights, or with others than the configuration's.
+
+    >>> import tempfile
+    >>> load_clip_image(tempfile.mkdtemp())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    eqxldm.pretrained.layout.WeightsError: ...config.json cannot be read: No such file or directory.
+    """
+    folder = Path(folder)
+    config, pickled = read_json(folder / "config.json"), folder / "pytorch_model.bin"
+    alone = not any(folder.glob("model*.safetensors*"))
+    tensors = (
+        open_torch(pickled) if alone and pickled.exists() else open_folder(folder, TRANSFORMERS)
+    )
+    ours = ("vision_model.", "visual_projection.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(ours)}
+    check_config(config, tensors, str(folder))
+    like = eqx.filter_eval_shape(lambda key: from_clip(config, key=key), jax.random.key(0))
+    check_count(like, tensors, str(folder))
+    return fill(like, clip_layout(like), tensors, source=str(folder))
 
 
 def clip_config(network: CLIPImage) -> dict[str, Any]:

@@ -129,26 +129,29 @@ def _lpips(options: Evaluate, weights: Path) -> Extractor:
 
 
 def _dinov2(options: Evaluate, weights: Path) -> Extractor:
-    return _encoder(options, weights, DINOv2, dinov2_input, options.side or SIDE)
+    model, side = pretrained.load(weights), options.side or SIDE
+    _check_kind(model, DINOv2, weights)
+    if side % model.config.patch_size:
+        raise UserError(f"--side: must be a multiple of {model.config.patch_size}, got {side}.")
+    return _encoder(options, model, dinov2_input, side)
 
 
 def _clip(options: Evaluate, weights: Path) -> Extractor:
-    model = pretrained.load(weights)
-    side = model.config.side if isinstance(model, CLIPImage) else SIDE
-    if options.side not in (None, side):
-        raise UserError(f"--side: this CLIP sees {side} pixels.")
-    return _encoder(options, weights, CLIPImage, clip_input, side)
+    model = pretrained.load_clip_image(weights) if weights.is_dir() else pretrained.load(weights)
+    _check_kind(model, CLIPImage, weights)
+    if options.side not in (None, model.config.side):
+        raise UserError(f"--side: this CLIP sees {model.config.side} pixels.")
+    return _encoder(options, model, clip_input, model.config.side)
+
+
+def _check_kind(model: Any, kind: type, weights: Path) -> None:
+    if not isinstance(model, kind):
+        raise UserError(f"--weights {weights}: is a {type(model).__name__}, not a {kind.__name__}.")
 
 
 def _encoder(
-    options: Evaluate, weights: Path, kind: type, prepare: Callable[[Any, int], Any], side: int
+    options: Evaluate, model: Any, prepare: Callable[[Any, int], Any], side: int
 ) -> Extractor:
-    model = pretrained.load(weights)
-    if not isinstance(model, kind):
-        raise UserError(f"--weights {weights}: is a {type(model).__name__}, not a {kind.__name__}.")
-    if kind is DINOv2 and side % model.config.patch_size:
-        raise UserError(f"--side: must be a multiple of {model.config.patch_size}, got {side}.")
-
     def features(model: Any, image: Any) -> dict[str, Any]:
         return {"pooled": model(prepare(image, side)).features}
 

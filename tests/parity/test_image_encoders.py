@@ -4,8 +4,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from eqxldm import models, nn, pretrained
 from eqxldm.pretrained import image_encoders
@@ -87,6 +95,30 @@ def test_clip(number, tmp_path, record_property):
     )
     record_property("clip image", compare(module, model, pair))
     compare_back(kind, module, model, tmp_path / "ours", pair)
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_whole_clip(form, tmp_path):
+    """As OpenAI's folders are: with the text encoder, and some pickled."""
+    draw = Draw("whole clip", 0)
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(
+        vision_config=sizes | dict(image_size=12, patch_size=4),
+        text_config=sizes | dict(vocab_size=20, max_position_embeddings=5),
+        projection_dim=6,
+    )
+    module = randomise(CLIPModel(config), draw)
+    module.save_pretrained(tmp_path)
+    if form == "pytorch_model.bin":
+        torch.save(module.state_dict(), tmp_path / form)
+        (tmp_path / "model.safetensors").unlink()
+    x = draw.normal(2, 3, 12, 12)
+    with torch.no_grad():
+        pooled = module.vision_model(torch.from_numpy(x)).pooler_output
+        expected = module.visual_projection(pooled).numpy()
+    model = pretrained.load_clip_image(tmp_path)
+    found = jax.vmap(lambda x: model(x).features)(jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.max(np.abs(expected)))
 
 
 def test_published_sizes():
