@@ -39,7 +39,7 @@ class ClipOptions:
     fps: Annotated[float, Range(0, 1000, "(]")] | None = None
     # The network is told the caption, or nothing; auto: the caption if the clips have any.
     condition: Literal["auto", "text", "none"] = "auto"
-    count: Samples = 12_000  # Clips that are made to learn from, where no folder is given.
+    count: Samples = 6144  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
 
 
@@ -58,7 +58,7 @@ class ClassifierOptions:
 class AutoencoderOptions:
     """The causal autoencoder, 4 x 8 x 8: a latent pixel is 8 x 8 pixels of four frames."""
 
-    steps: Steps = 1600  # Training steps.
+    steps: Steps = 1200  # Training steps.
     batch_size: Batch = 24  # Crops in a step.
     crop: Annotated[int, Range(16, 8192)] = 32  # The crops' height and width.
     crop_frames: FramesCount = 9  # The crops' frames, 4 k + 1.
@@ -75,12 +75,12 @@ class AutoencoderOptions:
 class DiffusionOptions:
     """The spacetime transformer and how it learns."""
 
-    steps: Steps = 9000  # Training steps.
+    steps: Steps = 2000  # Training steps.
     batch_size: Batch = 32  # Clips in a step.
     learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.01  # Of matrices.
-    ema_decay: Share = 0.999  # Of the average of the weights, which is what is used.
+    ema_decay: Share = 0.998  # Of the average of the weights, which is what is used.
     shift: Annotated[float, Range(0, 100, "(]")] = 2.0  # Of the time: above 1, more of the noisy.
     caption_dropout: Share = 0.1  # The share of the clips whose caption is not told.
     known_share: Share = 0.3  # The share of the clips whose first frames are told.
