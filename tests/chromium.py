@@ -7,10 +7,19 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
 
+# The browser reads descriptor 3 and writes to 4.
+LAUNCH = """
+import os, sys
+ours = [os.dup(os.dup(os.dup(int(fd)))) for fd in sys.argv[1:3]]
+for fd, to in zip(ours, (3, 4)):
+    os.dup2(fd, to)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -114,13 +123,10 @@ def page():
             "--disable-dev-shm-usage", "--disable-background-networking", "--mute-audio",
         ]  # fmt: skip
 
-        def pipes():  # the browser reads descriptor 3 and writes to 4
-            a, b = os.dup(to_them), os.dup(from_them)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
+        # `preexec_fn` would fork this process, whose threads are many.
+        command = [sys.executable, "-c", LAUNCH, str(to_them), str(from_them), *arguments]
         browser = subprocess.Popen(
-            arguments, preexec_fn=pipes, pass_fds=(3, 4), stdout=subprocess.DEVNULL,
+            command, pass_fds=(to_them, from_them), stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
