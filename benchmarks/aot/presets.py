@@ -20,6 +20,7 @@ from experiments.train.networks import make_denoiser
 from experiments.train.presets import preset
 from experiments.train.sampling import Sampler
 
+from . import published
 from .flops import count_flops
 
 SIZES: dict[str, cfg.ModelName] = {
@@ -64,6 +65,9 @@ def build(name: str, mesh: Mesh, **options: Any) -> Program:
         return autoencoder_step(mesh, **options)
     if name == "sampler":
         return sampler(mesh, **options)
+    kind, _, network = name.partition(":")
+    if network:
+        return published_program(mesh, kind, network, **options)
     return diffusion_step(mesh, name, **options)
 
 
@@ -147,6 +151,25 @@ def sampler(
     arguments = _copied((ae, dit), mesh), labels, _copied(KEY, mesh)
     kinds = _kinds(dit)
     return Program(function, arguments, sharding.batch_sharding(mesh), (), flops, *kinds)
+
+
+def published_program(mesh: Mesh, kind: str, network: str, **options: Any) -> Program:
+    """`train:` or `sample:` and a network of `published.py`."""
+    if kind == "train":
+        step, state, data, flops = published.training_program(mesh, network, **options)
+        return _training(step, mesh, state, data, flops, state.params)
+    if network == "LLaDA-8B":
+        found = published.text_program(mesh, **options)
+    else:
+        found = published.sampling_program(mesh, network, **options)
+    function, (x, *rest), params, flops = found
+    batch = sharding.batch_sharding(mesh)
+    over_batch = lambda tree: jax.tree.map(lambda a: _placed(a, batch), tree)
+    weights = jax.tree.map(_placed, params, sharding.shardings(params, mesh))
+    divided = [over_batch(rest[0]), *rest[1:]] if len(rest) > 1 else rest
+    divided = [*divided[:-1], _copied(divided[-1], mesh)]
+    arguments = weights, over_batch(x), *divided
+    return Program(function, arguments, batch, (), flops, *_kinds(params))
 
 
 def _config(size: str, depth: int | None = None) -> cfg.Config:

@@ -98,6 +98,19 @@ TPU = [
     case("sampler", "v5p:2x2x1", "data=4", batch=256),
     case("sampler", "v6e:2x4", "data=8", batch=256),
     case("sampler", "tpu7x:2x2x1", "data=8", batch=512),
+    # Published networks, at the sizes of their authors where the slice has the memory.
+    case("sample:Wan-1.3B", "v5e:2x2", "tensor=4", batch=1, steps=50, sequence_axis="tensor"),
+    case("sample:Wan-1.3B", "v6e:2x2", "tensor=4", batch=1, steps=50, sequence_axis="tensor"),
+    case("train:Wan-1.3B", "v5e:2x4", "fsdp=8", batch=8, size=(33, 480, 832)),
+    case("train:Wan-1.3B", "v6e:2x4", "fsdp=8", batch=8),
+    case("sample:SD3-medium", "v5e:2x4", "data=8", batch=8, steps=28),
+    case("sample:SD3-medium", "v6e:2x4", "data=8", batch=16, steps=28),
+    case("train:SD3-medium", "v5e:2x4", "fsdp=8", batch=16),
+    case("train:SD3-medium", "v6e:2x4", "fsdp=8", batch=32),
+    case("sample:FLUX.1-dev", "v5e:2x4", "tensor=8", batch=1, steps=28),
+    case("sample:FLUX.1-dev", "v6e:2x4", "tensor=8", batch=1, steps=28),
+    case("sample:LLaDA-8B", "v5e:2x4", "tensor=8", batch=1, length=512, steps=256),
+    case("sample:LLaDA-8B", "v6e:2x4", "tensor=8", batch=1, length=512, steps=256),
 ]
 SHORT = ("DiT-XL/2 v5e:2x4 fsdp=8", "DiT-XL/2 v6e:2x4 fsdp=8")
 
