@@ -119,3 +119,19 @@ def test_a_configuration_that_is_another_network_is_refused():
         pretrained.video_autoencoder.from_diffusers(config, key=KEY)
     for part in ("attn_scales = [1.0] ([])", "(1 first)", "one less than levels", "(3 numbers)"):
         assert part in str(error.value)
+
+
+def test_memory_of_chunks_does_not_grow_with_the_clip(ae):
+    """But for the clip itself, which is copied once or twice."""
+
+    if ae.config.shortcuts:
+        pytest.skip("one form is enough")
+
+    def temporary(frames, chunked):
+        run = jax.jit(lambda z: ae.decode(z, chunked=chunked))
+        compiled = run.lower(jax.ShapeDtypeStruct((2, frames, 2, 2), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    clip = 4 * 4 * (2 * ae.factor) ** 2  # bytes for each latent frame more
+    whole, chunked = (temporary(9, way) - temporary(5, way) for way in (False, True))
+    assert chunked <= 4 * 4 * clip and whole >= 3 * chunked
