@@ -112,8 +112,12 @@ def test_a_trajectory_has_every_state_and_the_way_back(generator, engine):
     events = [queue.get(timeout=30) for _ in range(7)]
     assert [type(e) for e in events] == [Preview] * 5 + [Picture, Forward]
     assert [e.step for e in events[:5]] == [1, 2, 3, 4, 5]
-    np.testing.assert_array_equal(pixels(events[4].state), pixels(events[5].data))
+    np.testing.assert_array_equal(pixels(events[4].estimate), pixels(events[5].data))
     assert np.any(pixels(events[1].state) != pixels(events[1].estimate))
+    # It begins where the forward process ends, and t is that of the state.
+    ends = pixels(events[0].state).astype(int), pixels(events[6].frames[-1]).astype(int)
+    np.testing.assert_allclose(*ends, rtol=0, atol=1)
+    assert [round(e.time, 4) for e in events[:5]] == [1.0, 0.8, 0.6, 0.4, 0.2]
     forward = events[-1]
     np.testing.assert_array_equal(pixels(forward.frames[0]), pixels(events[5].data))
     key = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))[0]

@@ -220,7 +220,8 @@ def test_a_stream_shows_the_image_coming(client):
         found = list(events(answer))
     states = [e["state_b64_json"] for e in found if "state_b64_json" in e]
     assert len(states) == 5 and found[-1]["type"] == "forward" and len(found[-1]["frames"]) == 8
-    assert states[-1] == found[-2]["b64_json"]
+    ends = (decoded(states[0]).astype(int), decoded(found[-1]["frames"][-1]).astype(int))
+    assert abs(ends[0] - ends[1]).max() <= 1
 
 
 def test_who_leaves_is_drawn_no_further(client, engine):

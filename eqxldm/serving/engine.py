@@ -261,6 +261,9 @@ class Engine:
             conds[draw.slot] = draw.job.cond
         cond = jax.tree.map(lambda *leaves: np.stack(leaves), *conds)
         self.programs.admit(mask, words, index, std, cond)
+        # A trajectory begins with its noise.
+        noises = [((d.slot, 0), (d, 0, "state")) for d in new if d.job.request.trajectory]
+        self._decode(noises, finite=None)
 
     def _step(self, draws, follows):
         """One network call of each image, in as few calls as the largest size allows."""
@@ -309,25 +312,15 @@ class Engine:
 
     def _show(self):
         """Decodes what is finished and what is to be seen on the way."""
-        rows, meanings = [], []
+        wanted = []
         for draw in self._active:
-            final = draw.done == draw.job.plan.calls
             if draw.done in draw.shown:
-                rows.append((draw.slot, 1))
-                meanings.append((draw, draw.done, "estimate"))
-                if draw.job.request.trajectory:
-                    rows.append((draw.slot, 0))
-                    meanings.append((draw, draw.done, "state"))
-            if final:
-                rows.append((draw.slot, 0))
-                meanings.append((draw, draw.done, "final"))
-        most = self.programs.decodes[-1]
-        for i in range(0, len(rows), most):
-            part = rows[i : i + most]
-            padded = np.zeros((fitting(self.programs.decodes, len(part)), 2), np.int32)
-            padded[: len(part)] = part
-            finite = self._flights[-1] if self._flights else None
-            self._outbox.put((self.programs.decode(padded), meanings[i : i + most], finite))
+                wanted.append(((draw.slot, 1), (draw, draw.done, "estimate")))
+            if draw.done == draw.job.plan.calls:
+                wanted.append(((draw.slot, 0), (draw, draw.done, "final")))
+            elif draw.job.request.trajectory:
+                wanted.append(((draw.slot, 0), (draw, draw.done, "state")))
+        self._decode(wanted, self._flights[-1] if self._flights else None)
         finished = [d for d in self._active if d.done == d.job.plan.calls]
         for draw in finished:
             if draw.job.request.trajectory:
@@ -340,6 +333,15 @@ class Engine:
         if finished:
             with self._wake:
                 self._active = [d for d in self._active if d.done < d.job.plan.calls]
+
+    def _decode(self, wanted, finite):
+        """Decodes rows, each with what it is for, and leaves them to the other thread."""
+        most = self.programs.decodes[-1]
+        for i in range(0, len(wanted), most):
+            rows, meanings = zip(*wanted[i : i + most], strict=True)
+            padded = np.zeros((fitting(self.programs.decodes, len(rows)), 2), np.int32)
+            padded[: len(rows)] = rows
+            self._outbox.put((self.programs.decode(padded), meanings, finite))
 
     # The thread that delivers: it waits for the device and makes PNGs.
 
@@ -372,13 +374,13 @@ class Engine:
             self.observe("images", 1)
             self._send(draw, Picture(draw.index, data))
             return
-        trajectory = draw.job.request.trajectory
-        if kind == "estimate" and trajectory:
-            draw.estimate = data  # its state comes next
+        if kind == "state":
+            draw.state = data  # the next call sees it, and its estimate comes later
             return
-        time, calls = float(draw.job.plan.times[done - 1]), draw.job.plan.calls
-        shown = (draw.estimate, data) if trajectory else (data, None)
-        self._send(draw, Preview(draw.index, done, calls, time, *shown))
+        plan, state = draw.job.plan, draw.state
+        self._send(
+            draw, Preview(draw.index, done, plan.calls, float(plan.times[done - 1]), data, state)
+        )
 
 
 class _Stopped(Exception):

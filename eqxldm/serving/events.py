@@ -24,7 +24,8 @@ class QueueFull(RequestError):
 
 @dataclass(frozen=True)
 class Preview:
-    """The estimate of an image on the way, after call `step` of `of`; with a trajectory the state.
+    """The estimate of an image that call `step` of `of` made at `time`; with a trajectory the state
+    that it was made from.
 
     >>> Preview(0, 1, 20, 0.95, b"").state is None
     True
@@ -102,7 +103,7 @@ class Draw:
     slot: int = -1
     done: int = 0
     shown: frozenset[int] = frozenset()
-    estimate: bytes = b""
+    state: bytes | None = None
 
 
 def seed_words(seed: int) -> np.ndarray:
