@@ -179,7 +179,7 @@ class Engine:
 
         try:
             self.programs.warm_up(tell)
-            self._warm_conditions()
+            self._warm_host()
             self.ready.set()
             while self._await_work():
                 self._drop_ended()
@@ -204,13 +204,13 @@ class Engine:
                 self._fail(job, 503, "the server is stopping.")
             self._outbox.put(None)
 
-    def _warm_conditions(self):
-        """Text encoders compile at the first prompt, and plans at nothing."""
+    def _warm_host(self):
+        """What the first request would wait for beside the programs: text encoders, imports."""
         generator = self.generator
         label = 0 if generator.labels else None
         generator.condition("" if generator.takes_text else None, label)
-        for solver in generator.solver_names:
-            self.programs.plans(solver, 2)
+        self.programs.plans(generator.defaults.solver, generator.defaults.steps)
+        png(np.zeros((1, 1, generator.channels), np.uint8))
 
     def _await_work(self):
         with self._wake:
