@@ -196,3 +196,18 @@ def test_what_ends_badly_is_one_failure(generator):
         engine.submit(request(), queue.put)
     with pytest.raises(ValueError, match="guidance"):
         Programs(generator, slots=1, sizes=(1,))
+
+
+def test_nothing_is_compiled_later_where_the_weights_lie_on_a_mesh(generator):
+    """As those of a run do, which is loaded onto one."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    put = lambda part: jax.tree.map(lambda a: jax.device_put(a, place), part)
+    solvers = {name: SOLVERS[name] for name in ("ddim", "heun")}
+    served = generator.replace(
+        network=put(generator.network), decoder=put(generator.decoder), solvers=solvers
+    )
+    with running(served, slots=2) as engine, compilations() as compiled:
+        for n in (1, 2):
+            drawn(engine, *(request(steps=3, seed=i, guidance=1.0 + i) for i in range(n)))
+        assert not compiled

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from .engine import Engine
+from .programs import COMPILED
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 

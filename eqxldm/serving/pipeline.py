@@ -30,7 +30,7 @@ class Decoder(eqx.Module):
 
     >>> import jax.numpy as jnp
     >>> from eqxldm.models import AutoencoderKL
-    >>> vae = AutoencoderKL(1, 2, channels=(4,), groups=2, key=jax.random.key(0))
+    >>> vae = AutoencoderKL(1, 2, channels=(4,), blocks=1, groups=2, key=jax.random.key(0))
     >>> Decoder(vae)(jnp.zeros((2, 4, 4))).shape
     (1, 4, 4)
     """

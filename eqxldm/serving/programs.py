@@ -26,6 +26,8 @@ from .plans import Plans
 # A loop's step looks at its row alone, so any grid and any path make the same one.
 ANY_GRID, ANY_PATH = np.array([0.9, 0.5, 0.1]), LinearFlow()
 FRAMES = 8  # of the forward process
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax.monitoring calls it
+ROUNDS = 4  # of warming up, at most
 
 
 class State(NamedTuple):
@@ -70,9 +72,8 @@ class Programs:
         parts = generator.network, generator.null, generator.decoder
         arrays, self._static = eqx.partition(parts, eqx.is_array)
         map_arrays, self._map = eqx.partition(generator.flow_map, eqx.is_array)
-        # On the device, once: a NumPy array would go there at each call.
-        self._arrays = jax.tree.map(jnp.asarray, arrays)
-        self._map_arrays = jax.tree.map(jnp.asarray, map_arrays)
+        self._arrays = jax.tree.map(_placed, arrays)
+        self._map_arrays = jax.tree.map(_placed, map_arrays)
         self._begin = jax.jit(self._begin_state)
         donating = partial(jax.jit, donate_argnums=1)
         self._admit = donating(self._admitted)
@@ -120,7 +121,23 @@ class Programs:
         return self._noise(self._arrays, self.state, slot, words, index, alpha, sigma)
 
     def warm_up(self, progress: Any = None) -> None:
-        """Runs every program once, so that none is compiled later, and empties the slots."""
+        """Runs every program until none is compiled any more; the slots stay empty.
+
+        Once would not do where a result lies on the devices as the first argument did not.
+        """
+        compiled = [""]
+        listen = lambda event, duration_secs, **_: compiled.append(event)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for _ in range(ROUNDS):
+                compiled.clear()
+                self._run_all(progress)
+                if COMPILED not in compiled:
+                    break
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    def _run_all(self, progress):
         s, tell = self.slots, progress or (lambda name: None)
         off, words = np.zeros(s, bool), np.zeros((s, 2), np.uint32)
         numbers = np.zeros((s, 1 + self.plans.packing.width), np.float32)
@@ -141,7 +158,6 @@ class Programs:
             np.asarray(self.decode(np.zeros((size, 2), np.int32)))
         frames = np.zeros(FRAMES, np.float32)
         np.asarray(self.noise(np.int32(0), words[0], np.int32(0), frames, frames))
-        self.begin()
 
     def _blank_cond(self):
         """Conditions of empty slots, in the shapes of a request's."""
@@ -263,6 +279,14 @@ def fitting(sizes: tuple[int, ...], count: int) -> int:
     4
     """
     return next((size for size in sizes if size >= count), sizes[-1])
+
+
+def _placed(a):
+    """On the device, once: a NumPy array would go there at each call. What lies on one device, on
+    it plainly, as the slots do: a program is compiled for each way in which its arguments lie."""
+    a = jnp.asarray(a)
+    devices = a.sharding.device_set
+    return jax.device_put(a, next(iter(devices))) if len(devices) == 1 else a
 
 
 def _where(mask, new, old):
