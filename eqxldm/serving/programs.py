@@ -49,8 +49,8 @@ class Programs:
       With one size only, every image is computed in calls of one shape, whoever else is there.
     - `decodes`: likewise of the images that are decoded at once.
 
-    A small solver step is computed for every slot and every solver, and the right one chosen: it is
-    elementwise, and next to the network it is nothing.
+    A solver's step is computed for every slot where any of them takes that solver, and not at all
+    otherwise: which ones are is a number, too.
     """
 
     def __init__(
@@ -205,29 +205,32 @@ class Programs:
 
         outs = jax.vmap(call)(rows)
 
-        def move(x, x0, carries, key, numbers, counts):
+        anywhere = Diffusion(ANY_PATH, self.generator.diffusion.prediction)
+
+        def step(name, x, x0, carry, key, numbers, counts):
             i, chosen, own, without = counts
             common, tables = self.plans.packing.unpack(numbers[1:])
             # The outputs are there already: `guide` mixes them, and the solver's step follows.
             given = lambda x_t, t, out, *, key=None: out
             out = guide(given, outs[without], numbers[0])(x, common[0], outs[own])
             answer = lambda x_t, t, cond, *, key=None: out
-            key = jax.random.wrap_key_data(key, impl="threefry2x32")
-            moved = x, x0, dict(carries)
-            for name, solver in self.generator.solvers.items():
-                loop = sampling_steps(
-                    answer, anywhere, solver, ANY_GRID, x, key=key if solver.draws_noise else None
-                )
-                row = (None, i, *common, tables[name])
-                (new, carry), estimate = loop.step((x, carries[name]), row)
-                pick = partial(_where, chosen == self.solvers[name])
-                carry = jax.tree.map(pick, carry, carries[name])
-                moved = pick(new, moved[0]), pick(estimate, moved[1]), moved[2] | {name: carry}
-            return moved
+            solver = self.generator.solvers[name]
+            key = jax.random.wrap_key_data(key, impl="threefry2x32") if solver.draws_noise else None
+            loop = sampling_steps(answer, anywhere, solver, ANY_GRID, x, key=key)
+            row = (None, i, *common, tables[name])
+            (new, new_carry), estimate = loop.step((x, carry), row)
+            pick = partial(_where, chosen == self.solvers[name])
+            return jax.tree.map(pick, (new, estimate, new_carry), (x, x0, carry))
 
-        anywhere = Diffusion(ANY_PATH, self.generator.diffusion.prediction)
-        given = state.x, state.x0, state.carries, state.keys, numbers, counts
-        x, x0, carries = jax.vmap(move)(*given)
+        x, x0, carries = state.x, state.x0, dict(state.carries)
+        for name, number in self.solvers.items():
+            take = jax.vmap(partial(step, name))
+            x, x0, carries[name] = jax.lax.cond(
+                jnp.any(counts[:, 1] == number),
+                take,
+                lambda x, x0, carry, *_: (x, x0, carry),
+                *(x, x0, carries[name], state.keys, numbers, counts),
+            )
         return State(x, x0, carries, state.cond, state.keys), _finite(x)
 
     def _followed(self, arrays, state, numbers, counts, rows):

@@ -18,6 +18,7 @@ from ..train.commands import finished_config
 from ..train.conditions import Captions, Condition, Labels
 from ..train.config import Config, SamplingConfig, SolverName
 from ..train.diffusion import load_finished
+from ..train.few_steps import FEW_STEP
 from ..train.job import read_data
 from ..train.methods import DTYPES, Method, make_method, make_solver, make_times
 from ..train.run import RunFolder
@@ -120,8 +121,7 @@ def solvers_of(method: Method, config: Config) -> dict[str, ex.AbstractSolver]:
 
 def usual_sampling(config: Config, run: RunFolder) -> SamplingConfig:
     """How the run was measured, or its objective's way."""
-    few = config.objective in ("meanflow", "imf", "shortcut", "scm")
-    if few:
+    if config.objective in FEW_STEP:
         # A shortcut's velocity has no guidance in it; that of a mean flow has.
         scale = config.few.guidance if config.objective == "shortcut" else 1.0
         return SamplingConfig(solver="map", steps=1, guidance=scale)

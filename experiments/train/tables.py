@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -56,7 +56,8 @@ class Options:
     seeds: Annotated[int, Range(1, 64)] = 3  # Networks of each row.
     samples: Samples = 5000  # Of each network.
     only: tuple[str, ...] = ()  # The rows to make; by default all.
-    preset: str = "cifar10"  # The preset whose networks these are; smoke is for a quick look.
+    # The preset whose networks these are; smoke is for a quick look.
+    preset: Literal["cifar10", "smoke"] = "cifar10"
     compute: OmitArgPrefixes[Compute] = field(default_factory=lambda: Compute(sampling_batch=1000))
 
 
@@ -159,10 +160,10 @@ def few_rows(options: Options, shape: Any) -> dict[str, Row]:
 
 
 def _base(options: Options, objective: Any) -> Train:
-    found = preset(options.preset, objective=objective)  # type: ignore[arg-type]
+    found = preset(options.preset, objective=objective)
     if not options.steps:
         return found
-    share = options.steps / preset(options.preset).diffusion.steps  # type: ignore[arg-type]
+    share = options.steps / preset(options.preset).diffusion.steps
     steps = max(2, round(found.diffusion.steps * share))
     pretrain = round(found.few.pretrain * share)
     few = replace(found.few, pretrain=pretrain, warmup=round(found.few.warmup * share))
@@ -172,11 +173,9 @@ def _base(options: Options, objective: Any) -> Train:
 
 def make(options: Options) -> None:
     check(options)
-    if options.preset not in ("cifar10", "smoke"):
-        raise UserError(f"--preset {options.preset}: needed is cifar10, or smoke.")
     name = "modern" if isinstance(options, Modern) else "few-steps"
     out = options.out or Path("runs") / f"table-{name}"
-    base = preset(options.preset)  # type: ignore[arg-type]
+    base = preset(options.preset)
     inputs = replace(base.inputs, test_images=options.test_images)
     base = replace(base, images=options.images, run_dir=options.run_dir, inputs=inputs)
     base = replace(base, compute=options.compute)
