@@ -185,7 +185,7 @@ class MultistepFlowGrid(AbstractGrid):
     **Arguments**: `shift`; `timesteps`, T.
 
     >>> MultistepFlowGrid(3.0).times(3).round(4)  # Wan's at 480p
-    array([1.    , 0.8575, 0.6006, 0.    ])
+    array([1.    , 0.8573, 0.6007, 0.    ])
     """
 
     shift: float = eqx.field(static=True, default=1.0)
