@@ -1,5 +1,6 @@
 """The server over HTTP: answers, refusals, streams, clients that leave, and its end."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -314,3 +315,23 @@ def test_sigterm_ends_it_cleanly_with_a_stream_under_way():
         assert last["type"] in ("error", "image_generation.completed")
         assert child.wait(20) == 0
         assert child.stderr.read() == ""
+
+
+def test_answers_are_sent_at_once():
+    with bind("127.0.0.1", 0) as listener:
+
+        async def option():
+            found = asyncio.get_running_loop().create_future()
+
+            class Connected(asyncio.Protocol):
+                def connection_made(self, transport):
+                    accepted = transport.get_extra_info("socket")
+                    found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+            server = await asyncio.get_running_loop().create_server(Connected, sock=listener)
+            with socket.create_connection(listener.getsockname()):
+                value = await asyncio.wait_for(found, 10)
+            server.close()
+            return value
+
+        assert asyncio.run(option()) != 0
