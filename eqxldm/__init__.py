@@ -21,6 +21,7 @@ if _TYPE_CHECKING:
         nn as nn,
         pipelines as pipelines,
         pretrained as pretrained,
+        quantization as quantization,
         serving as serving,
         sharding as sharding,
         telemetry as telemetry,
@@ -29,6 +30,7 @@ if _TYPE_CHECKING:
     )
 
 from .argument_errors import ArgumentError as ArgumentError
+from .caching import sample_cached as sample_cached
 from .checks import (
     check_finite as check_finite,
     check_time as check_time,
@@ -211,6 +213,7 @@ _LAZY = (
     "nn",
     "pipelines",
     "pretrained",
+    "quantization",
     "serving",
     "sharding",
     "telemetry",

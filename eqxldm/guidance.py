@@ -121,9 +121,9 @@ def guide(
 
     def guided(x_t, t, cond, *, key=None, **options):
         def both(_):
-            pair = _stack(null, cond)
+            pair = stack_conditions(null, cond)
             out_u, out_c = jax.vmap(lambda c: denoiser(x_t, t, c, key=key, **options))(pair)
-            return _extrapolate(x_t, t, out_c, out_u, scale, rescale, channels)
+            return extrapolate(x_t, t, out_c, out_u, scale, rescale, channels)
 
         return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
 
@@ -155,7 +155,7 @@ def autoguide(
         def both(_):
             out = denoiser(x_t, t, cond, key=key, **options)
             out_weak = weak(x_t, t, cond, key=key, **options)
-            return _extrapolate(x_t, t, out, out_weak, scale, rescale, channels)
+            return extrapolate(x_t, t, out, out_weak, scale, rescale, channels)
 
         return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
 
@@ -196,15 +196,21 @@ def internal_guide(
             made = denoiser.outputs(x_t, t, cond, key=key, **options)
             if made.early is None:
                 raise ValueError("internal_guide: the network has no early_head.")
-            return _extrapolate(x_t, t, made.out, made.early, scale, 0.0, None)
+            return extrapolate(x_t, t, made.out, made.early, scale, 0.0, None)
 
         return _within(interval, t, both, lambda _: denoiser(x_t, t, cond, key=key, **options))
 
     return guided
 
 
-def _stack(null: Any, cond: Any) -> Any:
-    """The two conditions as a batch of two."""
+def stack_conditions(null: Any, cond: Any) -> Any:
+    """The two conditions as a batch of two, the null one first.
+
+    **Raises** `ValueError` if they are not alike.
+
+    >>> stack_conditions(jnp.array(10), jnp.array(3)).tolist()
+    [10, 3]
+    """
     if jax.tree.structure(null) != jax.tree.structure(cond):
         raise ValueError(
             f"guide: null and cond must be alike, got {null} and {cond}. Was cond forgotten?"
@@ -233,8 +239,22 @@ def _within(interval, t, both, alone):
     return jax.lax.cond((t >= low) & (t <= high), both, alone, None)
 
 
-def _extrapolate(x_t, t, out, without, scale, rescale, channels):
-    """`without + w (out - without)` on the guided channels, `out` on the others."""
+def extrapolate(
+    x_t: Float[Array, "*shape"],
+    t: Any,
+    out: Output,
+    without: Output,
+    scale: Scale,
+    rescale: float = 0.0,
+    channels: int | None = None,
+) -> Output:
+    """`without + w (out - without)` on the guided channels, `out` on the others.
+
+    Arguments as in `guide`, which calls it with the network's two outputs.
+
+    >>> extrapolate(jnp.ones(2), 0.5, jnp.ones(2), jnp.zeros(2), 3.0)
+    Array([3., 3.], dtype=float32)
+    """
     if channels is None and out.shape != x_t.shape:
         channels = x_t.shape[0]
     if channels is not None and channels > x_t.shape[0]:

@@ -56,6 +56,11 @@ RULES: tuple[Rule, ...] = (
     Rule(r"attention\.proj\.weight", -1, True),  # (width, heads * size)
     Rule(r"fc2\.weight", -1, True),  # (width, hidden)
     Rule(r"(attention\.proj|fc2)\.bias"),
+    # The same in 8 bits (`quantization`), with a scale for each output. They are neither cast nor
+    # gathered before use: their product is.
+    Rule(r"(attention\.(qkv|query|key|value)|fc1|gate)\.weight\.(values|scale)", -2),
+    Rule(r"(attention\.proj|fc2)\.weight\.values", -1),
+    Rule(r"weight\.(values|scale)"),
     # Layers that `tensor` does not divide.
     Rule(
         r"(patch_bottleneck|patch_embedding|context_embedding|final_linear|pooled|project|project_layer)\.weight",

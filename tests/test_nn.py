@@ -230,7 +230,7 @@ def test_attention_is_the_same_function_on_every_platform():
     q, k, v = normal(5, 2, 8), normal(7, 2, 8, seed=1), normal(7, 2, 8, seed=2)
     both = [
         jax.jit(jax.value_and_grad(lambda a, f=f: jnp.sum(f(*a) ** 2)))((q, k, v))
-        for f in (nn.attend, attention._attend)
+        for f in (nn.attend, attention.attend_plainly)
     ]
     for here, elsewhere in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(here, elsewhere, rtol=1e-5, atol=1e-5)

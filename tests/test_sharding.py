@@ -223,6 +223,11 @@ def test_a_parameter_of_a_renamed_field_has_no_rule(field):
 def test_every_rule_is_of_a_parameter_of_a_model():
     used = {sharding.parameter_rule(n) for names in shipped().values() for n in names}
     used |= {sharding.parameter_rule("attention.query.bias")}  # of CrossAttention(qkv_bias=True)
+    # Weights in 8 bits (`quantization`).
+    for names in shipped().values():
+        used |= {
+            sharding.parameter_rule(f"{n}.{part}") for n in names for part in ("values", "scale")
+        }
     assert [rule for rule in sharding.RULES if rule not in used] == []
 
 

@@ -262,8 +262,61 @@ class DiT(eqx.Module):
         """
         return self._run(x_t, t, cond, h, early=True)
 
-    def _run(self, x_t: Any, t: Any, cond: PyTree, h: Any, *, early: bool) -> DiTOutputs:
-        config = self.config
+    def keep(
+        self,
+        x_t: Float[Array, "c *spatial"],
+        t: Float[Array, ""],
+        cond: PyTree = None,
+        *,
+        h: Float[Array, ""] | float | None = None,
+    ) -> tuple[Float[Array, "c_out *spatial"], PyTree]:
+        """What the call gives, and what attention and MLP of every block gave, for `reuse`.
+
+        Blocks must have `keep` and `reuse`, as `DiTBlock` and `CrossAttentionDiTBlock`, and tokens
+        must not set in between (`tokens_start`).
+        """
+        kept: list[PyTree] = []
+
+        def run(x: Array, c: Array, context: BlockContext, span: tuple[int, int]) -> Array:
+            self._check_whole(span)
+            x, more = self.blocks.each(lambda block, x, _: block.keep(x, c, context), x, None)
+            kept.append(more)
+            return x
+
+        out = self._run(x_t, t, cond, h, early=False, blocks=run).out
+        return out, kept[0]
+
+    def reuse(
+        self,
+        x_t: Float[Array, "c *spatial"],
+        t: Float[Array, ""],
+        cond: PyTree,
+        kept: PyTree,
+        *,
+        h: Float[Array, ""] | float | None = None,
+    ) -> Float[Array, "c_out *spatial"]:
+        """The call with the `kept` outputs of another one in the place of attention and MLPs.
+
+        Patches, time, condition, modulation and the last layer are this call's own.
+        """
+
+        def run(x: Array, c: Array, context: BlockContext, span: tuple[int, int]) -> Array:
+            self._check_whole(span)
+            return self.blocks.each(lambda b, x, own: (b.reuse(x, c, own), None), x, kept)[0]
+
+        return self._run(x_t, t, cond, h, early=False, blocks=run).out
+
+    def _check_whole(self, span: tuple[int, int]) -> None:
+        if span != (0, self.config.depth):
+            raise ValueError(
+                "DiT: outputs of blocks are kept where all blocks see the same tokens; here some "
+                f"set in at block {self.config.tokens_start}. Sample it with eqxldm.sample."
+            )
+
+    def _run(
+        self, x_t: Any, t: Any, cond: PyTree, h: Any, *, early: bool, blocks: Any = None
+    ) -> DiTOutputs:
+        config, blocks = self.config, self.blocks if blocks is None else blocks
         if x_t.shape[1:] == self.shape:
             raise ValueError(
                 f"DiT: x_t of shape {x_t.shape} is a batch of {len(x_t)}, and the network takes "
@@ -288,7 +341,7 @@ class DiT(eqx.Module):
         for start, stop in itertools.pairwise(ends):
             if start == joins:
                 x, context, before = self._with_context(x, context, before, time, vector)
-            x = self.blocks(x, c, context, span=(start, stop))
+            x = blocks(x, c, context, span=(start, stop))
             tokens = x[before:] if stop == at else tokens
         whole = lambda y: unpatchify(y, self.shape[1:], self.patch_size)
         out = apply_head(self.final_norm, self.final_modulation, self.final_linear, x[before:], c)

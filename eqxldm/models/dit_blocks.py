@@ -92,12 +92,30 @@ class DiTBlock(eqx.Module):
     def __call__(
         self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
     ) -> Float[Array, "n d"]:
+        return self.keep(x, c, context)[0]
+
+    def keep(
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
+    ) -> tuple[Float[Array, "n d"], tuple[Float[Array, "n d"], ...]]:
+        """What the block gives, and what its attention and its MLP gave before their gates."""
         context = BlockContext() if context is None else context
         b1, a1, g1, b2, a2, g2 = _six(self.modulation, self.gates, c)
         normed = modulate(normalise(self.norm1, x), b1, a1)
-        x = x + g1 * self.attention(normed, context.mask, rotation=context.rotation)
+        attended = self.attention(normed, context.mask, rotation=context.rotation)
+        x = x + g1 * attended
         normed = modulate(normalise(self.norm2, x), b2, a2)
-        return x + g2 * _mlp(self.fc1, self.fc2, self.gate, normed)
+        mlp = _mlp(self.fc1, self.fc2, self.gate, normed)
+        return x + g2 * mlp, (attended, mlp)
+
+    def reuse(
+        self,
+        x: Float[Array, "n d"],
+        c: Float[Array, " d"],
+        kept: tuple[Float[Array, "n d"], ...],
+    ) -> Float[Array, "n d"]:
+        """What the block would give if attention and MLP gave what was `kept` of another call."""
+        _, _, g1, _, _, g2 = _six(self.modulation, self.gates, c)
+        return x + g1 * kept[0] + g2 * kept[1]
 
 
 class CrossAttentionDiTBlock(eqx.Module):
@@ -158,6 +176,12 @@ class CrossAttentionDiTBlock(eqx.Module):
     def __call__(
         self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
     ) -> Float[Array, "n d"]:
+        return self.keep(x, c, context)[0]
+
+    def keep(
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], context: BlockContext | None = None
+    ) -> tuple[Float[Array, "n d"], tuple[Float[Array, "n d"], ...]]:
+        """As `DiTBlock.keep`; the cross-attention's output is between the two."""
         if context is None or context.tokens is None:
             raise ValueError(
                 "CrossAttentionDiTBlock: there are no tokens to attend to. Give nn.Conditioning "
@@ -165,11 +189,24 @@ class CrossAttentionDiTBlock(eqx.Module):
             )
         b1, a1, g1, b2, a2, g2 = _six(self.modulation, self.gates, c)
         normed = modulate(normalise(self.norm1, x), b1, a1)
-        x = x + g1 * self.attention(normed, rotation=context.rotation)
+        attended = self.attention(normed, rotation=context.rotation)
+        x = x + g1 * attended
         cross = self.cross_attention
-        x = x + cross(normalise(self.norm3, x), context.tokens, context.mask)
+        crossed = cross(normalise(self.norm3, x), context.tokens, context.mask)
+        x = x + crossed
         normed = modulate(normalise(self.norm2, x), b2, a2)
-        return x + g2 * _mlp(self.fc1, self.fc2, self.gate, normed)
+        mlp = _mlp(self.fc1, self.fc2, self.gate, normed)
+        return x + g2 * mlp, (attended, crossed, mlp)
+
+    def reuse(
+        self,
+        x: Float[Array, "n d"],
+        c: Float[Array, " d"],
+        kept: tuple[Float[Array, "n d"], ...],
+    ) -> Float[Array, "n d"]:
+        """As `DiTBlock.reuse`."""
+        _, _, g1, _, _, g2 = _six(self.modulation, self.gates, c)
+        return x + g1 * kept[0] + kept[1] + g2 * kept[2]
 
 
 class OutputHead(eqx.Module):

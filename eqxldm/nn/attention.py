@@ -53,10 +53,10 @@ def attend(
                 f"({shape[2]},) or {shape[1:]}; got {given.shape}."
             )
     given = query, key, value, mask, bias
-    return jax.lax.platform_dependent(*given, cpu=_attend_on_cpu, default=_attend)
+    return jax.lax.platform_dependent(*given, cpu=_attend_on_cpu, default=attend_plainly)
 
 
-def _attend(
+def attend_plainly(
     query: Array,
     key: Array,
     value: Array,
@@ -64,7 +64,9 @@ def _attend(
     bias: Array | None = None,
     fixed: Callable[[Array], Array] = lambda a: a,
 ) -> Array:
-    """Heads first, tokens second inside; `fixed` is applied to what is transposed.
+    """`attend` without a choice by platform, for what has none, such as ONNX.
+
+    Heads first, tokens second inside; `fixed` is applied to what is transposed.
 
     `(exp(s - m) v) / l` with the rows' maxima `m` and sums `l`: divided after the product, on `d`
     columns and not on `m`. Both are named, so that a remat policy can keep them (`save_narrow`):
@@ -95,7 +97,7 @@ def _attend_on_cpu(
 ) -> Array:
     """Without the barriers XLA:CPU moves the transposes into the matmuls, which then take two to
     three times as long."""
-    return _attend(query, key, value, mask, bias, jax.lax.optimization_barrier)
+    return attend_plainly(query, key, value, mask, bias, jax.lax.optimization_barrier)
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -400,6 +400,8 @@ def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tens
     if not path.exists():
         raise FileNotFoundError(f"pretrained.load: {path} does not exist.")
     tensors, header = open_safetensors(path)
+    if f"{HEADER}.quantized" in header:
+        raise WeightsError(f"{path} holds 8-bit weights: read it with eqxldm.quantization.load.")
     if HEADER not in header:
         raise WeightsError(
             f"{path} has no configuration of ours in its header. Load its folder, if it has a "
