@@ -1,11 +1,13 @@
 """`make generate`: pictures that can be repeated, and one message for whatever is wrong."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from eqxldm.pretrained.files import write_safetensors
 from experiments.generate import memory
 from experiments.generate.__main__ import main
 from experiments.generate.pictures import KEY, next_path, read_settings
@@ -82,11 +84,46 @@ def test_pictures_of_a_seed_do_not_depend_on_their_number(models, tmp_path):
 def test_inpainting_with_nine_channels_and_classes_by_name(models, tmp_path):
     init, mask = picture(tmp_path / "i.png"), picture(tmp_path / "m.png", mode="L")
     made(models, tmp_path / "a.png", "--init", str(init), "--mask", str(mask), model="inpaint")
-    options = dict(model="dit", prompt=None)
+    options: dict[str, Any] = dict(model="dit", prompt=None)
     named = made(models, tmp_path / "b.png", "--label", "goldfish", **options)
     np.testing.assert_array_equal(
         named, made(models, tmp_path / "c.png", "--label", "1", **options)
     )
+
+
+def write_lora(path, layer="lora_unet_mid_block_attentions_0_proj_out", shape=(8, 8)):
+    rng = np.random.default_rng(0)
+    up, down = rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))
+    tensors = {"lora_up.weight": up, "lora_down.weight": down}
+    tensors = {f"{layer}.{name}": value.astype(np.float32) for name, value in tensors.items()}
+    write_safetensors(path, tensors, {})
+    return path
+
+
+def test_a_lora_is_merged_and_weights_are_small(models, tmp_path, capsys):
+    plain = made(models, tmp_path / "a.png").astype(int)
+    lora = str(write_lora(tmp_path / "lora.safetensors"))
+    options = "--lora", lora, "--lora-scale", "10", "--quantize", "int8"
+    merged = made(models, tmp_path / "b.png", *options)
+    shown = capsys.readouterr().out
+    assert np.any(plain != merged) and "scale 10" in shown
+    assert "denoiser in int8: 0.1 MiB before, 0.0 MiB now" in shown
+    main(["--repeat", str(tmp_path / "b.png"), "--out", str(tmp_path / "d.png")])
+    np.testing.assert_array_equal(pixels(tmp_path / "d.png"), merged)
+    other = write_lora(tmp_path / "o.safetensors", "lora_te2_text_model_encoder_layers_0_mlp_fc1")
+    wrong = write_lora(tmp_path / "w.safetensors", "lora_unet_mid_block_odd")
+    start = ["--model", str(models / "sd"), "--prompt", "x"]
+    for options, message in (
+        (["--lora", "/no.safetensors"], "no file /no.safetensors"),
+        (["--lora", str(tmp_path / "a.png")], "not a safetensors file"),
+        (["--lora", str(other)], "is for another model: it has layers of text_encoder_2"),
+        (["--lora", str(wrong)], "no such layer: mid_block_odd"),
+        (["--lora-scale", "2"], "LORA_SCALE needs LORA"),
+        (["--clip-skip", "2"], "has 1 layers only"),
+    ):
+        assert message in failed([*start, *options], capsys), options
+    write_lora(tmp_path / "lora.safetensors", shape=(8, 9))
+    assert "LORA" in failed(["--repeat", str(tmp_path / "b.png")], capsys)
 
 
 def failed(args, capsys):

@@ -30,7 +30,13 @@ from .grids import (
     TableGrid as TableGrid,
 )
 from .interpolated import InterpolatedVP as InterpolatedVP
-from .pipeline import Pipeline as Pipeline, describe as describe, load as load
+from .pipeline import (
+    Pipeline as Pipeline,
+    check_lora as check_lora,
+    describe as describe,
+    load as load,
+    merge_lora as merge_lora,
+)
 from .sampling import (
     Keep as Keep,
     Step as Step,

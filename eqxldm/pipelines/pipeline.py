@@ -18,6 +18,7 @@ from ..diffusion import Diffusion
 from ..predictions import LearnedRange
 from ..pretrained.files import read_json
 from ..pretrained.layout import ShardingRule, WeightsError
+from ..pretrained.lora import NETWORK, read_lora
 from ..sharding import partition_spec
 from ..solvers import AbstractSolver
 from ..times import Grid
@@ -180,6 +181,7 @@ class Pipeline:
         *,
         size: tuple[int, int] | None = None,
         guidance: float | None = None,
+        clip_skip: int = 0,
     ) -> Any:
         """Prompts to conditions, with a leading axis; of a DiT, labels.
 
@@ -187,10 +189,15 @@ class Pipeline:
 
         - `size`: height and width, which SDXL is told; None is its default.
         - `guidance`: the scale that FLUX.1 dev is told; None is 3.5.
+        - `clip_skip`: how many of the last layers of CLIP are left out, beside those that the
+          model's pipeline leaves out anyway; some models are trained with 1. As in diffusers the
+          negative prompt (`null`) is read by all. Not of FLUX.1, which takes no tokens of CLIP.
 
-        **Raises** `PipelineError` if the text encoders were not loaded or were dropped.
+        **Raises** `PipelineError` if the text encoders were not loaded or were dropped, and for a
+        `clip_skip` of more layers than there are.
         """
-        return self.encode_and_tell(prompts, size=size, guidance=guidance).cond
+        told: dict[str, Any] = dict(size=size, guidance=guidance, clip_skip=clip_skip)
+        return self.encode_and_tell(prompts, **told).cond
 
     def encode_and_tell(
         self,
@@ -198,6 +205,7 @@ class Pipeline:
         *,
         size: tuple[int, int] | None = None,
         guidance: float | None = None,
+        clip_skip: int = 0,
     ) -> Encoding:
         """As `encode`, with what of each prompt was cut off because it is too long."""
         if self.family.encode is None:
@@ -214,7 +222,12 @@ class Pipeline:
         # FLUX.1 dev and Wan were made with 512 tokens, schnell with 256, as Stable Diffusion 3.
         longer = self._config(self.family.network, "guidance_embeds") or self.family.video
         length = 512 if longer else 256
-        sizes = TextSizes(width, length)
+        if clip_skip < 0 or (clip_skip and (self.family.packed or self.family.video)):
+            raise PipelineError(
+                f"clip_skip = {clip_skip}: it is at least 0, and 0 where no tokens of CLIP are "
+                "taken, as by FLUX.1 and Wan."
+            )
+        sizes = TextSizes(width, length, clip_skip)
         cond, cut = self.family.encode(self.texts, [str(p) for p in prompts], sizes)
         return Encoding(self.with_numbers(cond, size=size, guidance=guidance), cut)
 
@@ -333,6 +346,43 @@ def load(
     if "vae" in wanted:
         autoencoder = _load_part(found.part("vae"), jnp.float32, mesh)
     return Pipeline(found, family, schedule, network, autoencoder, texts)
+
+
+def merge_lora(pipe: Pipeline, path: str | Path, scale: float = 1.0) -> Pipeline:
+    """The pipeline with a LoRA file merged into the parts that are loaded.
+
+    As `pretrained.merge_lora`, for the denoiser and all text encoders of which the file has layers.
+
+    **Raises** as that function, and `PipelineError` if the file has layers of a text encoder that
+    the model has not.
+    """
+    held = check_lora(pipe.family, path)
+    texts = []
+    for text, (_, name) in zip(pipe.texts, pipe.family.texts, strict=False):
+        if name in held and text.encoder is not None:
+            merged = pretrained.merge_lora(text.encoder, path, scale, part=name)
+            text = text._replace(encoder=merged)
+        texts.append(text)
+    network = pipe.network
+    if NETWORK in held and network is not None:
+        network = pretrained.merge_lora(network, path, scale)
+    return dataclasses.replace(pipe, network=network, texts=tuple(texts))
+
+
+def check_lora(family: Family, path: str | Path) -> tuple[str, ...]:
+    """The parts that a LoRA file has layers of, from the file's header alone.
+
+    **Raises** `WeightsError` if it is no such file; `PipelineError` if such pipelines have
+    no such part.
+    """
+    held = tuple(read_lora(path))
+    known = {NETWORK, *(name for _, name in family.texts)}
+    if unknown := sorted(set(held) - known):
+        raise PipelineError(
+            f"{path} is for another model: it has layers of {', '.join(unknown)}, and this one has "
+            f"{', '.join(sorted(known))}."
+        )
+    return held
 
 
 def part_names(folder: Folder) -> tuple[str, ...]:

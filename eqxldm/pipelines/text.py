@@ -28,10 +28,12 @@ class Encoding(NamedTuple):
 
 
 class TextSizes(NamedTuple):
-    """How wide the network's tokens are, and how many T5 gives."""
+    """How wide the network's tokens are, how many T5 gives, and how many of CLIP's last layers are
+    left out."""
 
     width: int = 4096
     length: int = 256
+    clip_skip: int = 0
 
 
 # (parts, prompts, sizes) -> conditions with a leading axis, and what was cut
@@ -43,15 +45,20 @@ def encode_clip(parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSi
 
     Stable Diffusion 2's file has 23 of OpenCLIP's 24 layers, so these are its penultimate ones.
     """
-    out, cut = _clip(parts[0], prompts, layer=None)
-    return Encoding(Conditioning(tokens=out.last), (cut,))
+    if not sizes.clip_skip:
+        out, cut = _clip(parts[0], prompts, layer=None)
+        return Encoding(Conditioning(tokens=out.last), (cut,))
+    out, cut = _clip(parts[0], prompts, layer=-1 - sizes.clip_skip)
+    norm = jax.vmap(parts[0].encoder.norm)  # the last one, though of another layer
+    return Encoding(Conditioning(tokens=norm(out.hidden)), (cut,))
 
 
 def encode_two_clips(
     parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSizes
 ) -> Encoding:
     """SDXL: both encoders' penultimate states side by side, and the second one's projection."""
-    outs, cuts = zip(*(_clip(part, prompts, layer=-2) for part in parts), strict=True)
+    layer = -2 - sizes.clip_skip
+    outs, cuts = zip(*(_clip(part, prompts, layer) for part in parts), strict=True)
     tokens = jnp.concatenate([out.hidden for out in outs], axis=-1)
     return Encoding(Conditioning(vector=outs[1].embeds, tokens=tokens), cuts)
 
@@ -64,7 +71,8 @@ def encode_clips_and_t5(
     CLIP's are filled up with zeros to T5's width and come first; the vector is both projections.
     Without T5, zeros stand for its tokens.
     """
-    outs, cuts = zip(*(_clip(part, prompts, layer=-2) for part in parts[:2]), strict=True)
+    layer = -2 - sizes.clip_skip
+    outs, cuts = zip(*(_clip(part, prompts, layer) for part in parts[:2]), strict=True)
     clip = jnp.concatenate([out.hidden for out in outs], axis=-1)
     if parts[2].encoder is None:
         t5, cut = (
@@ -103,6 +111,11 @@ def encode_umt5(parts: Sequence[TextPart], prompts: Sequence[str], sizes: TextSi
 
 
 def _clip(part: TextPart, prompts: Sequence[str], layer: int | None) -> tuple[Any, tuple]:
+    depth = part.encoder.config.depth
+    if layer is not None and depth + layer < 0:
+        raise PipelineError(
+            f"clip_skip: a text encoder of this model has {depth} layers only. Leave out fewer."
+        )
     tokens = part.tokenizer(list(prompts))
     _check_vocabulary(part, tokens.ids)
     return _run_clip(part.encoder, jnp.asarray(tokens.ids), layer), tokens.cut

@@ -8,6 +8,7 @@ from . import (
     image_encoders as image_encoders,
     inception as inception,
     llada as llada,
+    lora as lora,
     lpips as lpips,
     mmdit as mmdit,
     t5 as t5,
@@ -33,5 +34,6 @@ from .io import (
 )
 from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
 from .llada import load_llada as load_llada
+from .lora import merge_lora as merge_lora
 from .lpips import load_lpips as load_lpips, load_lpips_package as load_lpips_package
 from .tiny_autoencoder import load_tiny_autoencoder as load_tiny_autoencoder

@@ -56,18 +56,26 @@ class Generate:
     init: Path | None = None  # A picture to start from.
     strength: Annotated[float, Range(0, 1, "(]")] | None = None  # How much of it is lost.
     mask: Path | None = None  # What of it is repainted: white.
+    lora: Path | None = None  # A LoRA file that is merged into the weights.
+    lora_scale: Annotated[float, Range(-10, 10)] | None = None  # Of its change; by default 1.
+    # How many of the last layers of CLIP are left out, beside those that the pipeline leaves out.
+    clip_skip: Annotated[int, Range(0, 100)] | None = None
+    # Weights in 8 bits, of the denoiser: a quarter of float32's memory.
+    quantize: Literal["int8", "w8a8", "fp8"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # Of the weights.
     mesh: str | None = None  # Devices, as in tensor=4.
     out: Path | None = None  # A PNG, animated for clips; by default the next number in pictures/.
     preview: bool = False  # A small picture every few steps, beside the result.
-    tae: Path | None = None  # A tiny autoencoder's folder, for previews.
+    # A tiny autoencoder's folder, or tae/taesd for taesd_encoder.safetensors and its other half in
+    # tae, for previews.
+    tae: Path | None = None
     # A picture that was generated: what is not given again is as it was.
     repeat: Path | None = None
 
 
 # What is not given, where the folder does not say it.
 DEFAULTS: dict[str, Any] = dict(
-    rescale=0.0, true_guidance=1.0, skip_scale=2.5, seed=0, n=1, dtype="float32"
+    rescale=0.0, true_guidance=1.0, skip_scale=2.5, seed=0, n=1, dtype="float32", clip_skip=0
 )
 # Where a picture is written and how it is watched does not change it.
 NOT_KEPT = ("out", "preview", "tae", "repeat")
@@ -99,7 +107,7 @@ def _from_json(written: dict[str, Any], where: Path) -> dict[str, Any]:
             continue
         if isinstance(value, list):
             value = tuple(value)
-        if name in ("model", "init", "mask") and isinstance(value, str):
+        if name in ("model", "init", "mask", "lora") and isinstance(value, str):
             value = Path(value)
         if name not in hints or name in NOT_KEPT or not is_bearable(value, hints[name]):
             raise UserError(f"{where}: its settings are damaged, or another version's: {name}.")
@@ -144,5 +152,7 @@ def check_request(options: Generate, *, takes_text: bool, makes_clips: bool = Fa
         raise UserError("this model takes no PROMPT: it draws classes, LABEL=207.")
     if options.mask is not None and options.init is None:
         raise UserError("MASK needs INIT, the picture of which a part is repainted.")
+    if options.lora_scale is not None and options.lora is None:
+        raise UserError("LORA_SCALE needs LORA, the file to merge.")
     if options.strength is not None and options.init is None:
         raise UserError("STRENGTH needs INIT, the picture to start from.")

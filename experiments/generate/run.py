@@ -17,6 +17,7 @@ from eqxldm.data.pixels import to_uint8
 from eqxldm.pipelines import PipelineError
 from eqxldm.pipelines.families import Family, family_of
 from eqxldm.pipelines.folder import open_pipeline_folder
+from eqxldm.quantization import quantize, weight_bytes
 from eqxldm.sharding import make_mesh, parse_mesh
 
 from ..train.options import check
@@ -65,6 +66,8 @@ def generate(options: Generate) -> list[Path]:
         family = family_of(folder.class_name)
         takes_text, makes_clips = family.encode is not None, family.size is not None
         check_request(options, takes_text=takes_text, makes_clips=makes_clips)
+        if options.lora is not None:
+            pipelines.check_lora(family, options.lora)
         options = _with_folders_defaults(options, family)
         _check_files(options, files)
         return _generate(options, folder, family)
@@ -75,7 +78,7 @@ def _told() -> Iterator[None]:
     """What is wrong with a folder or a request is the user's to repair."""
     try:
         yield
-    except (PipelineError, pretrained.WeightsError) as error:
+    except (PipelineError, pretrained.WeightsError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
 
@@ -102,11 +105,17 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
 
     cond = null = None
     if encoders:  # and they are let go of before the network is loaded
-        texts = pipelines.load(model, dtype=dtype, mesh=mesh, parts=encoders)
+        texts = _merged(options, pipelines.load(model, dtype=dtype, mesh=mesh, parts=encoders))
         cond, null = _conditions(options, texts, size)
         jax.block_until_ready(cond)
         del texts
-    pipe = pipelines.load(model, dtype=dtype, mesh=mesh, parts=(network, "vae"))
+    pipe = _merged(options, pipelines.load(model, dtype=dtype, mesh=mesh, parts=(network, "vae")))
+    if options.quantize is not None:
+        small = quantize(pipe.network, options.quantize)
+        before, now = map(show, map(weight_bytes, (pipe.network, small)))
+        say(f"  denoiser in {options.quantize}: {before} before, {now} now")
+        pipe = dataclasses.replace(pipe, network=small)
+        del small
     if not encoders:
         label = _label(options, pipe)
         cond, null = pipe.encode([label]), pipe.null()
@@ -140,6 +149,14 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
     return _write(options, out, pipe.decode(step.x))
 
 
+def _merged(options: Generate, pipe: pipelines.Pipeline) -> pipelines.Pipeline:
+    if options.lora is None:
+        return pipe
+    scale = 1.0 if options.lora_scale is None else options.lora_scale
+    say(f"  merged: {options.lora}, scale {scale:g}")
+    return pipelines.merge_lora(pipe, options.lora, scale)
+
+
 def _announce(options: Generate, folder: Any, dtype: Any) -> dict[str, Any]:
     """Prints what is in the folder; the parts' sizes."""
     sizes = pipelines.describe(folder.path)
@@ -169,7 +186,7 @@ def _with_folders_defaults(options: Generate, family: Family) -> Generate:
 
 
 def _check_files(options: Generate, digests: dict[str, str]) -> None:
-    """A picture is repeated from the same INIT and MASK, or not at all."""
+    """A picture is repeated from the same INIT, MASK and LORA, or not at all."""
     for name, before in digests.items():
         path = getattr(options, name, None)
         if path is not None and path.is_file() and file_digest(path) != before:
@@ -201,7 +218,8 @@ def _grid(options: Generate, pipe: pipelines.Pipeline, size: tuple[int, int]) ->
 
 def _conditions(options: Generate, pipe: pipelines.Pipeline, size: tuple[int, int]):
     told: dict[str, Any] = dict(size=size, guidance=options.guidance)
-    encoding = pipe.encode_and_tell([options.prompt or ""], **told)
+    prompts, clip_skip = [options.prompt or ""], options.clip_skip or 0
+    encoding = pipe.encode_and_tell(prompts, clip_skip=clip_skip, **told)
     for cut in dict.fromkeys(cut for row in encoding.cut for cut in row if cut):
         say(f"  the prompt is too long for a text encoder, which does not see: {cut[:200]!r}")
     return encoding.cond, pipe.null(options.negative, **told)
@@ -279,7 +297,7 @@ def _previewer(options: Generate, pipe, out: Path):
         return lambda step: None
     decoder = pipe.autoencoder
     if options.tae is not None:
-        decoder = pretrained.load(options.tae)
+        decoder = _tiny_autoencoder(options.tae)
         if getattr(decoder, "latent_channels", None) != pipe.autoencoder.latent_channels:
             raise UserError(f"TAE={options.tae} is not of this model's latents.")
     path = out.with_name(f"{out.stem}-preview.png")
@@ -294,9 +312,22 @@ def _previewer(options: Generate, pipe, out: Path):
     return preview
 
 
+def _tiny_autoencoder(path: Path) -> Any:
+    """A diffusers folder, or what the names of TAESD's two files begin with, as in tae/taesd."""
+    halves = [path.with_name(f"{path.name}_{half}.safetensors") for half in ("encoder", "decoder")]
+    if not path.exists() and all(half.exists() for half in halves):
+        return pretrained.load_tiny_autoencoder(*halves)
+    if not path.is_dir():
+        raise UserError(
+            f"TAE={path}: there is no such folder, and no {halves[0].name} with {halves[1].name}."
+        )
+    return pretrained.load(path)
+
+
 def _write(options: Generate, out: Path, images: jax.Array) -> list[Path]:
     settings = to_json(options) | {"version": ex.__version__}
-    files = {k: getattr(options, k) for k in ("init", "mask") if getattr(options, k) is not None}
+    names = ("init", "mask", "lora")
+    files = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     settings["files"] = {name: file_digest(path) for name, path in files.items()}
     paths = paths_of(out, len(images))
     if images.ndim == 5:
