@@ -2,6 +2,7 @@
 
 - `Generator`: what is served, as functions; `from_pipeline` makes one of a diffusers folder.
 - `Engine`: the queue and the slots, a thread that draws. It needs no HTTP.
+- `save_bundle`, `load_bundle`: a model as one file, which JAX alone runs; `from_bundle` serves it.
 - `serve`: the HTTP server with the page, which needs the extra "serve".
 
 The programs are compiled when the engine starts, and none afterwards.
@@ -13,6 +14,7 @@ from .generator import MAP as MAP, Defaults as Defaults, Generator as Generator
 
 if TYPE_CHECKING:
     from .app import make_app as make_app
+    from .bundled import from_bundle as from_bundle
     from .engine import Engine as Engine
     from .events import (
         Failure as Failure,
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
         Preview as Preview,
         QueueFull as QueueFull,
     )
+    from .export import (
+        Bundle as Bundle,
+        BundleError as BundleError,
+        Exportable as Exportable,
+        load_bundle as load_bundle,
+        save_bundle as save_bundle,
+    )
     from .pipeline import from_pipeline as from_pipeline
     from .programs import Programs as Programs
     from .requests import Limits as Limits, Request as Request, RequestError as RequestError
@@ -28,7 +37,10 @@ if TYPE_CHECKING:
 
 # Imported when they are first named: FastAPI and uvicorn are an extra.
 _LAZY = {
+    "Bundle": "export",
+    "BundleError": "export",
     "Engine": "engine",
+    "Exportable": "export",
     "Failure": "events",
     "Forward": "events",
     "Limits": "requests",
@@ -38,8 +50,11 @@ _LAZY = {
     "QueueFull": "events",
     "Request": "requests",
     "RequestError": "requests",
+    "from_bundle": "bundled",
     "from_pipeline": "pipeline",
+    "load_bundle": "export",
     "make_app": "app",
+    "save_bundle": "export",
     "serve": "server",
 }
 

@@ -1,5 +1,6 @@
 """A published pipeline as something to serve."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -67,9 +68,7 @@ def from_pipeline(
     height, width = size
     times = lambda steps: pipe.times(steps, height, width)
     diffusion = pipe.diffusion
-    found = {SCHEDULER: pipe.solver} | {
-        name: solver for name, solver in OTHERS.items() if _fits(diffusion, solver, times(3))
-    }
+    found = {SCHEDULER: pipe.solver} | solvers_that_fit(diffusion, times(3), OTHERS)
     labels = _labels(pipe)
 
     def condition(prompt, label):
@@ -88,12 +87,25 @@ def from_pipeline(
     )  # fmt: skip
 
 
-def _fits(diffusion: Diffusion, solver: AbstractSolver, times: Any) -> bool:
-    try:
-        check_combination(diffusion, solver, times)
-    except ValueError:
-        return False
-    return True
+def solvers_that_fit(
+    diffusion: Diffusion, times: Any, solvers: Mapping[str, AbstractSolver]
+) -> dict[str, AbstractSolver]:
+    """Those whose coefficients are finite over such a grid.
+
+    >>> from eqxldm import CosineVP, predict_eps, uniform_times
+    >>> flow = Diffusion(CosineVP(), predict_eps)
+    >>> solvers_that_fit(flow, uniform_times(3), {"ddim": DDIM()})
+    {}
+    """
+
+    def fits(solver: AbstractSolver) -> bool:
+        try:
+            check_combination(diffusion, solver, times)
+        except ValueError:
+            return False
+        return True
+
+    return {name: solver for name, solver in solvers.items() if fits(solver)}
 
 
 def _labels(pipe: Pipeline) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""A finished run made smaller or faster, measured, and written for programs without its code."""

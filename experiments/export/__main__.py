@@ -1,0 +1,147 @@
+"""`python -m experiments.export --run-dir runs/mnist`: a finished run as a file for other programs.
+
+`make export RUN=runs/mnist FORMAT=jax` writes a bundle, which JAX alone runs; `FORMAT=onnx` the
+denoiser and the decoder as ONNX.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from eqxldm.quantization import quantize
+from eqxldm.serving.export import Exportable, save_bundle
+from eqxldm.sharding import make_mesh
+
+from ..serve.generators import Decoder
+from ..train.__main__ import chosen_preset
+from ..train.commands import Which, finished_config, run_folder
+from ..train.conditions import Captions, Labels
+from ..train.config import Config, SamplingConfig
+from ..train.diffusion import load_finished
+from ..train.job import read_data
+from ..train.methods import Method, check_sampling, make_method, make_solver, make_times
+from ..train.options import check
+from ..train.processes import exit_with
+from ..train.streams import stream_number
+from ..train.terminal import UserError, run_main, say
+from .onnx import save_onnx
+
+
+@dataclass(frozen=True)
+class Export(Which):
+    """Write a finished run as a file that other programs run."""
+
+    format: Literal["jax", "onnx"] = "jax"  # A bundle for JAX alone, or two files of ONNX.
+    # By default in the run folder: model.bundle, or denoiser.onnx and decoder.onnx.
+    out: Path | None = None
+    quantize: Literal["int8", "w8a8", "fp8"] | None = None  # Weights in 8 bits, of the denoiser.
+
+
+def export(command: Export) -> list[Path]:
+    """Writes the files; returns where."""
+    check(command)
+    run, sampling = run_folder(command), command.sampling
+    config = finished_config(run)
+    method = make_method(config)
+    check_sampling(method, sampling, prefix="")
+    check_exportable(method, config, sampling)
+    condition, about = read_data(run, config)
+    trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
+    # From the mesh to one device.
+    trained = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)) if eqx.is_array(a) else a, trained)
+    network = trained.denoiser
+    if command.quantize is not None:
+        network = quantize(network, command.quantize)
+    if command.format == "onnx":
+        if command.quantize is not None:
+            raise UserError("--quantize: ONNX Runtime has its own 8 bits: make export says how.")
+        folder = run.path if command.out is None else command.out
+        return save_onnx(network, trained.space, trained.shape, example(condition), folder)
+    guided = trained.null is not None and sampling.guidance != 1
+    model = Exportable(
+        network,
+        Decoder(trained.space),
+        method.diffusion,
+        make_solver(method, sampling),
+        make_times(method, sampling),
+        trained.shape,
+        example(condition),
+        trained.null if guided else None,
+        sampling.guidance_interval,
+        config.pictures.pad,
+    )
+    path = command.out or run.file("model.bundle")
+    save_bundle(model, path, settings(command, config, condition, about))
+    say(f"{path}: {path.stat().st_size:,} bytes")
+    return [path]
+
+
+def check_exportable(method: Method, config: Config, sampling: SamplingConfig) -> None:
+    """A file holds a network of one time, a solver and a fixed guidance scale."""
+    if config.objective == "scm" or sampling.solver == "map":
+        raise UserError(
+            "a flow map has no file: one holds a network and a solver. Give another --solver, or "
+            "a run that was not trained with --objective scm."
+        )
+    if method.conditioned:
+        raise UserError("--few.conditioned: a network whose condition is guidance has no file.")
+    if sampling.guidance_schedule != "fixed" or sampling.internal_guidance != 1:
+        raise UserError(
+            "--guidance-schedule and --internal-guidance: a file's guidance has one scale, which "
+            "whoever runs it chooses. Leave them out."
+        )
+
+
+def example(condition: Any) -> Any:
+    """A condition of one image, as an array; None where there is none."""
+    if isinstance(condition, Labels):
+        return np.zeros((), np.int32)
+    return np.asarray(condition.null, np.int32) if isinstance(condition, Captions) else None
+
+
+def settings(command: Export, config: Config, condition: Any, about: dict) -> dict[str, Any]:
+    """What a program needs to know of the run beside the functions."""
+    sampling = command.sampling
+    said: dict[str, Any] = {"kind": condition.kind}
+    if isinstance(condition, Labels):
+        names = about.get("class_names") or []
+        said |= {"classes": condition.classes, "names": list(map(str, names))}
+    if isinstance(condition, Captions):
+        said |= {"length": condition.max_length, "merges": condition.merges}
+    return {
+        "name": run_folder(command).path.name,
+        "size": list(config.size),
+        "channels": config.pictures.channels,
+        "path": config.diffusion.path,
+        "prediction": config.diffusion.prediction,
+        "learned_range": config.diffusion.learned_range,
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "shift": sampling.shift,
+        "condition": said,
+        "null": None if condition.null is None else np.asarray(condition.null).tolist(),
+        "stream": stream_number("samples"),
+        "quantize": command.quantize,
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    args = sys.argv[1:] if args is None else args
+    found = chosen_preset(args)
+    names = ("preset", "space", "denoiser", "objective", "sampling")
+    default = Export(**{name: getattr(found, name) for name in names})
+    prog = "python -m experiments.export"
+    export(tyro.cli(Export, default=default, args=args, prog=prog, description=__doc__))
+
+
+if __name__ == "__main__":
+    exit_with(lambda: run_main(main))
