@@ -15,7 +15,8 @@ ACCELERATOR ?= $(shell \
 	else echo cpu; fi)
 ACCELERATOR_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,$(ACCELERATOR))
 RUNTIME := .venv/installed-$(MINOR)-$(ACCELERATOR)
-TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
+WITH_TEXT := .venv/installed-$(MINOR)-$(ACCELERATOR)-text
+ONNX := .venv/installed-$(MINOR)-$(ACCELERATOR)-onnx
 SERVE := .venv/installed-$(MINOR)-$(ACCELERATOR)-serve
 VIDEO := .venv/installed-$(MINOR)-$(ACCELERATOR)-video
 DEV := .venv/installed-$(MINOR)-$(ACCELERATOR)-dev
@@ -55,12 +56,15 @@ GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT")
 	$(if $(FRAMES),--frames $(FRAMES)) $(if $(FPS),--fps $(FPS)) \
 	$(if $(STRENGTH),--strength $(STRENGTH)) $(if $(MASK),--mask "$(MASK)") \
 	$(if $(PREVIEW),--preview) $(if $(TAE),--tae "$(TAE)") $(if $(DTYPE),--dtype $(DTYPE)) \
+	$(if $(LORA),--lora "$(LORA)") $(if $(LORA_SCALE),--lora-scale $(LORA_SCALE)) \
+	$(if $(CLIP_SKIP),--clip-skip $(CLIP_SKIP)) $(if $(QUANTIZE),--quantize $(QUANTIZE)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(if $(FROM),--repeat "$(FROM)") $(ARGS)
 COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference "$(REFERENCE)") \
 	$(if $(FEATURES),--features $(FEATURES)) $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	$(if $(RESIZING),--resizing $(RESIZING)) $(if $(SIZE),--size $(SIZE)) $(if $(N),--n $(N)) \
 	$(if $(OUT),--out "$(OUT)") $(ARGS)
 EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
+RUNS = --preset $(or $(PRESET),mnist) $(if $(RUN),--run-dir "$(RUN)") $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
@@ -75,8 +79,8 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 	sample-fashion-mnist evaluate-fashion-mnist train-cifar10 sample-cifar10 evaluate-cifar10 \
 	train-text sample-text evaluate-text compare-text compare-guidance compare-modern compare-few-steps \
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate generate-text \
-	train-text-diffusion train-video sample-video serve compare-mnist \
-	bench-solvers bench-mixture bench bench-accelerator bench-data bench-serve scaling tpu-check tpu-pieces \
+	train-text-diffusion train-video sample-video serve compare-mnist export compare-quantized compare-faster \
+	bench-solvers bench-mixture bench bench-accelerator bench-data bench-serve bench-quantized scaling tpu-check tpu-pieces \
 	gpu-check test test-parity test-soak test-soak-serve fuzz lint format typecheck pins docs docs-serve clean
 
 ##@ To train and to sample
@@ -126,13 +130,13 @@ sample-cifar10: $(RUNTIME) ## as sample-mnist
 evaluate-cifar10: $(RUNTIME) ## as evaluate-mnist
 	$(JOB) evaluate --preset cifar10 $(EVALUATE)
 
-train-text: $(TEXT) ## emoji in three styles from their captions (152 MB are fetched)
+train-text: $(WITH_TEXT) ## emoji in three styles from their captions (152 MB are fetched)
 	$(JOB) train --preset text $(WITH)
 
-sample-text: $(TEXT) ## PROMPT="noto red apple", or twemoji or fluent; N=16 STEPS=25 GUIDANCE=2.5 SEED=0
+sample-text: $(WITH_TEXT) ## PROMPT="noto red apple", or twemoji or fluent; N=16 STEPS=25 GUIDANCE=2.5 SEED=0
 	$(JOB) sample --preset text $(SAMPLE)
 
-evaluate-text: $(TEXT) ## measure N samples of the run, of captions that were held out
+evaluate-text: $(WITH_TEXT) ## measure N samples of the run, of captions that were held out
 	$(JOB) evaluate --preset text $(EVALUATE)
 
 train-imagenet: $(RUNTIME) ## IMAGES=folder VAE=folder MODEL=dit_xl_2 MODERN=1 MESH=fsdp=8; FORM=jit SPACE=pixel; SMOKE=1 makes its own images
@@ -147,7 +151,7 @@ evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
 train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
 	$(JOB) autoencoder $(IMAGENET) $(PICTURES) $(ON) $(ARGS)
 
-generate: $(TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png FRAMES=33; FROM=made.png
+generate: $(WITH_TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png FRAMES=33 LORA=file QUANTIZE=int8; FROM=made.png
 	.venv/bin/python -m experiments.generate $(GENERATE)
 
 train-text-diffusion: $(RUNTIME) ## words: a masked diffusion model beside an autoregressive twin: TEXT=file
@@ -176,7 +180,7 @@ compare-guidance: $(RUNTIME) ## a fixed guidance scale beside three that change 
 		$(JOB) evaluate --preset fashion-mnist $(if $(RUN),--run-dir "$(RUN)") \
 		--guidance-schedule $$schedule $(EVALUATE) || exit; done
 
-compare-text: $(TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
+compare-text: $(WITH_TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
 	.venv/bin/python -m experiments.train.compare --preset text $(ARGS)
 
 compare-modern: $(RUNTIME) ## each newer addition to DiT, alone and together, on CIFAR-10's latents: IMAGES=folder TEST_IMAGES=folder
@@ -184,6 +188,16 @@ compare-modern: $(RUNTIME) ## each newer addition to DiT, alone and together, on
 
 compare-few-steps: $(RUNTIME) ## objectives by network calls, on the same latents: IMAGES=folder TEST_IMAGES=folder
 	$(TABLES) few-steps $(PICTURES) $(ARGS)
+
+export: $(if $(filter onnx,$(FORMAT)),$(ONNX),$(RUNTIME)) ## a run as a file for other programs: RUN=runs/mnist FORMAT=jax|onnx QUANTIZE=int8 OUT=a.bundle
+	.venv/bin/python -m experiments.export $(if $(FORMAT),--format $(FORMAT)) \
+		$(if $(QUANTIZE),--quantize $(QUANTIZE)) $(if $(OUT),--out "$(OUT)") $(RUNS)
+
+compare-quantized: $(RUNTIME) ## weights in 8 bits beside the run: errors, FD, bytes, times: RUN=runs/mnist N=2000
+	.venv/bin/python -m experiments.export.compare --what quantized $(RUNS)
+
+compare-faster: $(RUNTIME) ## cheaper steps without training beside the run: RUN=runs/mnist N=2000 STEPS=20
+	.venv/bin/python -m experiments.export.compare --what faster $(RUNS)
 
 docs: $(DOCS) ## build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
@@ -212,6 +226,9 @@ bench-accelerator: $(RUNTIME) ## training and sampling on a GPU or TPU in many v
 bench-serve: $(SERVE) ## the server over loopback, beside the bare jitted call: RUN=runs/mnist (2 minutes)
 	.venv/bin/python -m experiments.serve bench --run "$(or $(RUN),runs/mnist)" \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SOLVER),--solver $(SOLVER)) $(ARGS)
+
+bench-quantized: $(RUNTIME) ## one layer with weights in 8 bits beside bfloat16's: times and errors
+	.venv/bin/python benchmarks/quantized_layers.py
 
 bench-data: $(RUNTIME) ## latents read and images decoded a second, beside the goals (1 minute)
 	.venv/bin/python benchmarks/data.py
@@ -276,8 +293,12 @@ $(RUNTIME): .venv/bin/python pyproject.toml $(CONSTRAINTS)
 	$(call INSTALL,.venv,$(ACCELERATOR_EXTRA))
 	@touch $@
 
-$(TEXT): $(RUNTIME)
+$(WITH_TEXT): $(RUNTIME)
 	$(call INSTALL,.venv,text $(ACCELERATOR_EXTRA))
+	@touch $@
+
+$(ONNX): $(RUNTIME)
+	$(call INSTALL,.venv,onnx $(ACCELERATOR_EXTRA))
 	@touch $@
 
 $(SERVE): $(RUNTIME)
@@ -300,11 +321,11 @@ $(DOCS): $(RUNTIME)
 # so has no hash here. Of open-clip-torch only the vocabulary file of CLIP is read, of torch-fidelity
 # its statistics and networks are run: what they depend on besides is not installed.
 $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
-	$(call INSTALL,.venv-parity,text)
+	$(call INSTALL,.venv-parity,text onnx)
 	.venv-parity/bin/python constraints/pins.py versions $(CONSTRAINTS) > .venv-parity/versions.txt
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .venv-parity/versions.txt --constraint constraints/parity.txt \
-		torch diffusers transformers hypothesis pytest pytest-xdist
+		torch diffusers transformers peft hypothesis pytest pytest-xdist
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--constraint constraints/parity.txt open-clip-torch torch-fidelity
 	@touch $@
