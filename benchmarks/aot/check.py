@@ -183,6 +183,8 @@ def line(platform: str, row: Row) -> str:
         cells.append("yes" if row["cudnn_attention"] else "no")
     elif "cycles" in row:
         cells += [f"{row['cycles'] / 1e6:.0f} M", f"{row['mfu']:.0%}".replace("%", " %")]
+    else:
+        cells += ["no estimate"] * 2  # a kernel
     return f"{start} {' | '.join(cells)} |"
 
 

@@ -205,9 +205,13 @@ def _copied(tree: Any, mesh: Mesh) -> Any:
 
 
 def _kinds(params: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The shapes of the parameters of scanned blocks, and of all others."""
+    """The shapes of the parameters of scanned blocks, and of all others.
+
+    Those of a stack of one block, MMDiT's last, are others: its loop is none.
+    """
     stacked, others = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        (others if sharding.stack_name(name) is None else stacked).append(tuple(leaf.shape))
+        alone = sharding.stack_name(name) is None or leaf.shape[0] == 1
+        (others if alone else stacked).append(tuple(leaf.shape))
     return stacked, others

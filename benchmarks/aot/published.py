@@ -70,12 +70,22 @@ NETWORKS: dict[str, Network] = {
 }  # fmt: skip
 
 
+ATTENTION = dict(xla=nn.attend, blocks=nn.attend_in_blocks, flash=nn.flash_attend)
+
+
 def training_program(
-    mesh: Mesh, name: str, *, batch: int, size: tuple[int, ...] | None = None, **options: Any
+    mesh: Mesh,
+    name: str,
+    *,
+    batch: int,
+    size: tuple[int, ...] | None = None,
+    attention: str = "flash",
+    **options: Any,
 ) -> tuple[Any, Any, Any, int]:
     """`step, state, data, flops` of one training step; `options` are of the network."""
     network = NETWORKS[name]
-    make = lambda: network.make(remat=nn.save_narrow, **options, key=jax.random.key(0))
+    options |= dict(remat=nn.save_narrow, attention=ATTENTION[attention])
+    make = lambda: network.make(**options, key=jax.random.key(0))
     optimizer = training.adamw(1e-5, clip_norm=1.0)
 
     def first() -> Any:
@@ -88,7 +98,8 @@ def training_program(
     )
     latent = network.latent(size or network.size)
     x0 = jax.ShapeDtypeStruct((batch, *latent), jnp.float32)
-    return step, state, dict(x0=x0, cond=network.cond(batch)), 3 * batch * _flops(make, network, x0)
+    flops = 3 * batch * _flops(network, x0)
+    return step, state, dict(x0=x0, cond=network.cond(batch)), flops
 
 
 def sampling_program(
@@ -98,6 +109,7 @@ def sampling_program(
     batch: int,
     steps: int,
     size: tuple[int, ...] | None = None,
+    attention: str = "flash",
     **options: Any,
 ) -> tuple[Callable[..., Any], tuple[Any, ...], Any, int]:
     """`function, arguments, parameters, flops` of a sampler: noise and texts to latents.
@@ -106,7 +118,8 @@ def sampling_program(
     `data` and `fsdp`. Guidance calls the network twice but where it is told the scale.
     """
     network = NETWORKS[name]
-    make = lambda: network.make(remat=None, **options, key=jax.random.key(0))
+    options |= dict(remat=None, attention=ATTENTION[attention])
+    make = lambda: network.make(**options, key=jax.random.key(0))
     params, static = _half(make)
     times, latent = network.grid.times(steps), network.latent(size or network.size)
     x = jax.ShapeDtypeStruct((batch, *latent), jnp.float32)
@@ -119,7 +132,7 @@ def sampling_program(
         one = lambda x, cond: ex.sample(denoiser, FLOW, network.solver, times, x, cond)
         return sharding.batch_vmap(one)(x, cond)
 
-    flops = batch * calls * _flops(make, network, x) * (1 if network.guidance else 2)
+    flops = batch * calls * _flops(network, x) * (1 if network.guidance else 2)
     return function, (x, network.cond(batch), network.cond()), params, flops
 
 
@@ -149,8 +162,9 @@ def _half(make: Callable[[], Any]) -> tuple[Any, Any]:
     return jax.tree.map(half, params), static
 
 
-def _flops(make: Callable[[], Any], network: Network, x: Any) -> int:
-    """Of one call for one example."""
+def _flops(network: Network, x: Any) -> int:
+    """Of one call for one example, with the plain attention: the kernel's are not counted."""
+    make = lambda: network.make(attention=nn.attend, remat=None, key=jax.random.key(0))
     call = lambda network, x, cond: network(x, jnp.array(0.5), cond)
     one = jax.ShapeDtypeStruct(x.shape[1:], jnp.bfloat16)
     return _count(call, eqx.filter_eval_shape(make), one, network.cond())
