@@ -81,7 +81,7 @@ AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--upd
 	train-imagenet sample-imagenet evaluate-imagenet train-autoencoder generate generate-text \
 	train-text-diffusion train-video sample-video serve compare-mnist export compare-quantized compare-faster \
 	bench-solvers bench-mixture bench bench-accelerator bench-data bench-serve bench-quantized scaling tpu-check tpu-pieces \
-	gpu-check test test-parity test-soak test-soak-serve fuzz lint format typecheck pins docs docs-serve clean
+	gpu-check test test-jobs test-parity test-soak test-soak-serve fuzz lint format typecheck pins docs docs-serve clean
 
 ##@ To train and to sample
 
@@ -245,8 +245,13 @@ tpu-pieces: $(TPU) ## blocks of the models, each compiled for one TPU chip in se
 gpu-check: $(GPU) ## the same for H100 and H200, without a GPU (4.4 GB are installed)
 	.venv-gpu/bin/python -m benchmarks.aot.check gpu $(AOT)
 
-test: $(DEV) ## run the tests
-	.venv/bin/python -m pytest -n $(or $(WORKERS),auto) --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = .venv/bin/python -m pytest -n $(or $(WORKERS),auto) --dist loadfile --no-loadscope-reorder
+
+test: $(DEV) ## run the tests of the library and of the jobs' parts
+	$(PYTEST) --ignore tests/jobs $(ARGS)
+
+test-jobs: $(DEV) ## run whole small jobs: trained, killed and resumed, on two processes and eight devices
+	$(PYTEST) tests/jobs $(ARGS)
 
 test-parity: $(PARITY) ## compare with torch and diffusers, run live: SEED=0 for other networks
 	.venv-parity/bin/python -m pytest -n $(or $(WORKERS),auto) tests/parity $(ARGS)

@@ -63,7 +63,7 @@ def test_every_picture_says_where_it_is_from_and_its_licence():
 
 def test_every_reliability_promise_names_a_test_that_exists():
     table = (ROOT / "docs" / "reliability.md").read_text().split("## How")[0]
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     rows = [line for line in table.splitlines() if line.startswith("| ") and "test |" not in line]
     assert len(rows) > 20
     for row in rows:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # What makes each of them small.
 OPTIONS = {
     "two_moons": "--steps 20 --samples 50 --calls 4",
