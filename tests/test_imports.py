@@ -134,13 +134,17 @@ SLOW = OPTIONAL | {
 LATER = set(eqxldm._LAZY)
 
 
-def loaded_after(code, *before):
-    """The modules that `code` loads in a fresh interpreter which has imported `before`."""
+def printed_by(code, *before):
+    """What `code` prints in a fresh interpreter which has imported `before`."""
     lines = ["import sys", *(f"import {name}" for name in before), "old = set(sys.modules)", code]
-    lines.append("print(*(set(sys.modules) - old))")
     run = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT.parent, check=True)
-    return set(done.stdout.split())
+    return done.stdout
+
+
+def loaded_after(code, *before):
+    """The modules that it loads."""
+    return set(printed_by(f"{code}\nprint(*(set(sys.modules) - old))", *before).split())
 
 
 def test_importing_the_library_imports_nothing_slow():
@@ -151,12 +155,25 @@ def test_importing_the_library_imports_nothing_slow():
     assert not {name.split(".")[1] for name in loaded if name.startswith("eqxldm.")} & LATER
 
 
-@pytest.mark.parametrize("name", sorted(LATER))
-def test_a_package_is_imported_when_it_is_named(name):
+def test_a_package_is_imported_when_it_is_named():
+    """Each from the same start: children of one interpreter."""
+    code = f"""
+import os
+for name in {sorted(LATER)}:
     assert name in dir(eqxldm)
-    loaded = loaded_after(f"assert eqxldm.{name}.__name__ == 'eqxldm.{name}'", "eqxldm")
-    assert f"eqxldm.{name}" in loaded
-    assert not {module.split(".")[0] for module in loaded} & {"matplotlib", "pyarrow", "torch"}
+    if os.fork() == 0:
+        assert getattr(eqxldm, name).__name__ == f"eqxldm.{{name}}"
+        loaded = set(sys.modules) - old
+        assert f"eqxldm.{{name}}" in loaded
+        print(name, *{{m.split(".")[0] for m in loaded}}, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+os._exit(0)
+"""
+    children = printed_by("import eqxldm\n" + code, "eqxldm").splitlines()
+    assert [line.split()[0] for line in children] == sorted(LATER)
+    for line in children:
+        assert not set(line.split()[1:]) & {"matplotlib", "pyarrow", "torch"}, line
 
 
 def test_every_module_is_an_attribute_of_its_package():

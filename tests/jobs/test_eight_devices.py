@@ -17,7 +17,7 @@ def eight():
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     found = subprocess.run(
         [sys.executable, str(TESTS / "sharded_steps.py")],
-        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | flags | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
