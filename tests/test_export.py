@@ -1,6 +1,7 @@
 """What is made of a finished run: bundles that JAX alone runs, and the tables of `compare`."""
 
 import json
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,6 @@ import eqxldm as ex
 from eqxldm.data.pixels import to_uint8
 from eqxldm.models import DiT
 from eqxldm.quantization import quantize
-from eqxldm.serving.__main__ import main as serve_bundle
 from eqxldm.serving.bundled import from_bundle
 from eqxldm.serving.export import BundleError, Exportable, load_bundle, save_bundle
 from experiments.export import compare
@@ -118,7 +118,7 @@ def test_the_server_draws_with_it(model, path):
     assert np.max(np.abs(np.asarray(whole, int)[..., 0] - picture.astype(int))) <= 1
 
 
-def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys):
+def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
         for entry in old.namelist():
@@ -131,7 +131,9 @@ def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys):
         (["--bundle", str(other)], "does not say what it is of (KeyError: 'odd')"),
         (["--bundle", str(path), "--slots", "0"], "must lie in 1 .. 256, got 0"),
     ):
-        assert serve_bundle(args) == 2
+        monkeypatch.setattr(sys, "argv", ["serving", *args])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_module("eqxldm.serving", run_name="__main__")
         shown = capsys.readouterr().err
         assert message in shown and shown.count("error:") == 1
 
