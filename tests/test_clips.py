@@ -1,6 +1,8 @@
 """Clips: made ones are what they say, files become one rate and size, bad ones are listed."""
 
 import json
+import logging
+import os
 import shutil
 
 import numpy as np
@@ -150,9 +152,82 @@ def test_a_folder_is_decoded_once_and_lists_what_it_left_out(tmp_path):
     assert write_clips(folder, out, Wanted(2, (8, 8))).digest() != found.digest()
     with pytest.raises(DataError, match=r"2\.gif"):
         write_clips(folder, tmp_path / "strict", Wanted(3, (8, 8)), strict=True)
-    (out / "clips.json").write_text("{}")
-    with pytest.raises(DataError, match="no clips can be read"):
+    for damage in ("{}", '{"ids": 5', "[1]", '{"ids": [1], "captions": null, "format": 1}'):
+        (out / "clips.json").write_text(damage)
+        with pytest.raises(DataError, match="no clips can be read"):
+            open_clips(out)
+
+
+def test_clips_that_are_not_those_that_were_written_are_refused(tmp_path):
+    save(tmp_path / "a.gif", 7)
+    out, wanted = tmp_path / "out", Wanted(3, (8, 8))
+    write_clips(tmp_path, out, wanted)
+    content = bytearray((out / "clips.bin").read_bytes())
+    content[100] ^= 1
+    (out / "clips.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"clips\.bin is not what was written\. Delete it"):
+        write_clips(tmp_path, out, wanted)
+    about = json.loads((out / "clips.json").read_text())
+    (out / "clips.json").write_text(json.dumps(about | {"captions": ["one"]}))
+    with pytest.raises(DataError, match="other captions than clips"):
         open_clips(out)
+
+
+def test_each_clip_is_read_once_whatever_links_there_are(tmp_path, caplog):
+    """Over two links and back, to the folder around, to a sibling, to a file that is read."""
+    root, store = tmp_path / "in" / "root", tmp_path / "store"
+    for folder in (root / "cat", root / "dog", store):
+        folder.mkdir(parents=True)
+    save(root / "cat" / "1.gif", 3)
+    save(store / "2.gif", 3)
+    for link, target in {
+        "cat/there": "../dog", "dog/back": "../cat", "cat/up": "..", "dog/above": "../../..",
+        "all": root, "dog/1.gif": "../cat/1.gif", "emu": store, "dog/3.gif": store / "2.gif",
+    }.items():  # fmt: skip
+        (root / link).symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        found = [path.relative_to(root).as_posix() for path, _ in list_clips(root)]
+    assert found == ["cat/1.gif", "emu/2.gif"]
+    assert caplog.text.count("passed over") == 7
+
+
+def test_what_would_be_missing_without_a_word_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "a.gif", 3)
+    (tmp_path / "b.gif").symlink_to("gone.gif")
+    with pytest.raises(DataError, match=r"b\.gif: is a link to nothing"):
+        list_clips(tmp_path)
+    (tmp_path / "b.gif").unlink()
+    os.mkfifo(tmp_path / "c.mp4")
+    with pytest.raises(DataError, match=r"c\.mp4: is named like a clip and is no file"):
+        list_clips(tmp_path)
+    with pytest.raises(DataError, match=r"c\.mp4: is a pipe"):
+        read_clips(tmp_path / "c.mp4", Wanted(3, (8, 8)))
+    (tmp_path / "c.mp4").unlink()
+    (tmp_path / "in").mkdir()
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("in"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match="in: cannot be listed: Permission denied"):
+        list_clips(tmp_path)
+
+
+def test_frames_are_read_as_images_are(tmp_path):
+    """Of the formats of a list, with a bound on their pixels; 16 bits keep their high byte."""
+    for name in ("²1", "²2", "²10"):
+        grey = np.full((4, 4), 256 * 7, np.uint16)
+        Image.fromarray(grey).save(tmp_path / f"{name}.png")
+    assert (read_clips(tmp_path, Wanted(3, (4, 4)))[0] == 7).all()
+    (tmp_path / "²2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(DataError, match="none of JPEG, PNG"):
+        read_clips(tmp_path, Wanted(3, (4, 4)))
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "²2.png")
+    with pytest.raises(DataError, match="pixels"):
+        read_clips(tmp_path, Wanted(3, (4, 4)))
 
 
 def test_captions_beside_the_files_are_for_all_of_them(tmp_path):

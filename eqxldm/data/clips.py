@@ -1,6 +1,9 @@
 """Clips from files: videos, animated images and folders of frames, at one size and frame rate."""
 
+import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,8 +12,9 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import UInt8
 
-from ..durable import replacing
-from .decode import MAX_PIXELS, as_size, center_crop
+from ..durable import check_is_file, read_file, replacing
+from .decode import MAX_PIXELS, as_size, center_crop, decode_image
+from .entries import kind_of, listed
 from .errors import DataError
 from .image_source import IMAGE_ENDINGS, ImageRecord, checked_index, listing_digest, shown
 
@@ -19,6 +23,7 @@ ANIMATION_ENDINGS = (".gif", ".webp", ".apng")
 CAPTIONS, INDEX, PIXELS = "captions.json", "clips.json", "clips.bin"
 FORMAT = 1
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_logger = logging.getLogger(__name__)
 
 Frames = UInt8[np.ndarray, "f h w c"]
 Timed = tuple[float, np.ndarray]  # when a frame is shown, in seconds, and its pixels
@@ -56,6 +61,10 @@ def read_clips(path: str | Path, wanted: Wanted, *, most: int = 1000) -> list[Fr
     [(2, 8, 8, 1), (2, 8, 8, 1)]
     """
     path = Path(path)
+    try:
+        check_is_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}.") from error
     if path.is_dir():
         timed, untimed = _of_folder(path, wanted), True
     else:
@@ -150,22 +159,19 @@ def _of_image(path: Path, wanted: Wanted) -> Iterator[Timed]:
 
 
 def _of_folder(path: Path, wanted: Wanted) -> Iterator[Timed]:
-    from PIL import Image
-
     size = None
     for k, file in enumerate(_frame_files(path)):
         try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert(_MODES[wanted.channels]))
-        except Exception as error:
-            raise DataError(f"{file}: cannot be decoded: {_reason(error)}.") from error
+            pixels = decode_image(read_file(file), wanted.channels, name=str(file))
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}.") from error
         size = pixels.shape[:2] if size is None else size
         if pixels.shape[:2] != size:
             raise DataError(
                 f"{file}: is {pixels.shape[1]} x {pixels.shape[0]}, the frames before it are "
                 f"{size[1]} x {size[0]}: frames of one folder are one clip and have one size."
             )
-        yield float(k), pixels.reshape(*size, -1)
+        yield float(k), pixels
 
 
 def _reason(error: BaseException) -> str:
@@ -174,9 +180,9 @@ def _reason(error: BaseException) -> str:
 
 def _frame_files(path: Path) -> list[Path]:
     """The images of a folder, 2.png before 10.png."""
-    number = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
-    still = lambda f: f.suffix.lower() in IMAGE_ENDINGS and not f.name.startswith(".")
-    return sorted(filter(still, path.iterdir()), key=lambda file: number(file.name))
+    number = lambda name: [int(s) if k % 2 else s for k, s in enumerate(re.split(r"(\d+)", name))]
+    names = [e.name for e in listed(path) if _ends(e.name, IMAGE_ENDINGS)]
+    return [path / name for name in sorted(names, key=number)]
 
 
 def list_clips(folder: str | Path) -> list[tuple[Path, str | None]]:
@@ -184,16 +190,18 @@ def list_clips(folder: str | Path) -> list[tuple[Path, str | None]]:
 
     Captions are those of `captions.json`, `{file: caption}`, beside the files, or the names of the
     folders that the files lie in, classes. A folder that holds three images or more and no video is
-    one clip, its frames.
+    one clip, its frames. Links are followed, and what is read anyway is passed over, with a line in
+    this module's log.
 
-    **Raises** `DataError` if there is no such folder, nothing in it, or captions for some alone.
+    **Raises** `DataError` if there is no such folder, nothing in it, or captions for some alone;
+    for a folder that cannot be listed, a link to nothing, or what is named like a clip and is none.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         came = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder}: {came}; needed is a folder of clips.")
     captions = _captions(folder)
-    found = sorted(_walk(folder, top=True))
+    found = sorted(_Walk(folder).found)
     if not found:
         raise DataError(
             f"{folder}: holds no clips. A clip is a file that ends with "
@@ -214,17 +222,68 @@ def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _walk(folder: Path, *, top: bool = False) -> Iterator[Path]:
-    entries = [e for e in folder.iterdir() if not e.name.startswith(".")]
-    videos = [e for e in entries if e.suffix.lower() in VIDEO_ENDINGS + ANIMATION_ENDINGS]
-    frames = [e for e in entries if e.suffix.lower() in IMAGE_ENDINGS]
-    if not top and len(frames) > 2 and not [v for v in videos if v not in frames]:
-        yield folder
-        return
-    yield from (v for v in videos if v.is_file())
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk(entry)
+class _Walk:
+    """Every file or folder of frames below a folder that may be a clip, each once.
+
+    What is no link comes first, so that a link never takes a clip from the place where it is. A
+    link to what is read anyway, such as the folder around it, is passed over with a line in the
+    log.
+    """
+
+    def __init__(self, folder: Path):
+        self.found: list[Path] = []
+        self._seen: dict[str, Path] = {}  # by their real paths, what is read
+        self._links: list[Path] = []
+        self._seen[os.path.realpath(folder)] = folder
+        self._around = os.path.join(os.path.realpath(folder), "")
+        self._walk(folder, top=True)
+        while self._links:  # walking one may add some; of files those that are in no folder count
+            link = next((link for link in self._links if link.is_dir()), self._links[0])
+            self._links.remove(link)
+            if not link.is_dir():
+                self._add(link)
+            elif self._is_new(link):
+                self._walk(link)
+
+    def _walk(self, folder: Path, *, top: bool = False) -> None:
+        entries = [(folder / e.name, e, self._kind(folder, e)) for e in listed(folder)]
+        files = [path for path, _, kind in entries if kind == "file"]
+        videos = [path for path in files if _ends(path.name, VIDEO_ENDINGS + ANIMATION_ENDINGS)]
+        frames = [path for path in files if _ends(path.name, IMAGE_ENDINGS)]
+        if not top and len(frames) > 2 and not set(videos) - set(frames):
+            self.found.append(folder)
+            return
+        for path, entry, kind in entries:
+            if kind != "folder" and path not in videos:
+                continue
+            if entry.is_symlink():
+                self._links.append(path)
+            elif kind == "file":
+                self._add(path)
+            elif self._is_new(path):
+                self._walk(path)
+
+    def _add(self, file: Path) -> None:
+        if self._is_new(file):
+            self.found.append(file)
+
+    def _kind(self, folder: Path, entry: os.DirEntry) -> str:
+        wanted = lambda name: _ends(name, VIDEO_ENDINGS + ANIMATION_ENDINGS + IMAGE_ENDINGS)
+        return kind_of(folder / entry.name, entry, wanted, "a clip")
+
+    def _is_new(self, path: Path) -> bool:
+        real = os.path.realpath(path)
+        first = self._seen.get(real)
+        if first is None and not self._around.startswith(os.path.join(real, "")):
+            self._seen[real] = path
+            return True
+        leads = "the folder around it" if first is None else first
+        _logger.warning("%s: passed over: it leads to %s, which is read.", path, leads)
+        return False
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return name.lower().endswith(endings)
 
 
 def _captions(folder: Path) -> dict[str, str] | None:
@@ -232,7 +291,7 @@ def _captions(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {_reason(error)}.") from error
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
@@ -274,7 +333,7 @@ def write_clips(
         if all(found.about.get(name) == value for name, value in about.items()):
             return found
     out.mkdir(parents=True, exist_ok=True)
-    ids, captions, skipped = [], [], {}
+    ids, captions, skipped, sha = [], [], {}, hashlib.sha256()
     with replacing(out / PIXELS) as temporary, open(temporary, "wb") as file:
         for done, (path, caption) in enumerate(listed):
             name = _name(path, folder)
@@ -286,7 +345,9 @@ def write_clips(
                 skipped[name] = str(error)
                 continue
             for k, clip in enumerate(clips):
-                file.write(np.ascontiguousarray(clip).data)
+                pixels = np.ascontiguousarray(clip).data
+                file.write(pixels)
+                sha.update(pixels)
                 ids.append(name if len(clips) == 1 else f"{name}#{k}")
                 captions.append(caption)
             if progress is not None:
@@ -298,9 +359,9 @@ def write_clips(
             )
     texts = None if captions[0] is None else captions
     with replacing(out / INDEX) as temporary:
-        about |= {"ids": ids, "captions": texts, "skipped": skipped}
+        about |= {"ids": ids, "captions": texts, "skipped": skipped, "sha256": sha.hexdigest()}
         temporary.write_text(json.dumps(about))
-    return open_clips(out)
+    return _opened(out, verify=False)
 
 
 def clips_digest(folder: str | Path) -> str:
@@ -317,16 +378,34 @@ def _weight(path: Path) -> int:
 
 
 def open_clips(folder: str | Path) -> "ClipFile":
-    """What `write_clips` has written. **Raises** `DataError` if it is not there or damaged."""
+    """What `write_clips` has written, compared with the checksum that it left.
+
+    **Raises** `DataError` if it is not there or damaged.
+    """
     folder = Path(folder)
     try:
-        about = json.loads((folder / INDEX).read_bytes())
-        shape = (len(about["ids"]), about["frames"], *about["size"], about["channels"])
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']}, not {FORMAT}")
-        pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return _opened(folder, verify=True)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{folder}: no clips can be read: {_reason(error)}. Delete it.") from error
+
+
+def _opened(folder: Path, *, verify: bool) -> "ClipFile":
+    about = json.loads(read_file(folder / INDEX))
+    ids, captions = about["ids"], about["captions"]
+    if about["format"] != FORMAT:
+        raise ValueError(f"its format is {about['format']}, not {FORMAT}")
+    texts = lambda values: isinstance(values, list) and all(isinstance(v, str) for v in values)
+    if not texts(ids) or not isinstance(about["skipped"], dict):
+        raise ValueError(f"{INDEX} is damaged")
+    if captions is not None and not (texts(captions) and len(captions) == len(ids)):
+        raise ValueError(f"{INDEX} has other captions than clips")
+    shape = (len(ids), about["frames"], *about["size"], about["channels"])
+    check_is_file(folder / PIXELS)
+    if verify and "sha256" in about:  # one of an earlier version has none
+        with open(folder / PIXELS, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+                raise ValueError(f"{PIXELS} is not what was written")
+    pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
     return ClipFile(about, pixels, folder / PIXELS)
 
 

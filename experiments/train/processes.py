@@ -1,5 +1,6 @@
 """Joining the other processes, failing with them, and leaving."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -17,7 +18,7 @@ from eqxldm.data import DataError
 from eqxldm.distributed import first_with, is_primary
 
 from .options import Range
-from .terminal import UserError, console
+from .terminal import SIGNALS, Interrupted, UserError, console
 
 GRACE = 10.0  # seconds that a process which fails waits for the others to leave with it
 
@@ -54,7 +55,7 @@ def join(options: Processes) -> None:
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code that `main` returns.
+    """Ends this process with the exit code that `main` returns, whatever signals still come.
 
     At a normal end jax lets processes wait for each other, five minutes at most. One that fails
     waits ten seconds: the others may be waiting for it in a step, and learn that it is gone when it
@@ -71,17 +72,30 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
                 file=sys.stderr,
             )
         code = 1
+    except Interrupted as stop:  # a second one, while what is said of the first was printed
+        code = 128 + stop.signum
+    for signum in SIGNALS:  # it is stopping, and knows its exit code
+        signal.signal(signum, signal.SIG_IGN)
     if code and jax.distributed.is_initialized():
-        for signum in (signal.SIGINT, signal.SIGTERM):  # it is stopping
-            signal.signal(signum, signal.SIG_IGN)
         leaving = threading.Thread(target=_shutdown, daemon=True)
         leaving.start()
         leaving.join(GRACE)
         if leaving.is_alive():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    sys.exit(code)
+            _leave(code)
+    # Threads that are no daemons end, and what was registered for the end is done, as usual. Then
+    # Python would take itself apart while threads of XLA may still be at work with what it frees,
+    # which after a signal has ended in a segmentation fault; the system takes all of it at once.
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed, as by `>&-`
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code)
 
 
 def _shutdown() -> None:

@@ -6,8 +6,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -54,7 +56,8 @@ class Signals:
     """SIGINT, SIGTERM and SIGHUP: raised at once, or noted while a training loop runs.
 
     Inside `deferred()` the first signal only sets `pending`, so that the loop can save and leave;
-    a second one is raised.
+    a second one is raised. What is raised where Python drops exceptions, in a callback of its
+    garbage collector say, is sent again.
     """
 
     def __init__(self):
@@ -62,12 +65,14 @@ class Signals:
         self._deferred = False
         for signum in SIGNALS:
             signal.signal(signum, self._handle)
+        _send_again_what_is_dropped()
 
     def _handle(self, signum: int, _frame) -> None:
         if not self._deferred or self.pending is not None:
             raise Interrupted(signum)
         self.pending = signum
-        say(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping ...")
+        with contextlib.suppress(RuntimeError):  # it came in the middle of a line that is printed
+            say(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping ...")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -76,6 +81,25 @@ class Signals:
             yield
         finally:
             self._deferred = False
+
+
+def _send_again_what_is_dropped() -> None:
+    before = sys.unraisablehook
+    if getattr(before, "sends_again", False):
+        return
+
+    def hook(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            before(dropped)
+            return
+        # A little later, from a thread: this thread is still where exceptions are dropped.
+        again = lambda: os.kill(os.getpid(), dropped.exc_value.signum)
+        later = threading.Timer(0.02, again)
+        later.daemon = True
+        later.start()
+
+    hook.sends_again = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ...durable import read_file
+from ..entries import kind_of, listed
 from ..errors import DataError
 from ..image_source import ImageRecord, Listing, check_classes, checked_index, is_image, shown
 
@@ -135,16 +136,16 @@ class _Walk:
         while stack:
             name, real = stack.pop()
             self._folders[real] = name
-            for entry in _listed(self._root / name):
+            for entry in listed(self._root / name):
                 inner = posixpath.join(name, entry.name)
-                kind = _kind(self._root / inner, entry)
+                kind = kind_of(self._root / inner, entry, is_image)
                 if kind == "folder":
                     self.names.setdefault(_top(inner), [])
                     if entry.is_symlink():
                         self._linked_folders.append(inner)
                     else:
                         stack.append((inner, os.path.join(real, entry.name)))
-                elif kind == "image":
+                elif kind == "file":
                     files = self._linked_files if entry.is_symlink() else self.names[_top(name)]
                     files.append(inner)
 
@@ -201,51 +202,19 @@ def _pass_over(link: Path, first: Path) -> None:
     _logger.warning("%s: passed over: the link leads to %s, which is read already.", link, first)
 
 
-def _listed(folder: Path) -> Iterator[os.DirEntry]:
-    """What is in a folder and not hidden, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((e for e in entries if not e.name.startswith(".")), key=_name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror or error}.") from error
-    yield from found
-
-
-def _name(entry: os.DirEntry) -> str:
-    return entry.name
-
-
-def _kind(path: Path, entry: os.DirEntry) -> str:
-    """`"folder"`, `"image"` or `"other"`; refuses what would be missing without a word."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "image" if is_image(entry.name) else "other"
-        entry.stat()
-    except OSError as error:
-        why = "is a link to nothing" if entry.is_symlink() else "cannot be read"
-        raise DataError(
-            f"{path}: {why} ({error.strerror or error}). Remove it, or restore what it stands for."
-        ) from error
-    if is_image(entry.name):
-        raise DataError(f"{path}: is named like an image and is no file. Remove it.")
-    return "other"
-
-
 def _captions(root: Path) -> dict[str, str] | None:
     """The captions by file name, from the one file that has them; None if there is none."""
-    listed, lines = root / "captions.json", root / "metadata.jsonl"
-    if listed.exists() and lines.exists():
-        raise DataError(f"{root}: has both {listed.name} and {lines.name}. Remove one of them.")
-    if not listed.exists() and not lines.exists():
+    whole, lines = root / "captions.json", root / "metadata.jsonl"
+    if whole.exists() and lines.exists():
+        raise DataError(f"{root}: has both {whole.name} and {lines.name}. Remove one of them.")
+    if not whole.exists() and not lines.exists():
         return None
-    path = listed if listed.exists() else lines
+    path = whole if whole.exists() else lines
     try:
         text = read_file(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
-    pairs = _pairs(path, text) if path == listed else _pairs_of_lines(path, text)
+    pairs = _pairs(path, text) if path == whole else _pairs_of_lines(path, text)
     captions: dict[str, str] = {}
     for name, caption in pairs:
         if isinstance(caption, list):

@@ -1,0 +1,98 @@
+"""A signal is one line and an exit code, wherever in the program it comes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.train import terminal
+from experiments.train.terminal import SIGNALS, Signals, run_main
+
+from children import ROOT
+
+
+@pytest.fixture
+def handlers():
+    before = [signal.getsignal(s) for s in SIGNALS]
+    yield
+    for signum, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(signum, handler)
+
+
+class Last:
+    """Its process gets a signal while Python calls `__del__`, where exceptions are dropped."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+    def __del__(self):
+        os.kill(os.getpid(), self.signum)
+        time.sleep(0.001)  # the handler runs in here
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(signum, handlers, capsys):
+    def main():
+        Signals()
+        left = Last(signum)
+        del left
+        time.sleep(5)
+
+    begin = time.monotonic()
+    assert run_main(main) == 128 + signum
+    assert time.monotonic() - begin < 4
+    name = signal.Signals(signum).name
+    assert capsys.readouterr().err == f"stopped by {name}; the same command goes on from here.\n"
+
+
+def test_a_signal_in_the_middle_of_a_line_that_is_printed_is_noted(handlers, monkeypatch):
+    """Python refuses to write from a handler into what is being written to."""
+
+    def reentrant(*_):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    signals = Signals()
+    monkeypatch.setattr(terminal.console, "print", reentrant)
+    with signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+        assert signals.pending == signal.SIGTERM
+
+
+LEAVES = """
+import atexit, os, signal, sys, threading, time
+from experiments.train import processes
+from experiments.train.terminal import Signals, UserError, run_main
+
+class Torn:
+    def __del__(self):
+        print("torn down", flush=True)
+
+torn = Torn()
+
+def late():
+    time.sleep(0.3)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), signum)
+    print("a thread that ends", flush=True)
+
+def main():
+    Signals()
+    threading.Thread(target=late).start()
+    atexit.register(print, "registered for the end")
+    raise UserError("the end")
+
+processes.exit_with(lambda: run_main(main))
+"""
+
+
+def test_what_ends_keeps_its_exit_code_and_is_not_taken_apart():
+    """As XLA's threads may still compute; what was registered for the end is done."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "error: the end\n")
+    assert done.stdout.splitlines() == ["a thread that ends", "registered for the end"]
