@@ -264,7 +264,8 @@ test-soak-serve: $(SERVE) ## REQUESTS=10000, too many at once, killed and starte
 		$(if $(REQUESTS),--requests $(REQUESTS)) $(ARGS)
 
 fuzz: $(DEV) ## feed every reader of outside bytes CASES=1000 damaged inputs
-	EQXLDM_FUZZ_CASES=$(or $(CASES),1000) .venv/bin/python -m pytest tests/test_fuzz.py tests/test_fuzz_models.py $(ARGS)
+	EQXLDM_FUZZ_CASES=$(or $(CASES),1000) .venv/bin/python -m pytest \
+		tests/test_fuzz.py tests/test_fuzz_models.py tests/test_fuzz_jobs.py $(ARGS)
 
 lint: $(DEV) ## check style and format
 	.venv/bin/ruff check

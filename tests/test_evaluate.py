@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,70 @@ def test_what_cannot_be_is_refused(files, network, more, message):
     with pytest.raises(UserError) as error:
         evaluating.evaluate(options(files, **more))
     assert message in str(error.value)
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(files, network):
+    used = network(Counting())
+    (files / "file").write_text("")
+    for name, message in (("out", "--out"), ("save_reference", "--save-reference")):
+        for path in (files, files / "file" / "a.json", files / ("x" * 250 + ".json")):
+            with pytest.raises(UserError, match=message):
+                evaluating.evaluate(options(files, **{name: path}))
+    with pytest.raises(UserError, match=r"--cache .*: (File exists|Not a directory)"):
+        evaluating.evaluate(options(files, cache=files / "file"))
+    assert used.seen == 0
+    assert evaluating.beside(Path(".")).parent == Path.cwd().parent
+
+
+def test_features_whose_notes_are_damaged_are_computed_again(files, network):
+    expected = evaluating.evaluate(options(files) if network(Counting()) else None)["scores"]
+    notes = list((files / "cache").glob("*/progress.json"))
+    for damage in (
+        b"{", b"5", b'{"done": 1}', b"\xff", b"[" * 9999, {"done": 10**5}, {"done": True},
+        {"widths": {"../../x": 4}}, {"widths": 5}, {"widths": {"pooled": "4"}}, {"widths": {}},
+    ):  # fmt: skip
+        for path in notes:
+            if isinstance(damage, bytes):
+                path.write_bytes(damage)
+            else:
+                path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+        assert evaluating.evaluate(options(files))["scores"] == expected
+
+
+def test_two_that_compute_the_same_wait_for_each_other(files, network, capsys):
+    """They would begin each other's files anew: rows of zeros in a finished array."""
+    network(Counting())
+    folder = files / "cache" / "key"
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with store._alone(folder):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with store._alone(folder):
+        inside.set()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert "another process computes these features" in capsys.readouterr().out
+
+
+def test_an_npz_of_odd_kinds_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, RNG.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)  # in the middle of what is compressed
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged"):
+        list(NpzImages(path).batches(2))
+    monkeypatch.setattr(metrics.reference, "MOST_BYTES", 10**5)
+    np.savez_compressed(path, mu=np.zeros(200), sigma=np.zeros((200, 200)))
+    with pytest.raises(ValueError, match="sigma has more than 100000 bytes"):
+        metrics.read_reference(path)
 
 
 def test_a_networks_features_and_a_users_function(files, monkeypatch):

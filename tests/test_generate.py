@@ -1,6 +1,7 @@
 """`make generate`: pictures that can be repeated, and one message for whatever is wrong."""
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,18 @@ BAD = {
     "would visit timestep": (["--prompt", "x", "--steps", "1000"], "sd"),
     "SKIP_LAYERS is for": (["--prompt", "x", "--steps", "3", "--skip-layers", "1"], "sd"),
     "written as PNG": (["--prompt", "x", "--steps", "3", "--out", "a.jpg"], "sd"),
+    "d.png: is a folder": (["--prompt", "x", "--out", "{d}"], "sd"),
+    "is no folder": (["--prompt", "x", "--out", "{t}/a.png"], "sd"),
+    "File name too long": (["--prompt", "x", "--out", "{d}/" + "x" * 250 + ".png"], "sd"),
+    "none of JPEG, PNG": (["--prompt", "x", "--init", "{e}"], "sd"),
+    "is a pipe, a socket": (["--prompt", "x", "--init", "{p}", "--steps", "3"], "sd"),
+    "a pipe, a socket": (["--repeat", "{p}"], None),
+    "its pixels are floats": (["--prompt", "x", "--init", "{f}", "--steps", "3"], "sd"),
+    "--size must lie in": (["--prompt", "x", "--size", "800000000", "8"], "sd"),
+    "drawing 10000 pictures at once needs": (
+        ["--prompt", "x", "--size", "16384", "16384", "--n", "10000"],
+        "sd",
+    ),
     "MESH=tensor=3": (["--prompt", "x", "--mesh", "tensor=3"], "sd"),
 }
 
@@ -170,9 +183,16 @@ def test_bad_input_is_one_message(message, models, tmp_path, capsys):
     text = tmp_path / "text.png"
     text.write_text("no picture")
     files = dict(i=picture(tmp_path / "i.png"), w=picture(tmp_path / "w.png", (8, 4)), t=text)
+    files |= {name: tmp_path / f"{name}.png" for name in "depf"}
+    files["d"].mkdir()
+    files["e"].write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(files["p"])
+    Image.fromarray(np.ones((8, 8), np.float32)).save(files["f"], "TIFF")
     args = [a.format(**files) if a.startswith("{") else a for a in args]
     args += [] if model is None else ["--model", str(models / model)]
+    before = sorted(tmp_path.rglob("*"))
     assert message in failed(args, capsys)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_does_not_fit_memory_is_refused_before_it_is_run(models, capsys, monkeypatch):
@@ -189,7 +209,12 @@ def test_what_does_not_fit_memory_is_refused_before_it_is_run(models, capsys, mo
 def test_settings_that_were_tampered_with(models, tmp_path, capsys):
     from PIL import PngImagePlugin
 
-    for value in ({"wobble": 1}, {"steps": "many"}, {"model": 3}, [1]):
+    sound = {"model": str(models / "sd"), "prompt": "x", "steps": 3}
+    for value in (
+        {"wobble": 1}, {"steps": "many"}, {"model": 3}, [1], {"size": [8, "8"]}, {"seed": -1},
+        sound | {"files": 5}, sound | {"files": {"steps": "x", "init": 3}, "init": "/no.png"},
+        {"guidance": float("nan")}, {"mesh": 5},
+    ):  # fmt: skip
         info = PngImagePlugin.PngInfo()
         info.add_itxt(KEY, json.dumps(value))
         Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)

@@ -171,6 +171,8 @@ def test_parquet_refusals(tmp_path, monkeypatch):
     refused("with nulls", image=[image] * 2, label=[0, None])
     refused("label 4294967296 among 2 images", image=[image] * 2, label=[0, 2**32])
     refused("label 1999999999 among 2 images", image=[image] * 2, label=[0, 1_999_999_999])
+    unsigned = pa.array([0, 2**64 - 1], pa.uint64())
+    refused("label 18446744073709551615 among 2 images", image=[image] * 2, label=unsigned)
     refused("row 1: expected a text in the column text", image=[image] * 2, text=["x", None])
     refused("classes have no image: 0, 2", image=[image] * 2, label=[1, 3])
     refused(":1: .*only a path", image=[image, {"bytes": None, "path": "x"}], label=[0, 1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import eqxldm as ex
-from eqxldm import pipelines
+from eqxldm import pipelines, pretrained
 from eqxldm.pipelines import PipelineError, sampling
 from eqxldm.sharding import make_mesh
 
@@ -222,3 +222,17 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     write_json(copy / "tokenizer" / "vocab.json", vocabulary | {"q1": end, "<|endoftext|>": 514})
     with pytest.raises(PipelineError, match="ids up to 514, and the text encoder knows 514"):
         pipelines.load(copy, parts=["text_encoder"]).encode(["a fox"])
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [("unet", "sample_size", value) for value in ("64", [1, 2, 3], [], -8, 1e9, 2**40, [8, "8"])]
+    + [("unet", "block_out_channels", value) for value in (5, "x", [], [4, None], {"a": 1})]
+    + [("vae", "block_out_channels", value) for value in (5, ["a"], [[4]])],
+)
+def test_sizes_of_a_configuration_that_are_none_are_refused(copy, part, option, value):
+    path = copy / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: value}))
+    with pytest.raises((PipelineError, pretrained.WeightsError), match=option):
+        bare = pipelines.load(copy, parts=())
+        bare.check_size(*bare.default_size)

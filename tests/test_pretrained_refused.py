@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 
@@ -132,6 +133,26 @@ def test_damaged_files(damage, tmp_path):
         with pytest.raises(pretrained.WeightsError, match=message) as error:
             call(path)
     assert ("Git LFS" in str(error.value)) == (damage is damage_pointer)
+
+
+def test_a_file_of_ours_that_is_not_what_was_written_is_refused(tmp_path):
+    """A flipped bit of any tensor, a digit of the configuration; files without a checksum pass."""
+    path = tmp_path / "a.safetensors"
+    pretrained.save(tiny(), path)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    places = np.linspace(start, len(content) - 1, 7).astype(int).tolist()
+    found = re.search(rb"num_classes\D+(\d)", content)
+    assert found
+    for place in [*places, found.start(1)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        for call in (pretrained.load, lambda path: pretrained.load_into(tiny(), path)):
+            with pytest.raises(pretrained.WeightsError, match="damaged: not what was written"):
+                call(path)
+    write_safetensors(path, pretrained.to_state(tiny()), {})
+    assert equal(pretrained.load_into(tiny(), path), tiny())
 
 
 def test_paths_that_are_not_there(tmp_path):

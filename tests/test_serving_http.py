@@ -162,7 +162,10 @@ BAD = {
     "not both": {"prompt": "one", "label": 1},
     "at most 4000 are taken": {"prompt": "x" * 5000},
     "prompt must be text": {"prompt": ["a"]},
-    "size 512x512: this model draws 8x8": {"label": 0, "size": "512x512"},
+    "size '512x512': this model draws 8x8": {"label": 0, "size": "512x512"},
+    "size '\\ud800': this model": b'{"label": 0, "size": "\\ud800"}',
+    "label '\\ud800": b'{"label": "\\ud800"}',
+    "no option '\\udfff'": b'{"label": 0, "\\udfff": 1}',
     "there is no option 'colour'": {"label": 0, "colour": 1},
     "must be [low, high]": {"label": 0, "guidance_interval": [0.5, 0.5]},
     "guidance_interval must be two numbers": {"label": 0, "guidance_interval": 3},
@@ -300,7 +303,8 @@ sys.exit(serve(engine, listener, metrics=metrics, say=lambda text: print(text, f
 """
 
 
-def test_sigterm_ends_it_cleanly_with_a_stream_under_way():
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_cleanly_with_a_stream_under_way(signum):
     run = [sys.executable, "-W", "error", "-c", PROGRAM]
     with subprocess.Popen(run, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as child:  # fmt: skip
@@ -310,7 +314,7 @@ def test_sigterm_ends_it_cleanly_with_a_stream_under_way():
         with httpx.stream("POST", address + URL, json=body, timeout=30) as answer:
             found = events(answer)
             assert next(found)["type"] == "image_generation.started"
-            os.kill(child.pid, signal.SIGTERM)
+            os.kill(child.pid, signum)
             last = list(found)[-1]
         assert last["type"] in ("error", "image_generation.completed")
         assert child.wait(20) == 0

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from experiments.train import terminal
 from experiments.train.terminal import SIGNALS, Signals, run_main
 
-from children import ROOT
+from children import run_together
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def test_a_signal_in_the_middle_of_a_line_that_is_printed_is_noted(handlers, mon
 LEAVES = """
 import atexit, os, signal, sys, threading, time
 from experiments.train import processes
-from experiments.train.terminal import Signals, UserError, run_main
+from experiments.train.terminal import UserError, run_main
 
 class Torn:
     def __del__(self):
@@ -80,7 +78,9 @@ def late():
     print("a thread that ends", flush=True)
 
 def main():
-    Signals()
+    if "early" in sys.argv:
+        os.kill(os.getpid(), signal.SIGHUP)  # before the command has begun
+        time.sleep(1)
     threading.Thread(target=late).start()
     atexit.register(print, "registered for the end")
     raise UserError("the end")
@@ -91,8 +91,7 @@ processes.exit_with(lambda: run_main(main))
 
 def test_what_ends_keeps_its_exit_code_and_is_not_taken_apart():
     """As XLA's threads may still compute; what was registered for the end is done."""
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, "error: the end\n")
-    assert done.stdout.splitlines() == ["a thread that ends", "registered for the end"]
+    late, early = run_together(["-c", LEAVES], ["-c", LEAVES, "early"], devices=1)
+    assert (late.code, late.err) == (2, "error: the end\n")
+    assert late.out.splitlines() == ["a thread that ends", "registered for the end"]
+    assert early.code == 129 and early.err.startswith("stopped by SIGHUP;")

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ..durable import check_is_file, read_file, replacing
-from .decode import MAX_PIXELS, as_size, center_crop, decode_image
-from .entries import kind_of, listed
+from ._entries import kind_of, listed
+from .decode import as_size, center_crop, decode_image
 from .errors import DataError
 from .image_source import IMAGE_ENDINGS, ImageRecord, checked_index, listing_digest, shown
 
@@ -22,6 +22,7 @@ VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 ANIMATION_ENDINGS = (".gif", ".webp", ".apng")
 CAPTIONS, INDEX, PIXELS = "captions.json", "clips.json", "clips.bin"
 FORMAT = 1
+FRAME_PIXELS = 2**25  # of a frame, at most: 8K; an animation has some of them in memory
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _logger = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ def _of_video(path: Path, wanted: Wanted) -> Iterator[Timed]:
             if not container.streams.video:
                 raise DataError(f"{path}: has no video stream.")
             stream = container.streams.video[0]
-            if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-                raise DataError(f"{path}: its frames have more than {MAX_PIXELS} pixels.")
+            if stream.codec_context.width * stream.codec_context.height > FRAME_PIXELS:
+                raise DataError(f"{path}: its frames have more than {FRAME_PIXELS} pixels.")
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or 25)
             for k, frame in enumerate(container.decode(stream)):
@@ -145,8 +146,8 @@ def _of_image(path: Path, wanted: Wanted) -> Iterator[Timed]:
 
     try:
         with Image.open(path, formats=("GIF", "WEBP", "PNG")) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"{path}: its frames have more than {MAX_PIXELS} pixels.")
+            if picture.width * picture.height > FRAME_PIXELS:
+                raise DataError(f"{path}: its frames have more than {FRAME_PIXELS} pixels.")
             time = 0.0
             for frame in ImageSequence.Iterator(picture):
                 pixels = np.asarray(frame.convert(_MODES[wanted.channels]))
@@ -162,7 +163,9 @@ def _of_folder(path: Path, wanted: Wanted) -> Iterator[Timed]:
     size = None
     for k, file in enumerate(_frame_files(path)):
         try:
-            pixels = decode_image(read_file(file), wanted.channels, name=str(file))
+            pixels = decode_image(
+                read_file(file), wanted.channels, name=str(file), max_pixels=FRAME_PIXELS
+            )
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}.") from error
         size = pixels.shape[:2] if size is None else size

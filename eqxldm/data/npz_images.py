@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from ..durable import check_is_file
 from .errors import DataError
 
 
@@ -50,7 +51,7 @@ class NpzImages:
         with self._array("arr_1") as (file, shape, dtype):
             if shape != self.shape[:1] or dtype.kind not in "iu":
                 return None
-            content = file.read(shape[0] * dtype.itemsize)
+            content = self._read(file, shape[0] * dtype.itemsize)
         return np.frombuffer(content, dtype).astype(np.int64)
 
     def batches(self, size: int, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
@@ -80,7 +81,7 @@ class NpzImages:
     def _read(self, file: Any, count: int) -> bytes:
         try:
             content = file.read(count)
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        except Exception as error:  # each of zip's compressions has its own ways to fail
             raise DataError(f"{self.path} is damaged: {error}.") from error
         if len(content) < count:
             raise DataError(f"{self.path} is truncated.")
@@ -89,8 +90,9 @@ class NpzImages:
     @contextmanager
     def _array(self, name: str) -> Iterator[tuple[Any, tuple[int, ...], np.dtype]]:
         try:
+            check_is_file(self.path)
             archive = zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
             raise DataError(f"{self.path} cannot be read as an npz: {error}.") from error
         with archive:
             try:
@@ -101,6 +103,8 @@ class NpzImages:
                     f"{self.path} has no array {name}; it has {held or 'none'}. Write images by "
                     "np.savez(path, images)."
                 ) from None
+            except Exception as error:  # encrypted, or by a compression that is not known
+                raise DataError(f"{self.path}: {name} is damaged: {error}.") from error
             with file:
                 try:
                     version = np.lib.format.read_magic(file)
@@ -109,7 +113,9 @@ class NpzImages:
                         (2, 0): np.lib.format.read_array_header_2_0,
                     }[version]
                     shape, fortran, dtype = read(file)
-                except (ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+                    if not all(isinstance(n, int) and n >= 0 for n in shape):
+                        raise ValueError(f"its shape is {shape}")
+                except Exception as error:
                     raise DataError(f"{self.path}: {name} is damaged: {error}.") from error
                 if fortran:
                     raise DataError(f"{self.path}: {name} is in Fortran's order; write it in C's.")

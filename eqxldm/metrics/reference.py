@@ -1,15 +1,17 @@
 """Reference files as ADM's evaluator has them: the moments of a data set's features in an npz."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from ..durable import check_is_file, replacing
+
 # Of ADM's files; the second pair is of the spatial features, of sFID.
 NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))
+MOST_BYTES = 2**30  # of an array: a covariance of 11,000 features
 
 
 class Gaussian(NamedTuple):
@@ -36,8 +38,8 @@ def read_reference(path: str | Path) -> Reference:
 
     Nothing is unpickled, and images are left where they are.
 
-    **Raises** `FileNotFoundError`; `ValueError` for a file that is no npz, or whose moments do not
-    fit each other.
+    **Raises** `OSError` for what cannot be read, also a pipe; `ValueError` for a file that is no
+    npz, or whose moments do not fit each other.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "ref.npz"
@@ -45,14 +47,25 @@ def read_reference(path: str | Path) -> Reference:
     >>> read_reference(path).pooled.covariance.shape, read_reference(path).spatial
     ((2, 2), None)
     """
-    try:
-        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names = set(file.files)
-            found = {name: file[name] for pair in NAMES for name in pair if name in names}
-    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is no npz of arrays, or a damaged one: {error}") from error
+    check_is_file(path)
+    with Path(path).open("rb") as opened:
+        try:
+            names, found = _read(opened)
+        except Exception as error:  # zipfile, zlib and NumPy have many ways to fail
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is no npz of arrays, or a damaged one: {reason}") from error
     pooled, spatial = (_gaussian(path, found, *pair) for pair in NAMES)
     return Reference(pooled, spatial, "arr_0" in names)
+
+
+def _read(opened: BinaryIO) -> tuple[set[str], dict[str, np.ndarray]]:
+    with np.load(opened, allow_pickle=False) as file:
+        names = set(file.files)
+        wanted = [name for pair in NAMES for name in pair if name in names]
+        for name in wanted:
+            if file.zip.getinfo(f"{name}.npy").file_size > MOST_BYTES:
+                raise ValueError(f"{name} has more than {MOST_BYTES} bytes")
+        return names, {name: file[name] for name in wanted}
 
 
 def write_reference(path: str | Path, pooled: Gaussian, spatial: Gaussian | None = None) -> None:
@@ -64,7 +77,7 @@ def write_reference(path: str | Path, pooled: Gaussian, spatial: Gaussian | None
     arrays: dict[str, np.ndarray] = {}
     for pair, gaussian in zip(NAMES, (pooled, spatial), strict=True):
         arrays |= {} if gaussian is None else dict(zip(pair, gaussian, strict=True))
-    with Path(path).open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 

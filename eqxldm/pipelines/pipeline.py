@@ -289,7 +289,18 @@ class Pipeline:
         return dataclasses.replace(cond, numbers=numbers)
 
     def _config(self, part: str, option: str) -> Any:
-        return read_json(self.folder.part(part) / "config.json").get(option)
+        """A number of a part's configuration, a list of some, a switch; None if there is none."""
+        path = self.folder.part(part) / "config.json"
+        value = read_json(path).get(option)
+        if value is None or isinstance(value, bool):
+            return value
+        numbers = value if isinstance(value, list) else [value]
+        known = {"sample_size": (1, 2), "block_out_channels": range(1, 20), "patch_size": (1, 3)}
+        sound = len(numbers) in known.get(option, (1,))
+        sound &= isinstance(value, list) or option != "block_out_channels"
+        if not sound or not all(type(n) is int and 0 < n < 2**20 for n in numbers):
+            raise PipelineError(f"{path}: {option} cannot be {repr(value)[:100]}.")
+        return value
 
     def _part(self, name: str) -> Any:
         part = getattr(self, name)

@@ -3,6 +3,7 @@
 Opening reads headers only; each tensor is read when it is asked for.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -19,6 +20,7 @@ from .layout import Tensor, WeightsError
 
 # How the names of weights begin in the folders of diffusers, and of transformers.
 WEIGHTS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+SEAL = "sha256"  # in the header of our files: of the tensors and of the other strings
 DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
 
 
@@ -52,17 +54,62 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    header: Mapping[str, str],
+    *,
+    sealed: bool = False,
 ) -> None:
     """Writes one safetensors file; a write that is killed leaves what was there before.
+
+    `sealed` adds a checksum of the tensors and of the other strings to the header, for
+    `check_seal`.
 
     >>> import tempfile
     >>> write_safetensors(Path(tempfile.mkdtemp()) / "a.safetensors", {"w": np.ones(2)}, {})
     """
     from safetensors.numpy import save
 
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(dict(tensors), metadata=dict(header)))
+    empty = "0" * 64
+    content = save(dict(tensors), metadata={**header, **({SEAL: empty} if sealed else {})})
+    size = 8 + int.from_bytes(content[:8], "little")
+    start, data = content[:size], memoryview(content)[size:]
+    if sealed:
+        sha = _seal(header)
+        sha.update(data)
+        start = start.replace(
+            f'"{SEAL}":"{empty}"'.encode(), f'"{SEAL}":"{sha.hexdigest()}"'.encode()
+        )
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(start)
+        file.write(data)
+
+
+def check_seal(path: Path, header: Mapping[str, str]) -> None:
+    """Compares a file with the checksum in its header, if it has one.
+
+    **Raises** `WeightsError` if the file is not what was written.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write_safetensors(path, {"w": np.ones(2)}, {}, sealed=True)
+    >>> check_seal(path, open_safetensors(path)[1])
+    """
+    if SEAL not in header:
+        return
+    sha = _seal({name: text for name, text in header.items() if name != SEAL})
+    with open(path, "rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        while part := file.read(2**24):
+            sha.update(part)
+    if sha.hexdigest() != header[SEAL]:
+        raise WeightsError(
+            f"{path} is damaged: not what was written. Restore it, or write it again."
+        )
+
+
+def _seal(header: Mapping[str, str]) -> Any:
+    return hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
 
 
 def open_folder(folder: Path, stem: str = WEIGHTS) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ from . import (
 from .files import (
     TRANSFORMERS,
     WEIGHTS,
+    check_seal,
     from_arrays,
     open_folder,
     open_pt,
@@ -204,7 +205,7 @@ def load(
 
     **Raises** `FileNotFoundError`; `WeightsError` if the folder has no `config.json`, names an
     unknown architecture, or the tensors are not exactly those of the model; the message lists all
-    that are missing, unexpected or of a wrong shape.
+    that are missing, unexpected or of a wrong shape; if a file of `save` is not what was written.
 
     >>> import tempfile
     >>> from eqxldm.models import DiT
@@ -273,7 +274,8 @@ def load_into(
     elif path.suffix in PYTORCH:
         tensors = open_pt(path)
     else:
-        tensors = open_safetensors(path)[0]
+        tensors, header = open_safetensors(path)
+        check_seal(path, header)
     tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     layout = _recognised(model, tensors)
     return fill(model, layout, tensors, source=str(path), dtype=dtype, sharding=sharding)
@@ -318,7 +320,7 @@ def save(model: PyTree, path: str | Path) -> None:
 
     `load` gives back the identical module: bit for bit, with the same options (with `dtype=None`
     also for other dtypes than float32). Nothing in the file is code: functions are written by
-    their names.
+    their names. A checksum in the header covers tensors and configuration.
 
     **Raises** `WeightsError` if the configuration cannot describe the model, or if the name ends
     like a PyTorch file.
@@ -343,7 +345,7 @@ def save(model: PyTree, path: str | Path) -> None:
             "one, which was changed after it was made. Write its arrays with "
             "equinox.tree_serialise_leaves."
         )
-    write_safetensors(path, to_state(model), {HEADER: json.dumps(config)})
+    write_safetensors(path, to_state(model), {HEADER: json.dumps(config)}, sealed=True)
 
 
 def export(model: PyTree, folder: str | Path) -> None:
@@ -407,6 +409,7 @@ def _from_file(path: Path) -> tuple[Callable[..., Any], Callable, dict[str, Tens
             f"{path} has no configuration of ours in its header. Load its folder, if it has a "
             "config.json, or make the model first: pretrained.load_into(model, path)."
         )
+    check_seal(path, header)
     try:
         written = json.loads(header[HEADER])
     except (ValueError, RecursionError) as error:

@@ -181,7 +181,7 @@ def _some(names):
 def _check_size(size: str | None, generator: Generator) -> None:
     height, width = generator.size
     if size not in (None, "auto", f"{width}x{height}"):
-        raise RequestError(400, f"size {size}: this model draws {width}x{height}.", "size")
+        raise RequestError(400, f"size {_shown(size)}: this model draws {width}x{height}.", "size")
 
 
 class _Fields:

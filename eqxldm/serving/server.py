@@ -59,7 +59,8 @@ def serve(
     access: Access | None = None,
     say: Callable[[str], Any] = print,
 ) -> int:
-    """Serves an engine on a bound socket until SIGTERM or SIGINT; returns 0, or 1 if it failed.
+    """Serves an engine on a bound socket until SIGTERM, SIGINT or SIGHUP; returns 0, or 1 if it
+    failed.
 
     It answers at once: `/readyz` says when the programs are compiled. At the end requests have a
     few seconds to finish; what is left is told that the server stops.
@@ -94,6 +95,12 @@ def serve(
     main = threading.current_thread() is threading.main_thread()
     # uvicorn raises the signal again when it is done, for whoever had handled it before: us.
     before = {s: signal.signal(s, lambda *_: None) for s in STOPS} if main else {}
+    if main:  # of which uvicorn knows nothing
+
+        def hang_up(*_):
+            server.should_exit = True
+
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

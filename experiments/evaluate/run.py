@@ -8,6 +8,7 @@ from eqxldm import metrics
 from eqxldm.data import cache_dir
 from eqxldm.metrics.reference import Reference
 
+from ..train.checks import check_writable
 from ..train.options import check as check_ranges
 from ..train.run import versions, write_json
 from ..train.terminal import Signals, UserError, say
@@ -36,7 +37,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         raise UserError(f"--n {options.n}: there are {len(samples)} samples.")
     if count < 2:
         raise UserError(f"--samples: {count} image; at least 2 are needed to measure anything.")
-    out = options.out or options.samples.with_suffix(".metrics.json")
+    out = options.out or beside(options.samples)
+    check_writable(out, "--out")
+    if options.save_reference is not None:
+        check_writable(options.save_reference, "--save-reference")
     extractor = make_extractor(options)
     cache = options.cache or cache_dir() / "features"
 
@@ -76,6 +80,16 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     return result
 
 
+def beside(samples: Path) -> Path:
+    """Where the scores of samples go: beside a file, also of a folder named by dots.
+
+    >>> beside(Path("a/b.npz")).as_posix()
+    'a/b.metrics.json'
+    """
+    samples = samples if samples.name.strip(".") else samples.resolve()
+    return samples.with_name(f"{samples.stem}.metrics.json")
+
+
 def _moments(path: Path) -> Reference | None:
     """Those of a reference file; None where it has none, or is a folder."""
     if path.suffix.lower() != ".npz":
@@ -84,6 +98,8 @@ def _moments(path: Path) -> Reference | None:
         found = metrics.read_reference(path)
     except ValueError as error:
         raise UserError(f"--reference: {error}") from None
+    except OSError as error:
+        raise UserError(f"--reference {path}: {error.strerror or error}.") from None
     if found.pooled is None and not found.has_images:
         raise UserError(
             f"--reference {path}: has neither images (arr_0) nor moments (mu and sigma)."

@@ -1,5 +1,7 @@
 """Features on disk: computed once, a batch after the other, and gone on with where they ended."""
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -10,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from eqxldm.durable import replacing
+from eqxldm.durable import check_is_file, read_file, replacing
 
-from ..train.terminal import StageBar, UserError
+from ..train.terminal import StageBar, UserError, say
 from .networks import Extractor
 from .pictures import Pictures, as_colour
 
@@ -42,8 +44,34 @@ def stored_features(
     about = dict(images=pictures.digest(), count=count, **extractor.about)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
-    folder.mkdir(parents=True, exist_ok=True)
-    done, widths = _progress(folder, about)
+    with _alone(folder):
+        return _stored(name, pictures, extractor, count, batch, folder, about)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for another process that computes the same: two would begin each other's files anew."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--cache {folder.parent}: {error.strerror or error}.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process computes these features, in {folder}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _stored(
+    name: str, pictures: Pictures, extractor: Extractor, count: int, batch: int, folder: Path,
+    about: dict[str, Any],
+) -> Stored:  # fmt: skip
+    done, widths = _progress(folder, about, count)
     arrays: dict[str, Any] = {k: _opened(folder, k, count, d, done) for k, d in widths.items()}
     if widths and done == count:
         return Stored(arrays)
@@ -79,22 +107,30 @@ def stored_features(
 def _opened(folder: Path, name: str, count: int, width: int, done: int) -> np.ndarray:
     path = folder / f"{name}.npy"
     if done:
-        found = np.load(path, mmap_mode="r+")
+        try:
+            check_is_file(path)
+            found = np.load(path, mmap_mode="r+")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}): delete its folder.") from None
         if found.shape == (count, width) and found.dtype == np.float32:
             return found
         raise UserError(f"{path} is damaged: delete its folder.")
     return np.lib.format.open_memmap(path, "w+", np.float32, (count, width))
 
 
-def _progress(folder: Path, about: dict[str, Any]) -> tuple[int, dict[str, int]]:
-    """How many images are done, and the arrays with their widths."""
+def _progress(folder: Path, about: dict[str, Any], count: int) -> tuple[int, dict[str, int]]:
+    """How many images are done, and the arrays with their widths; nothing where that is damaged."""
     try:
-        found = json.loads((folder / PROGRESS).read_text())
-        if found["about"] != about:
+        found = json.loads(read_file(folder / PROGRESS))
+        done, widths = found["done"], found["widths"]
+        if found["about"] != about or not isinstance(done, int) or not 0 < done <= count:
             return 0, {}
-        missing = [k for k in found["widths"] if not (folder / f"{k}.npy").exists()]
-        return (0, {}) if missing else (int(found["done"]), dict(found["widths"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        known = widths and all(
+            isinstance(width, int) and Path(k).name == k and (folder / f"{k}.npy").exists()
+            for k, width in widths.items()
+        )
+        return (done, widths) if known else (0, {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0, {}
 
 

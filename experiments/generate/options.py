@@ -26,6 +26,7 @@ SOLVERS: dict[str, ex.AbstractSolver] = {
     "unipc": ex.UniPC(),
     "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
 }
+Edge = Annotated[int, Range(1, 2**14)]  # of a picture, in pixels
 WORDS = 2000  # of a prompt; no text encoder reads a quarter of them
 
 
@@ -50,7 +51,8 @@ class Generate:
         None  # Picture i of a seed is always the same.
     )
     n: Annotated[int, Range(1, 10_000)] | None = None  # How many pictures, at once.
-    size: tuple[int, int] | None = None  # HEIGHT WIDTH; by default the model's, or that of INIT.
+    # HEIGHT WIDTH; by default the model's, or that of INIT.
+    size: tuple[Edge, Edge] | None = None
     frames: Annotated[int, Range(1, 10_000)] | None = None  # Of a clip: 1 + 4 k; 1 is a picture.
     fps: Annotated[float, Range(1, 240)] | None = None  # Frames a second of a clip; 16 by default.
     init: Path | None = None  # A picture to start from.

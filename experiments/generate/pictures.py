@@ -3,14 +3,16 @@
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from eqxldm.durable import replacing
+from eqxldm.data import DataError, decode_image
+from eqxldm.durable import read_file, replacing
 
 from ..train.terminal import UserError
 
@@ -19,7 +21,7 @@ KEY = "eqxldm"
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Float[np.ndarray, "3 h w"]:
     """A picture in [-1, 1], in colour, brought to a size (height, width) if one is given."""
-    image = _open(path).convert("RGB")
+    image = Image.fromarray(_pixels(path, 3))
     if size is not None and image.size != size[::-1]:
         image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.moveaxis(np.asarray(image, np.float32) / 127.5 - 1, -1, 0)
@@ -29,7 +31,7 @@ def read_mask(
     path: Path, size: tuple[int, int], picture: tuple[int, int]
 ) -> Float[np.ndarray, "h w"]:
     """A mask: 1, from grey 128 on, is what is repainted. It must have the size of its picture."""
-    image = _open(path).convert("L")
+    image = Image.fromarray(_pixels(path, 1)[..., 0])
     if image.size != picture[::-1]:
         raise UserError(
             f"the mask {path} is {image.size[1]} x {image.size[0]} and the picture "
@@ -41,13 +43,13 @@ def read_mask(
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Height and width."""
-    width, height = _open(path).size
+    height, width = _pixels(path, 1).shape[:2]
     return height, width
 
 
 def file_digest(path: Path) -> str:
     """What identifies a file: the start of its SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(_content(path)).hexdigest()[:16]
 
 
 def write_picture(path: Path, pixels: UInt8[np.ndarray, "h w c"], settings: dict[str, Any]) -> None:
@@ -61,10 +63,13 @@ def write_picture(path: Path, pixels: UInt8[np.ndarray, "h w c"], settings: dict
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a picture that `write_picture` wrote."""
-    text = getattr(_open(path), "text", {}).get(KEY)
+    content = _content(path)
     try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()  # what comes behind the pixels, too
+            text = getattr(image, "text", {}).get(KEY)
         settings = json.loads(text) if text is not None else None
-    except ValueError:
+    except Exception:  # Pillow has many ways to fail
         settings = None
     if not isinstance(settings, dict):
         raise UserError(
@@ -80,7 +85,8 @@ def next_path(folder: Path) -> Path:
     >>> next_path(Path("/no/such/folder")).name
     '0000.png'
     """
-    taken = [int(f.stem.split("-")[0]) for f in folder.glob("[0-9]*.png") if f.stem[:4].isdigit()]
+    begins = (re.match("[0-9]+", f.stem) for f in folder.glob("[0-9]*.png"))
+    taken = [int(found[0]) for found in begins if found]
     return folder / f"{max(taken, default=-1) + 1:04d}.png"
 
 
@@ -95,12 +101,17 @@ def paths_of(out: Path, n: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(n)]
 
 
-def _open(path: Path) -> Image.Image:
+def _content(path: Path) -> bytes:
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()))  # an animation would keep a file open
-        image.load()
+        return read_file(path)
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}.") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}") from error
-    return image
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _pixels(path: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
+    try:
+        return decode_image(_content(path), channels, name=str(path))
+    except DataError as error:
+        raise UserError(f"no picture that can be read: {error}") from error

@@ -20,8 +20,9 @@ from eqxldm.pipelines.folder import open_pipeline_folder
 from eqxldm.quantization import quantize, weight_bytes
 from eqxldm.sharding import make_mesh, parse_mesh
 
+from ..train.checks import check_writable
 from ..train.options import check
-from ..train.terminal import StageBar, UserError, say
+from ..train.terminal import Signals, StageBar, UserError, say
 from .clips import write_clip
 from .memory import available, check_fits, show, step_bytes
 from .options import SOLVERS, Generate, check_request, complete, to_json
@@ -52,6 +53,7 @@ class Inputs(NamedTuple):
 
 def generate(options: Generate) -> list[Path]:
     """Makes the pictures that the options ask for; returns where they were written."""
+    Signals()
     written = None if options.repeat is None else read_settings(options.repeat)
     files = {} if written is None else written.pop("files", {})
     for name in ("index", "version"):
@@ -61,6 +63,11 @@ def generate(options: Generate) -> list[Path]:
     check(options)
     if options.model is None:
         raise UserError("which model? MODEL=folder, with a model_index.json.")
+    out = options.out or next_path(Path("pictures"))
+    if out.suffix.lower() != ".png":
+        raise UserError(f"OUT={out}: pictures are written as PNG, as a.png.")
+    check_writable(paths_of(out, options.n or 1)[-1], "OUT")
+    options = dataclasses.replace(options, out=out)
     with _told():
         folder = open_pipeline_folder(options.model)
         family = family_of(folder.class_name)
@@ -102,6 +109,10 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
         needed = sum(sizes[p].bytes(jnp.float32 if p == "vae" else dtype) for p in parts)
         advice = "Take a smaller DTYPE, or MESH=tensor=4 on several devices."
         check_fits(f"loading {' and '.join(parts)}", needed // divided, advice)
+    # Latents of four channels at least, in float32.
+    latents = n * (options.frames or 1) // bare.time_factor * (height * width // bare.factor**2)
+    advice = "Take a smaller N, or a smaller SIZE."
+    check_fits(f"drawing {n} pictures at once", 16 * latents, advice)
 
     cond = null = None
     if encoders:  # and they are let go of before the network is loaded
@@ -127,10 +138,8 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
         raise UserError(f"SOLVER={options.solver}: {error}") from error
     _check_batch(pipe, solver, inputs, sizes[network].bytes(dtype) // divided)
 
-    out = options.out or next_path(Path("pictures"))
-    if out.suffix.lower() != ".png":
-        raise UserError(f"OUT={out}: pictures are written as PNG, as a.png.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = options.out
+    assert out is not None
     preview = _previewer(options, pipe, out)
     calls = ex.nfe(pipe.diffusion.path, solver, inputs.times)
     arguments = inputs.denoiser, pipe.diffusion, solver, inputs.times, inputs.x, inputs.cond
@@ -185,11 +194,14 @@ def _with_folders_defaults(options: Generate, family: Family) -> Generate:
     return dataclasses.replace(options, **opened)
 
 
-def _check_files(options: Generate, digests: dict[str, str]) -> None:
+def _check_files(options: Generate, digests: Any) -> None:
     """A picture is repeated from the same INIT, MASK and LORA, or not at all."""
-    for name, before in digests.items():
-        path = getattr(options, name, None)
-        if path is not None and path.is_file() and file_digest(path) != before:
+    if not isinstance(digests, dict):
+        raise UserError(f"{options.repeat}: its settings are damaged: files.")
+    for name in ("init", "mask", "lora"):
+        before, path = digests.get(name), getattr(options, name)
+        given = before is not None and path is not None and path.is_file()
+        if given and file_digest(path) != before:
             raise UserError(
                 f"{name.upper()} {path} is not what the picture was made from. Bring it back, or "
                 f"give {name.upper()}= to make another one."
@@ -226,13 +238,15 @@ def _conditions(options: Generate, pipe: pipelines.Pipeline, size: tuple[int, in
 
 
 def _label(options: Generate, pipe: pipelines.Pipeline) -> int:
-    names = pipe.folder.options.get("id2label") or {}
+    names = pipe.folder.options.get("id2label")
+    names = names if isinstance(names, dict) else {}
     classes = int(pipe.network.null)  # the label after the last
     text = (options.label or "").strip()
     if text.isdecimal() and int(text) < classes:
         return int(text)
     for number, name in names.items():
-        if text and text.lower() in [part.strip().lower() for part in str(name).split(",")]:
+        named = text and text.lower() in [part.strip().lower() for part in str(name).split(",")]
+        if named and str(number).isdecimal() and int(number) < classes:
             return int(number)
     raise UserError(f"LABEL={text}: need 0 .. {classes - 1}, or a name that the folder has.")
 
@@ -278,9 +292,13 @@ def _inputs(options: Generate, pipe, size, cond, null) -> Inputs:
 
 def _check_batch(pipe, solver, inputs: Inputs, weights: int) -> None:
     """N pictures at once, as the compiler counts a step's memory."""
-    temporary = step_bytes(*pipelines.step_program(
+    program = pipelines.step_program(
         inputs.denoiser, pipe.diffusion, solver, inputs.times, inputs.x, inputs.cond, inputs.keys
-    ))  # fmt: skip
+    )
+    try:
+        temporary = step_bytes(*program)
+    except ValueError as error:  # such as blocks to skip that there are none of
+        raise UserError(" ".join(str(error).split())) from error
     n = len(inputs.x)
     say(f"  a step: {show(temporary)} beside the weights, for {n} at once")
     there = available()

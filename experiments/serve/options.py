@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from eqxldm.serving import Engine, Generator, Limits
 from eqxldm.serving.server import access_for, bind, serve
 
+from ..generate.options import Edge
 from ..train.options import Range, check
 from ..train.terminal import UserError, say
 from .generators import from_folder, from_run
@@ -32,7 +33,7 @@ class Serve:
     rows: Annotated[int, Range(1, 512)] | None = None
     seconds: Annotated[float, Range(0, 86400, "(]")] = 120.0  # A request has, with its waiting.
     images: Annotated[int, Range(1, 1000)] = 16  # Of one request, at most.
-    size: tuple[int, int] | None = None  # HEIGHT WIDTH of a folder's pictures.
+    size: tuple[Edge, Edge] | None = None  # HEIGHT WIDTH of a folder's pictures.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Of a folder's weights.
 
 

@@ -18,7 +18,7 @@ from eqxldm.data import DataError
 from eqxldm.distributed import first_with, is_primary
 
 from .options import Range
-from .terminal import SIGNALS, Interrupted, UserError, console
+from .terminal import SIGNALS, Interrupted, Signals, UserError, console
 
 GRACE = 10.0  # seconds that a process which fails waits for the others to leave with it
 
@@ -62,6 +62,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     is.
     """
     try:
+        Signals()  # a command has its own later
         code = main()
     except Exception:
         traceback.print_exc()

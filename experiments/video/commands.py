@@ -4,28 +4,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import eqxldm as ex
 from eqxldm import pretrained
 from eqxldm.data import ANIMATION_ENDINGS, VIDEO_ENDINGS, DataError, Wanted, decode_and_crop
 from eqxldm.data.clips import read_clips
 from eqxldm.distributed import is_primary
+from eqxldm.durable import check_is_file, read_file
 from eqxldm.models import CausalVideoAutoencoder, DiT
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
+from ..train.checks import check_writable
 from ..train.methods import DTYPES
 from ..train.options import check, from_dict
 from ..train.run import CONFIG, METRICS, RunFolder, as_dict, read_json, write_json
 from ..train.streams import stream_key
 from ..train.telemetry import check_packages
 from ..train.terminal import Signals, UserError, say
-from .config import Config, Sample, Train, check_clips
-from .data import choose_condition, identity, open_clips_of, some_clips
+from .classifier import ClipClassifier, halved
+from .config import Config, Sample, SamplingOptions, Train, check_clips
+from .data import Clips, choose_condition, identity, open_clips_of, some_clips
 from .drawing import Drawing, Trained
 from .measuring import Measure, psnr_by_frame, reconstruct
-from .networks import KnownFrames
+from .networks import KnownFrames, make_autoencoder, make_denoiser
 from .pictures import can_write_mp4, check_ending, grid_frames, save_animation, save_filmstrip
 from .training import (
+    DIFFUSION,
     Job,
     cache_latents,
     train_autoencoder,
@@ -54,24 +62,66 @@ def train(command: Train) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     check_network(command.config)
+    check_shapes(command.config, command.sampling)
     run = RunFolder(command.run_dir, primary=is_primary())
+    content = identity(command)
     with run.locked():
+        new = not (run.path / CONFIG).exists() or command.overwrite
         # Other clips are another run; the folder says which it is about.
-        about = {**as_dict(command.config), "content": identity(command)}
+        about = {**as_dict(command.config), "content": content}
         run.open(about, overwrite=command.overwrite)
         found = run.metrics()
         if found is not None:
             say(f"{run.path} is finished; --overwrite starts anew.\n{summary(found)}")
             return
-        clips = open_clips_of(command, run)
-        job = Job(command, clips, choose_condition(command.config, clips), run, mesh, signals)
-        for options in (command.autoencoder, command.diffusion, command.classifier):
-            if options.batch_size > len(clips.train):
-                raise UserError(
-                    f"a batch of {options.batch_size} is more than the {len(clips.train)} clips to "
-                    "learn from. Give smaller batches or more clips."
-                )
+        try:
+            clips = open_clips_of(command, run)
+            condition = choose_condition(command.config, clips)
+            check_batches(command, clips)
+        except (UserError, DataError):
+            if new and run.primary:  # what is refused leaves nothing
+                run.delete()
+            raise
+        job = Job(command, clips, condition, run, mesh, signals)
         finish(job, *train_all(job))
+
+
+def check_batches(command: Train, clips: Clips) -> None:
+    """Refuses batches that the clips are too few for."""
+    for options in (command.autoencoder, command.diffusion, command.classifier):
+        if options.batch_size > len(clips.train):
+            raise UserError(
+                f"a batch of {options.batch_size} is more than the {len(clips.train)} clips to "
+                "learn from. Give smaller batches or more clips."
+            )
+
+
+def check_shapes(config: Config, sampling: SamplingOptions) -> None:
+    """Refuses sizes that do not fit each other: the networks and the drawing, as shapes only."""
+    key, options = jax.random.key(0), config.classifier
+    captioned = config.clips.condition != "none"
+
+    def draw() -> Any:
+        sizes = dict(channels=options.channels, features=options.features)
+        clip = jnp.zeros((1, config.clips.frames, *config.clips.size, config.clips.channels))
+        seen = ClipClassifier(config.clips.channels, 8, **sizes, key=key)(halved(clip)[0])
+        autoencoder = make_autoencoder(config, key=key)
+        shape = autoencoder.latent_shape(config.clips.frames, *config.clips.size)
+        denoiser = make_denoiser(config, shape, captioned=captioned, key=key)
+        trained = Trained(autoencoder, denoiser, config, captioned)
+        z = DIFFUSION.sample_prior(shape, key=key)
+        cond = {"known": z, "mask": jnp.zeros(shape[1])}
+        cond |= {"text": jnp.asarray(trained.null())} if captioned else {}
+        crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
+        frames = min(config.autoencoder.crop_frames, config.clips.frames)
+        part = jnp.zeros((config.clips.channels, frames, *crop))
+        return seen, autoencoder.decode(autoencoder.encode(part)), denoiser(z, 0.5, cond)
+
+    try:
+        eqx.filter_eval_shape(draw)
+        ex.shifted_times(sampling.steps, config.diffusion.shift)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def check_network(config: Config) -> None:
@@ -215,6 +265,8 @@ def load_trained(folder: Path) -> tuple[Trained, list[str]]:
         raise UserError(f"the run in {folder} is not finished: run the train command again.")
     repair = "Train again with --overwrite."
     texts = read_json(folder / TEXTS, {"texts": list | None}, repair=repair).get("texts")
+    if not all(isinstance(text, str) for text in texts or ()):
+        raise UserError(f"{folder / TEXTS} is damaged: it holds more than texts. {repair}")
     try:
         autoencoder = pretrained.load(folder / AUTOENCODER)
         dit = pretrained.load(folder / DENOISER)
@@ -242,6 +294,7 @@ def sample(command: Sample) -> None:
     out = command.out
     if out is not None:
         check_ending(out)
+        check_writable(out, "--out")
     wanted = [command.prompt] if command.prompt is not None else texts
     wanted = [wanted[i % len(wanted)] for i in range(command.n)]
     first = None if command.first is None else read_first(command, trained.config)
@@ -268,15 +321,15 @@ def read_first(command: Sample, config: Config) -> Any:
             f"--first-frames {count}: must be 4 k + 1 and less than the {clips.frames} of a clip."
         )
     try:
+        check_is_file(path)
         if is_clip:
             frames = read_clips(path, Wanted(count, clips.size, clips.channels, clips.fps), most=1)
             first = frames[0]
         elif count > 1:
             raise UserError(f"--first {path}: is one picture; --first-frames {count} need a clip.")
         else:
-            first = decode_and_crop(path.read_bytes(), clips.size, clips.channels, name=str(path))[
-                None
-            ]
+            image = decode_and_crop(read_file(path), clips.size, clips.channels, name=str(path))
+            first = image[None]
     except (DataError, OSError) as error:
         raise UserError(f"--first: {error}") from None
     return np.repeat(first[None], command.n, 0)

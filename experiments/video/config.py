@@ -98,7 +98,7 @@ class SamplingOptions:
     """How clips are drawn."""
 
     solver: Literal["euler", "heun", "dpmsolver++", "unipc"] = "heun"
-    steps: Steps = 20  # Of the solver.
+    steps: Annotated[int, Range(1, 10_000)] = 20  # Of the solver.
     guidance: Annotated[float, Range(0, 100)] = 2.0  # By the caption; 1 is none.
 
 

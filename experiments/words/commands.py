@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqxldm import discrete as dd, pretrained
+from eqxldm.data import read_text
 from eqxldm.distributed import is_primary
+from eqxldm.durable import replacing
+from eqxldm.models import TokenTransformer
 from eqxldm.sharding import check_batch, leaf_sharding, make_mesh, parse_mesh
 
+from ..train.checks import check_writable
 from ..train.options import check
 from ..train.run import METRICS, RunFolder, as_dict, read_json, write_json
 from ..train.streams import stream_key
@@ -63,7 +67,8 @@ def finish(
         bound = " (bound)" if name == "masked" else ""
         say(f"{name}{bound}: {value['bits_per_character']:.3f}{shown} bits a character")
     rows, frames = table(config, command.measure, corpus, networks)
-    run.file("table.md").write_text(table_text(rows) + "\n")
+    with replacing(run.file("table.md")) as temporary:
+        temporary.write_text(table_text(rows) + "\n")
     if len(frames):
         write_page(run.file("appearing.html"), vocabulary, frames, "A text appearing")
         say(f"a text by the masked network: {vocabulary.decode(frames[-1])}")
@@ -97,34 +102,46 @@ def load_network(command: Generate, mesh: Any) -> tuple[Any, Vocabulary]:
     options: dict[str, Any] = dict(dtype=dtype, sharding=sharding)
     if (folder / VOCABULARY).exists():
         kinds = {"characters": str | None, "tokenizer": dict | None}
-        found = read_json(folder / VOCABULARY, kinds, repair="Train again with --overwrite.")
+        repair = "Train again with --overwrite."
+        found = read_json(folder / VOCABULARY, kinds, repair=repair)
         tokenizer = found.get("tokenizer")
-        tokenizer = tokenizer and _tokenizer(json.dumps(tokenizer))
-        network = pretrained.load(folder / NETWORK, **options)
-        return network, Vocabulary(found.get("characters"), tokenizer)
+        if tokenizer is not None:
+            tokenizer = _tokenizer(json.dumps(tokenizer), folder / VOCABULARY, repair)
+        vocabulary = Vocabulary(found.get("characters"), tokenizer)
+        return _fitting(pretrained.load(folder / NETWORK, **options), vocabulary, folder)
     if not (folder / "config.json").exists() or (folder / "checkpoints").exists():
         raise UserError(f"--model {folder}: no finished run and no folder of LLaDA's.")
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"--model {folder}: has no tokenizer.json, which makes tokens of a text.")
-    mask = read_json(folder / "config.json", repair="Fetch it again.").get("mask_token_id")
+    kinds, repair = {"mask_token_id": int | None}, "Fetch it again."
+    mask = read_json(folder / "config.json", kinds, repair=repair).get("mask_token_id")
     mask = pretrained.llada.MASK if mask is None else mask
-    try:
-        tokenizer = _tokenizer((folder / "tokenizer.json").read_text())
-    except UserError:
-        raise
-    except Exception as error:  # the library raises no other kind
-        raise UserError(
-            f"--model {folder}: tokenizer.json is no tokenizer: {error} Fetch it again."
-        ) from None
-    return pretrained.load_llada(folder, **options), Vocabulary(None, tokenizer, mask)
+    tokenizer = _tokenizer(read_text(folder / "tokenizer.json"), folder / "tokenizer.json", repair)
+    network = pretrained.load_llada(folder, **options)
+    return _fitting(network, Vocabulary(None, tokenizer, mask), folder)
 
 
-def _tokenizer(text: str) -> Any:
+def _tokenizer(text: str, where: Path, repair: str) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise UserError("needs the package tokenizers: pip install 'eqxldm[text]'.") from None
-    return Tokenizer.from_str(text)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no other kind
+        raise UserError(f"{where} is no tokenizer: {error} {repair}") from None
+
+
+def _fitting(network: Any, vocabulary: Vocabulary, folder: Path) -> tuple[Any, Vocabulary]:
+    """The two, if the network has a token for each of the vocabulary's, and one for [MASK]."""
+    known = network.config.vocabulary if isinstance(network, TokenTransformer) else 0
+    own = vocabulary.mask is None  # of a run, whose [MASK] is the last of its tokens
+    if not 0 <= vocabulary.mask_id < known or (own and vocabulary.mask_id != known - 1):
+        raise UserError(
+            f"--model {folder}: its network knows {known} tokens, and [MASK] is token "
+            f"{vocabulary.mask_id}: they do not belong together."
+        )
+    return network, vocabulary
 
 
 def canvas(command: Generate, vocabulary: Vocabulary, most: int) -> np.ndarray:
@@ -153,6 +170,8 @@ def canvas(command: Generate, vocabulary: Vocabulary, most: int) -> np.ndarray:
 def generate(command: Generate) -> None:
     check(command)
     Signals()
+    if command.out is not None:
+        check_writable(command.out, "--out")
     try:
         mesh = make_mesh(parse_mesh(command.mesh))
     except ValueError as error:
@@ -162,6 +181,10 @@ def generate(command: Generate) -> None:
     except (FileNotFoundError, pretrained.WeightsError) as error:
         raise UserError(str(error)) from None
     start = canvas(command, vocabulary, network.config.max_length)
+    if start.max() >= network.config.vocabulary:
+        raise UserError(
+            f"--prompt: has token {start.max()}, and the network knows {network.config.vocabulary}."
+        )
     mask_id, length = vocabulary.mask_id, len(start)
     known = int(np.argmax(start == mask_id))
     sampler = make_sampler(

@@ -42,8 +42,9 @@ class Vocabulary:
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
         if self.tokenizer is not None:
-            return np.array(self.tokenizer.encode(text).ids, np.int32)
+            return np.array(self.tokenizer.encode(_encodable(text)).ids, np.int32)
         if not self.characters:
+            text = _encodable(text)
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         known = np.frombuffer(self.characters.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -72,6 +73,14 @@ class Vocabulary:
             known = bytes(b"_"[0] if i >= 256 else i for i in ids)
             return known.decode(errors="replace")
         return "".join(self.characters[i] if i < self.mask_id else "_" for i in ids)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the text holds bytes that are no UTF-8.") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def open_vocabulary(tokens: str, text: str) -> Vocabulary:
             f"--tokens {tokens}: needs the package tokenizers: pip install 'eqxldm[text]'."
         ) from None
     try:
-        return Vocabulary(None, Tokenizer.from_file(str(path)))
+        return Vocabulary(None, Tokenizer.from_str(read_text(path)))
     except Exception as error:  # the library raises bare ones
         raise UserError(f"--tokens {tokens}: is no tokenizer file ({error}).") from None
 
@@ -141,6 +150,11 @@ def open_corpus(path: Path | None, tokens: str, length: int) -> Corpus:
     vocabulary = open_vocabulary(tokens, text)
     ids = vocabulary.encode(text)
     held_out = max(int(len(ids) * HELD_OUT), length)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.mask_id:
+        raise UserError(
+            f"--tokens {tokens}: makes tokens up to {ids.max()}, and says that it has "
+            f"{vocabulary.mask_id}."
+        )
     if len(ids) < 2 * held_out or len(ids) - held_out < 2 * length:
         raise UserError(
             f"{name}: has {len(ids)} tokens, too few for windows of {length} to learn from and "

@@ -1,6 +1,9 @@
 """The job over clips: it trains, measures and draws; what cannot be is one message."""
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 
 import jax
@@ -13,7 +16,7 @@ import eqxldm as ex
 from eqxldm.data import MovingDigits, center_crop, read_clips
 from eqxldm.data.clips import Wanted
 from experiments.train.run import RunFolder
-from experiments.train.terminal import UserError
+from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, sample, summary
 from experiments.video.config import Sample, Train, check_clips, smoke
@@ -30,6 +33,15 @@ TINY = """--frames 5 --size 32 32 --count 10 --test 10 --classifier.steps 2
     --autoencoder.latent-channels 2 --diffusion.steps 2 --diffusion.batch-size 4
     --diffusion.depth 1 --diffusion.width 24 --diffusion.num-heads 2 --diffusion.warmup 1
     --sampling.solver euler --sampling.steps 2 --samples 10 --sampling-batch 10""".split()
+
+
+def call(args):
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    try:
+        return run_main(lambda: main(args))
+    finally:
+        for signum, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(signum, handler)
 
 
 def idx(array):
@@ -113,6 +125,54 @@ def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
         check_network(replace(train.config, diffusion=replace(train.diffusion, width=64)))
     with pytest.raises(UserError, match="crop must be"):
         check_network(replace(train.config, autoencoder=replace(train.autoencoder, crop=12)))
+    for path in (tmp_path / "a.png" / "b.png", tmp_path / "d.png", tmp_path / ("x" * 300 + ".gif")):
+        (tmp_path / "d.png").mkdir(exist_ok=True)
+        (tmp_path / "a.png").write_text("")
+        with pytest.raises(UserError, match="--out"):
+            ask(out=path, overlap=1)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="pipe"):
+        ask(first=tmp_path / "pipe.png", overlap=1)
+
+
+def test_what_the_end_would_refuse_is_refused_at_the_start(mnist, tmp_path, capsys):
+    """And a folder of clips that are too few is as it was."""
+    run = tmp_path / "run"
+    ask = lambda *options: call(["train", "--run-dir", str(run), *TINY, *options])
+    given = ["--mnist", str(mnist)]
+    for options, message in (
+        (["--diffusion.patch-size", "1", "3", "3"], "patch"),
+        (["--sampling.steps", "100000000"], "--sampling.steps must lie in"),
+        (["--mnist", str(tmp_path / "no")], "no"),
+    ):
+        assert ask(*given, *options) == 2, options
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and message in said and not run.exists(), said
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    frames = [Image.new("L", (32, 32), 9 * k) for k in range(5)]
+    for i in range(3):
+        frames[0].save(clips / f"{i}.gif", save_all=True, append_images=frames[1:])
+    assert ask("--videos", str(clips), "--channels", "1") == 2
+    assert "3 clips of 5 frames; needed are 20" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_networks_and_captions_of_a_run_that_are_not_what_was_written(run, tmp_path):
+    for name, damage, message in (
+        ("denoiser.safetensors", None, "not what was written"),
+        ("autoencoder.safetensors", None, "not what was written"),
+        ("texts.json", '{"texts": ["a", 5, "b"]}', "more than texts"),
+        ("texts.json", "{", "is damaged"), ("config.json", "5", "is damaged"),
+    ):  # fmt: skip
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[-1] ^= 1
+        (copy / name).write_bytes(content if damage is None else damage.encode())
+        with pytest.raises(UserError, match=message):
+            sample(Sample(run_dir=copy))
+        shutil.rmtree(copy)
 
 
 def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measure(tmp_path):

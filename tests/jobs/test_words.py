@@ -43,9 +43,29 @@ def test_a_run_leaves_its_table_page_and_networks_that_write(text, tmp_path, cap
     with pytest.raises(UserError, match="--text: the folder has"):
         text.write_text(text.read_text() * 2)
         main(["train", "--text", str(text), "--run-dir", str(run), *TINY])
-    for prompt, message in (("abcabcabc", "longer than the context of 8"), ("abcdefgh", "nothing")):
+    ask = lambda *options: main(["generate", "--model", str(run), *options])
+    for prompt, message in (
+        ("abcabcabc", "longer than the context of 8"), ("abcdefgh", "nothing"),
+        ("a\udcff", "bytes that are no UTF-8"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            main(["generate", "--model", str(run), "--prompt", prompt])
+            ask("--prompt", prompt)
+    for path in (tmp_path, text / "a.html", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="--out"):
+            ask("--prompt", "a", "--out", str(path))
+    for written, message in (
+        ({"characters": "abc"}, "do not belong together"), ({"characters": 5}, "is damaged"),
+        ({"tokenizer": {"model": 5}}, "is no tokenizer"), (5, "is damaged"),
+    ):  # fmt: skip
+        (run / "vocabulary.json").write_text(json.dumps(written))
+        with pytest.raises(UserError, match=message):
+            ask("--prompt", "a")
+    network = bytearray((run / "masked.safetensors").read_bytes())
+    network[-1] ^= 1
+    (run / "masked.safetensors").write_bytes(network)
+    (run / "vocabulary.json").write_text('{"characters": ""}')
+    with pytest.raises(UserError, match="not what was written"):
+        ask("--prompt", "a")
 
 
 def test_a_folder_of_llada_writes_the_same_on_one_device_and_on_two(tmp_path):
@@ -101,6 +121,11 @@ def test_tokens_are_characters_bytes_or_a_file(text, tmp_path):
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "t.json"))
     words = open_corpus(text, str(tmp_path / "t.json"), 4).vocabulary
+    gaps = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9, "?": 7}, "?"))
+    gaps.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    gaps.save(str(tmp_path / "gaps.json"))
+    with pytest.raises(UserError, match="makes tokens up to 9, and says that it has 3"):
+        open_corpus(text, str(tmp_path / "gaps.json"), 4)
     assert words.mask_id == 3 and words.encode("b a").tolist() == [1, 0]
     assert words.decode([0, 3, 1]) == "a_b"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ...durable import read_file
-from ..entries import kind_of, listed
+from .._entries import kind_of, listed
 from ..errors import DataError
 from ..image_source import ImageRecord, Listing, check_classes, checked_index, is_image, shown
 

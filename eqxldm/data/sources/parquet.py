@@ -79,7 +79,7 @@ class ImageParquet:
             self._set_labels(np.concatenate(labels), names)
 
     def _set_labels(self, labels: np.ndarray, names: list[str] | None) -> None:
-        most = int(labels.max(initial=-1)) + 1
+        most = int(labels.max()) + 1 if len(labels) else 0
         count = len(names) if names else most
         if most > count:
             raise DataError(f"{self.path}: label {most - 1} has no name: there are {count}.")
