@@ -7,8 +7,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ..durable import check_is_file, replacing
-
 # Of ADM's files; the second pair is of the spatial features, of sFID.
 NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))
 MOST_BYTES = 2**30  # of an array: a covariance of 11,000 features
@@ -38,7 +36,7 @@ def read_reference(path: str | Path) -> Reference:
 
     Nothing is unpickled, and images are left where they are.
 
-    **Raises** `OSError` for what cannot be read, also a pipe; `ValueError` for a file that is no
+    **Raises** `OSError` for what cannot be read; `ValueError` for a file that is no
     npz, or whose moments do not fit each other.
 
     >>> import tempfile
@@ -47,7 +45,6 @@ def read_reference(path: str | Path) -> Reference:
     >>> read_reference(path).pooled.covariance.shape, read_reference(path).spatial
     ((2, 2), None)
     """
-    check_is_file(path)
     with Path(path).open("rb") as opened:
         try:
             names, found = _read(opened)
@@ -77,7 +74,7 @@ def write_reference(path: str | Path, pooled: Gaussian, spatial: Gaussian | None
     arrays: dict[str, np.ndarray] = {}
     for pair, gaussian in zip(NAMES, (pooled, spatial), strict=True):
         arrays |= {} if gaussian is None else dict(zip(pair, gaussian, strict=True))
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with Path(path).open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from eqxldm import metrics
 from eqxldm.data import cache_dir
+from eqxldm.durable import check_is_file, replacing
 from eqxldm.metrics.reference import Reference
 
 from ..train.checks import check_writable
@@ -95,6 +96,7 @@ def _moments(path: Path) -> Reference | None:
     if path.suffix.lower() != ".npz":
         return None
     try:
+        check_is_file(path)
         found = metrics.read_reference(path)
     except ValueError as error:
         raise UserError(f"--reference: {error}") from None
@@ -111,5 +113,6 @@ def _save_reference(path: Path, side: Side) -> None:
     pooled = side.gaussian("pooled")
     if pooled is None:
         raise UserError("--save-reference: the reference has too few images for moments.")
-    metrics.write_reference(path, pooled, side.gaussian("spatial"))
+    with replacing(path) as temporary:
+        metrics.write_reference(temporary, pooled, side.gaussian("spatial"))
     say(f"{path} has the reference's moments.")
