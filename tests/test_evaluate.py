@@ -1,6 +1,8 @@
 """`make evaluate SAMPLES=... REFERENCE=...`: the whole way, resumed, and what it refuses."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -267,6 +269,20 @@ def test_two_that_compute_the_same_wait_for_each_other(files, network, capsys):
     thread.join()
     assert order == ["first", "second"]
     assert "another process computes these features" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(files, network, monkeypatch):
+    """A page of a mapped file that finds no room is a SIGBUS."""
+    network(Counting())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            evaluating.evaluate(options(files))
+    assert evaluating.evaluate(options(files))["samples"]["images"] == len(SAMPLES)
 
 
 def test_an_npz_of_odd_kinds_is_named(tmp_path, monkeypatch):

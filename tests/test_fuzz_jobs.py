@@ -15,6 +15,8 @@ from eqxldm.data.npz_images import NpzImages
 from eqxldm.metrics.reference import Gaussian, read_reference, write_reference
 from eqxldm.models import CLIPImage, DINOv2, Flux, MMDiT, TokenTransformer
 from eqxldm.nn import RMSNorm, RoPE
+from eqxldm.pretrained.files import write_safetensors
+from eqxldm.pretrained.lora import read_lora
 from eqxldm.sharding import make_mesh
 from experiments.evaluate.store import PROGRESS, _opened, _progress
 from experiments.generate.options import Generate, complete
@@ -25,7 +27,7 @@ from experiments.words.commands import NETWORK, VOCABULARY, load_network, vocabu
 from experiments.words.config import Generate as Write
 from experiments.words.corpus import Vocabulary, open_corpus
 
-from fuzzing import Reader, check_pipe, check_reader, damaged_json, one
+from fuzzing import Reader, check_pipe, check_reader, damaged_json, damaged_safetensors, one
 from helpers import filled, llada_folder
 from tiny_pipelines import export, write_wan
 
@@ -179,6 +181,13 @@ def mmdit():
     return MMDiT(2, **sizes, qk_norm=RMSNorm, max_grid=6, base_grid=4, key=KEY)
 
 
+def lora(folder):
+    layer = "transformer_blocks.0.attn1.to_q"
+    matrices = {"lora_A.weight": np.ones((2, 8)), "lora_B.weight": np.ones((8, 2))}
+    tensors = {f"{layer}.{k}": v.astype(np.float32) for k, v in matrices.items()}
+    write_safetensors(folder / "lora.safetensors", tensors, {})
+
+
 def read_network(path):
     pretrained.load(path.parent)
 
@@ -208,6 +217,7 @@ READERS = {
     "vocabulary.json": Reader(words, VOCABULARY, read_words, damaged_json),
     "llada: config.json": Reader(llada, "config.json", read_words, damaged_json),
     "llada: tokenizer.json": Reader(llada, "tokenizer.json", read_words, damaged_json),
+    "lora": Reader(lora, "lora.safetensors", read_lora, damaged_safetensors),
     "flux": Reader(network(flux), "config.json", read_network, damaged_json),
     "mmdit": Reader(network(mmdit), "config.json", read_network, damaged_json),
     "dinov2": Reader(

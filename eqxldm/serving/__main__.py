@@ -1,8 +1,7 @@
 """`python -m eqxldm.serving --bundle model.bundle`: the module `command`."""
 
-import sys
-
+from .._leaving import leave
 from .command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,12 @@ def _opened(folder: Path, name: str, count: int, width: int, done: int) -> np.nd
         if found.shape == (count, width) and found.dtype == np.float32:
             return found
         raise UserError(f"{path} is damaged: delete its folder.")
-    return np.lib.format.open_memmap(path, "w+", np.float32, (count, width))
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (count, width))
+    if hasattr(os, "posix_fallocate"):
+        # Of a file with holes a full disk would be found by whoever writes to a page: a SIGBUS.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _progress(folder: Path, about: dict[str, Any], count: int) -> tuple[int, dict[str, int]]:

@@ -22,6 +22,7 @@ from eqxldm.sharding import make_mesh
 
 from ..serve.generators import Decoder
 from ..train.__main__ import chosen_preset
+from ..train.checks import check_writable
 from ..train.commands import Which, finished_config, run_folder
 from ..train.conditions import Captions, Labels
 from ..train.config import Config, SamplingConfig
@@ -31,7 +32,7 @@ from ..train.methods import Method, check_sampling, make_method, make_solver, ma
 from ..train.options import check
 from ..train.processes import exit_with
 from ..train.streams import stream_number
-from ..train.terminal import UserError, run_main, say
+from ..train.terminal import Signals, UserError, run_main, say
 from .onnx import save_onnx
 
 
@@ -48,6 +49,10 @@ class Export(Which):
 def export(command: Export) -> list[Path]:
     """Writes the files; returns where."""
     check(command)
+    Signals()
+    if command.out is not None:
+        onnx = command.format == "onnx"
+        check_writable(command.out / "denoiser.onnx" if onnx else command.out, "--out")
     run, sampling = run_folder(command), command.sampling
     config = finished_config(run)
     method = make_method(config)

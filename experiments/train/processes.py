@@ -1,8 +1,6 @@
 """Joining the other processes, failing with them, and leaving."""
 
-import atexit
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -13,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import jax
 
+from eqxldm._leaving import leave, leave_at_once
 from eqxldm.checkpoints import CheckpointError
 from eqxldm.data import DataError
 from eqxldm.distributed import first_with, is_primary
@@ -82,21 +81,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         leaving.start()
         leaving.join(GRACE)
         if leaving.is_alive():
-            _leave(code)
-    # Threads that are no daemons end, and what was registered for the end is done, as usual. Then
-    # Python would take itself apart while threads of XLA may still be at work with what it frees,
-    # which after a signal has ended in a segmentation fault; the system takes all of it at once.
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-    atexit._run_exitfuncs()
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed, as by `>&-`
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-    os._exit(code)
+            leave_at_once(code)
+    leave(code)
 
 
 def _shutdown() -> None:
