@@ -165,7 +165,7 @@ BAD = {
     "size '512x512': this model draws 8x8": {"label": 0, "size": "512x512"},
     "size '\\ud800': this model": b'{"label": 0, "size": "\\ud800"}',
     "label '\\ud800": b'{"label": "\\ud800"}',
-    "no option '\\udfff'": b'{"label": 0, "\\udfff": 1}',
+    "no option '": b'{"label": 0, "\\udfff": 1}',
     "there is no option 'colour'": {"label": 0, "colour": 1},
     "must be [low, high]": {"label": 0, "guidance_interval": [0.5, 0.5]},
     "guidance_interval must be two numbers": {"label": 0, "guidance_interval": 3},

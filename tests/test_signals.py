@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 
@@ -44,6 +45,26 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(signum, han
     assert time.monotonic() - begin < 4
     name = signal.Signals(signum).name
     assert capsys.readouterr().err == f"stopped by {name}; the same command goes on from here.\n"
+
+
+def test_nor_one_that_comes_while_python_says_what_it_dropped(handlers, capsys):
+    def main():
+        Signals()
+        before = terminal._send_later
+
+        def slow(signum):  # the hook calls it
+            before(signum)
+            time.sleep(0.2)
+
+        with mock.patch.object(terminal, "_send_later", slow):
+            left = Last(signal.SIGTERM)
+            del left
+            time.sleep(5)
+
+    begin = time.monotonic()
+    assert run_main(main) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 4
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM;")
 
 
 def test_a_signal_in_the_middle_of_a_line_that_is_printed_is_noted(handlers, monkeypatch):

@@ -248,6 +248,7 @@ class _Fields:
     def finish(self) -> None:
         if self._left:
             name = sorted(map(str, self._left))[0][:50]
+            name = name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair
             raise RequestError(400, f"there is no option {name!r}.", name)
 
 

@@ -1,14 +1,15 @@
 """The terminal: messages, progress bars, signals, and errors as one line with an exit code."""
 
+import _thread
 import contextlib
 import errno
 import io
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -67,7 +68,10 @@ class Signals:
             signal.signal(signum, self._handle)
         _send_again_what_is_dropped()
 
-    def _handle(self, signum: int, _frame) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if _is_dropped(frame):
+            _send_later(signum)
+            return
         if not self._deferred or self.pending is not None:
             raise Interrupted(signum)
         self.pending = signum
@@ -85,21 +89,36 @@ class Signals:
 
 def _send_again_what_is_dropped() -> None:
     before = sys.unraisablehook
-    if getattr(before, "sends_again", False):
+    if getattr(before, "__code__", None) is _DROPPED:
         return
 
     def hook(dropped: Any) -> None:
-        if not isinstance(dropped.exc_value, Interrupted):
+        if isinstance(dropped.exc_value, Interrupted):
+            _send_later(dropped.exc_value.signum)
+        else:
             before(dropped)
-            return
-        # A little later, from a thread: this thread is still where exceptions are dropped.
-        again = lambda: os.kill(os.getpid(), dropped.exc_value.signum)
-        later = threading.Timer(0.02, again)
-        later.daemon = True
-        later.start()
 
-    hook.sends_again = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = hook
+
+
+_DROPPED = next(c for c in _send_again_what_is_dropped.__code__.co_consts if hasattr(c, "co_code"))
+
+
+def _is_dropped(frame: FrameType | None) -> bool:
+    """Whether what is raised in a frame is lost: below `hook`, which nobody calls again for it."""
+    while frame is not None and frame.f_code is not _DROPPED:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_later(signum: int) -> None:
+    """Sends it once more, from a thread, when this one may be where exceptions are raised again."""
+
+    def send() -> None:
+        time.sleep(0.02)
+        os.kill(os.getpid(), signum)
+
+    _thread.start_new_thread(send, ())
 
 
 def say(text: str) -> None:
