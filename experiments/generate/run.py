@@ -61,7 +61,8 @@ def generate(options: Generate) -> list[Path]:
             written.pop(name, None)
     options = complete(options, written)
     check(options)
-    if options.model is None:
+    model = options.model
+    if model is None:
         raise UserError("which model? MODEL=folder, with a model_index.json.")
     out = options.out or next_path(Path("pictures"))
     if out.suffix.lower() != ".png":
@@ -69,7 +70,7 @@ def generate(options: Generate) -> list[Path]:
     check_writable(paths_of(out, options.n or 1)[-1], "OUT")
     options = dataclasses.replace(options, out=out)
     with _told():
-        folder = open_pipeline_folder(options.model)
+        folder = open_pipeline_folder(model)
         family = family_of(folder.class_name)
         takes_text, makes_clips = family.encode is not None, family.size is not None
         check_request(options, takes_text=takes_text, makes_clips=makes_clips)
@@ -200,8 +201,9 @@ def _check_files(options: Generate, digests: Any) -> None:
         raise UserError(f"{options.repeat}: its settings are damaged: files.")
     for name in ("init", "mask", "lora"):
         before, path = digests.get(name), getattr(options, name)
-        given = before is not None and path is not None and path.is_file()
-        if given and file_digest(path) != before:
+        if before is None or path is None or not path.is_file():
+            continue
+        if file_digest(path) != before:
             raise UserError(
                 f"{name.upper()} {path} is not what the picture was made from. Bring it back, or "
                 f"give {name.upper()}= to make another one."
