@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqxldm.checkpoints import CheckpointError, CheckpointMismatch, Checkpoints
 from eqxldm.digests import digest
+from experiments.train.run import RunFolder
 
 from checkpointing import DTYPES, LIKE, names, place, random_array, saved, state
 from helpers import array_batches
@@ -377,6 +378,7 @@ TWO = """
     from jax.experimental import multihost_utils
     from eqxldm.checkpoints import Checkpoints, CheckpointError
     from eqxldm.digests import digest
+from experiments.train.run import RunFolder
 
     def place(array, spec):
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), spec)
@@ -452,3 +454,27 @@ def test_two_processes_save_fail_fall_back_and_one_goes_on(tmp_path):
     assert step == 3
     np.testing.assert_array_equal(restored["w"], whole)
     assert names(tmp_path) == ["3", "4.damaged"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../b", "a b\nc", "a%2e", "a]?#"])
+def test_any_folder_that_the_system_has_holds_checkpoints(tmp_path, monkeypatch, name):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in")
+    with Checkpoints(Path(name)) as checkpoints:
+        checkpoints.save(3, {"w": np.ones(2)}, info={})
+        checkpoints.wait()
+        assert checkpoints.restore(3, {"w": np.zeros(2)})[0]["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\udcff"])
+def test_a_folder_whose_name_tensorstore_cannot_take_is_refused(tmp_path, name):
+    """A backslash would be a slash: the arrays would be written into another folder."""
+    checkpoints = Checkpoints(tmp_path / name)
+    with pytest.raises(CheckpointError, match="no checkpoint can be kept there"):
+        checkpoints.save(3, {"w": np.ones(2)}, info={})
+        checkpoints.wait()
+    assert not (tmp_path / "a").exists()
+    run = RunFolder(tmp_path / "runs" / name)
+    with pytest.raises(CheckpointError, match="no checkpoint can be kept there"), run.locked():
+        pass
+    assert not run.path.exists()

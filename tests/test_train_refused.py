@@ -93,6 +93,8 @@ BAD = {
     "test": (["--test-images", "{other}"], "its 2 classes are not the 4 of --images"),
     "processes": (["--process-id", 0], "need --distributed"),
     "remote": (["--run-dir", "gs://bucket/run"], "--run-dir gs:/bucket/run: a remote path"),
+    "loop": (["--run-dir", "{tmp}/loop/run"], "--run-dir {tmp}/loop/run: Too many levels"),
+    "backslash": (["--run-dir", "a\\b"], "a\\b: no checkpoint can be kept there: the name has"),
     "remote images": (["--images", "s3://bucket"], "--images s3:/bucket: a remote path"),
     "nothing": (["--images", "{tmp}/nowhere"], "there is no such file or folder"),
     "empty": (["--images", "{tmp}/empty"], "is empty"),
@@ -109,6 +111,7 @@ BAD = {
 def places(images, finished, tmp_path_factory) -> dict[str, Path]:
     tmp = tmp_path_factory.mktemp("places")
     (tmp / "empty").mkdir()
+    (tmp / "loop").symlink_to("loop")
     write_images(tmp / "few", [f"{i}.png" for i in range(4)])
     small = dataclasses.replace(finished_config(RunFolder(finished)))
     pretrained.save(make_denoiser(small, (4, 4, 4), Labels(2, 2)), tmp / "dit.safetensors")

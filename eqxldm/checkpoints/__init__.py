@@ -13,5 +13,6 @@ is killed or fails leaves the checkpoints before it as they were. `about.json` h
 Any reader of zarr 3 opens the arrays.
 """
 
+from ._arrays import check_folder as check_folder
 from .errors import CheckpointError as CheckpointError, CheckpointMismatch as CheckpointMismatch
 from .folder import Checkpoints as Checkpoints, Positioned as Positioned

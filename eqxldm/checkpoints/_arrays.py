@@ -1,6 +1,7 @@
 """Arrays as zarr 3 by tensorstore: out to the host, into files, and back onto any mesh."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,38 @@ def _placed(like: Any, parts: dict[str, np.ndarray]) -> Any:
     return jax.make_array_from_callback(like.shape, like.sharding, callback, dtype=like.dtype)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder in which tensorstore cannot keep a checkpoint.
+
+    It takes a backslash for a slash, and so writes elsewhere, and paths are UTF-8.
+
+    **Raises** `CheckpointError`.
+
+    >>> check_folder(Path("runs/mnist"))
+    """
+    path = os.path.realpath(folder)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        problem = "is no UTF-8"
+    else:
+        if "\\" not in path:
+            return
+        problem = "has a backslash"
+    raise CheckpointError(
+        f"{folder}: no checkpoint can be kept there: the name {problem}. Use another folder."
+    )
+
+
 def _open(folder: Path, entry: dict[str, Any], *, create: bool) -> Any:
     """An array in its folder; without `create`, what describes it there is not looked at."""
     chunks = {"name": "regular", "configuration": {"chunk_shape": entry["chunk"]}}
     metadata = {"shape": entry["shape"], "data_type": entry["dtype"], "chunk_grid": chunks}
+    check_folder(folder)
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / entry['folder']}/"},
+        # tensorstore refuses ".." in a path.
+        "kvstore": {"driver": "file", "path": f"{os.path.realpath(folder / entry['folder'])}/"},
         "metadata": metadata | {"codecs": _CODECS},
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros

@@ -1,5 +1,6 @@
 """The stage of the latent cache: the posteriors of all images, written once."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def check_cache(job: Job, *, own: bool, overwrite: bool = False) -> None:
     The run's own is checked once the folder is known to be about these images, others before.
     """
     folder = latents_folder(job)
-    if own != (folder.resolve() == (job.run.path / LATENTS).resolve()):
+    real = os.path.realpath  # which takes a link to itself as it is
+    if own != (real(folder) == real(job.run.path / LATENTS)):
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--latents {folder}: is a file; needed is a folder, which may be new.")

@@ -15,6 +15,7 @@ from typing import Any
 
 from beartype.door import is_bearable
 
+from eqxldm.checkpoints import check_folder
 from eqxldm.durable import is_temporary, read_file, replacing
 
 from .terminal import UserError, say
@@ -111,6 +112,7 @@ class RunFolder:
         if not self.primary:
             yield
             return
+        check_folder(self.path)
         self._refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
