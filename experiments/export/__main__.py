@@ -33,7 +33,8 @@ from ..train.options import check
 from ..train.processes import exit_with
 from ..train.streams import stream_number
 from ..train.terminal import Signals, UserError, run_main, say
-from .onnx import save_onnx
+from .onnx import DENOISER, check_packages, quantize_onnx, save_onnx
+from .states import States
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Export(Which):
     format: Literal["jax", "onnx"] = "jax"  # A bundle for JAX alone, or two files of ONNX.
     # By default in the run folder: model.bundle, or denoiser.onnx and decoder.onnx.
     out: Path | None = None
-    quantize: Literal["int8", "w8a8", "fp8"] | None = None  # Weights in 8 bits, of the denoiser.
+    # The denoiser in 8 bits; of onnx int8 alone, a third file with convolutions of integers.
+    quantize: Literal["int8", "w8a8", "fp8"] | None = None
 
 
 def export(command: Export) -> list[Path]:
@@ -52,24 +54,32 @@ def export(command: Export) -> list[Path]:
     Signals()
     if command.out is not None:
         onnx = command.format == "onnx"
-        check_writable(command.out / "denoiser.onnx" if onnx else command.out, "--out")
+        check_writable(command.out / DENOISER if onnx else command.out, "--out")
     run, sampling = run_folder(command), command.sampling
     config = finished_config(run)
     method = make_method(config)
     check_sampling(method, sampling, prefix="")
     check_exportable(method, config, sampling)
+    if command.format == "onnx":
+        check_packages()
+        if command.quantize not in (None, "int8"):
+            raise UserError(f"--quantize {command.quantize}: --format onnx has int8 alone.")
+    folder, path = command.out or run.path, command.out or run.file("model.bundle")
     condition, about = read_data(run, config)
     trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
     # From the mesh to one device.
     trained = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)) if eqx.is_array(a) else a, trained)
     network = trained.denoiser
+    if command.format == "onnx":
+        files = save_onnx(network, trained.space, trained.shape, example(condition), folder)
+        if command.quantize is not None:
+            states = States.of(method, sampling, trained, condition)
+            files.append(quantize_onnx(folder, states.calibration()))
+            rows = {"float32": files[0], "int8": files[-1]}
+            say("\n" + states.table(method, rows))
+        return files
     if command.quantize is not None:
         network = quantize(network, command.quantize)
-    if command.format == "onnx":
-        if command.quantize is not None:
-            raise UserError("--quantize: ONNX Runtime has its own 8 bits: make export says how.")
-        folder = run.path if command.out is None else command.out
-        return save_onnx(network, trained.space, trained.shape, example(condition), folder)
     guided = trained.null is not None and sampling.guidance != 1
     model = Exportable(
         network,
@@ -83,7 +93,6 @@ def export(command: Export) -> list[Path]:
         sampling.guidance_interval,
         config.pictures.pad,
     )
-    path = command.out or run.file("model.bundle")
     save_bundle(model, path, settings(command, config, condition, about))
     say(f"{path}: {path.stat().st_size:,} bytes")
     return [path]

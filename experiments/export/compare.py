@@ -6,7 +6,6 @@ each sample from the float32 network's, the bytes, and the medians of the time o
 of a whole sampling run.
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,11 +40,10 @@ from ..train.processes import exit_with
 from ..train.sampling import Drawing, Sampler
 from ..train.streams import stream_key
 from ..train.terminal import Signals, UserError, run_main, say
+from .states import BATCHES, median_seconds
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the error of eps is measured
 SHOWN = 64  # images whose noised latents it is measured on
-BATCHES = (1, 16)  # of which a call is timed
-CALLS = 20  # that are timed
 
 
 class Variant(NamedTuple):
@@ -227,13 +225,7 @@ class Noised(NamedTuple):
         call = eqx.filter_jit(lambda n, x, t, c: jax.vmap(n)(x, t, c))
         cond = jax.tree.map(lambda a: jnp.asarray(a)[:batch], self.cond)
         arguments = network, self.x_t[2, :batch], jnp.full(batch, TIMES[2]), cond
-        jax.block_until_ready(call(*arguments))
-        found = []
-        for _ in range(CALLS):
-            begin = time.perf_counter()
-            jax.block_until_ready(call(*arguments))
-            found.append(time.perf_counter() - begin)
-        return statistics.median(found)
+        return median_seconds(call, *arguments)
 
 
 def table(rows: list[dict[str, Any]], what: str) -> str:
