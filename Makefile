@@ -66,10 +66,13 @@ COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference 
 EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 RUNS = --preset $(or $(PRESET),mnist) $(if $(RUN),--run-dir "$(RUN)") $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
-OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SIZE),--size $(SIZE)) \
+RUN_OF_SOUND = $(if $(SMOKE),runs/sound-smoke,runs/sound)
+OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),--sound --run-dir $(RUN_OF_SOUND)) \
+	$(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
 	$(if $(FPS),--fps $(FPS)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
-OF_SAMPLES = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(FIRST),--first "$(FIRST)") \
+OF_SAMPLES = $(if $(SOUND)$(CLIP)$(WAV),--run-dir $(RUN_OF_SOUND)) $(if $(CLIP),--clip "$(CLIP)") \
+	$(if $(WAV),--wav "$(WAV)") $(if $(PROMPT),--prompt "$$PROMPT") $(if $(FIRST),--first "$(FIRST)") \
 	$(if $(FRAMES),--frames $(FRAMES)) $(HOW) $(if $(SEED),--seed $(SEED)) \
 	$(if $(OUT),--out "$(OUT)") $(ARGS)
 AOT = $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)') $(if $(UPDATE),--update) $(ARGS)
@@ -166,10 +169,10 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist, or MODEL=folder; PORT
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
 
-train-video: $(if $(VIDEOS),$(VIDEO),$(RUNTIME)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SMOKE=1
+train-video: $(if $(VIDEOS),$(VIDEO),$(RUNTIME)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SOUND=1; SMOKE=1
 	$(CLIPS) train $(OF_CLIPS)
 
-sample-video: $(RUNTIME) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SMOKE=1
+sample-video: $(RUNTIME) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
 	$(CLIPS) sample $(OF_SAMPLES)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)

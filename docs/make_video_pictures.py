@@ -1,6 +1,6 @@
 """Makes the diagrams of the page on video: no training.
 
-.venv/bin/python docs/make_video_pictures.py   # writes docs/images/video-{causal,clock}.png
+.venv/bin/python docs/make_video_pictures.py   # writes docs/images/video-{causal,clock,seconds}.png
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 import eqxldm as ex
-from eqxldm.data import MovingDigits
+from eqxldm.data import MovingDigits, open_mnist
 from eqxldm.models import CausalVideoAutoencoder
 
 IMAGES = Path(__file__).parent / "images"
@@ -83,6 +83,57 @@ def clock() -> None:
     _save(figure, "video-clock.png")
 
 
+def seconds() -> None:
+    """A clip's frames, when the tokens of both towers are, and the spectrogram, over one axis."""
+    from eqxldm.audio import MelSpectrogram, Tones
+
+    source = open_mnist("mnist", split="test")
+    assert source.labels is not None
+    digits, mel, fps = source.images[..., 0], MelSpectrogram(), 8.0
+    clip = (made := MovingDigits(digits, source.labels, 30, count=1, tones=Tones())).clip(4)
+    y = mel(made.wave(clip))
+    figure, (top, middle, bottom) = plt.subplots(
+        3, 1, figsize=(9, 3.4), sharex=True, height_ratios=(1, 1.1, 1.6)
+    )
+    row = clip.frames[..., 0].transpose(1, 0, 2).reshape(64, -1)
+    top.imshow(row, cmap="gray", extent=(0, FRAMES / fps, 0, 1), aspect="auto")
+    for f in range(1, FRAMES):
+        top.axvline(f / fps, color=INK, lw=0.6)
+    # Where the towers' tokens are, as the network is told: see `make_towers` of the job.
+    frames = np.array([0.0, *(4 * np.arange(1, LATENT) - 1.5)]) / fps
+    steps = (np.arange(2 * FRAMES) + 0.5) / (2 * fps)
+    for k, x in enumerate(frames):
+        for j in range(16):
+            at = x + 0.012 * (j % 4 - 1.5), 1 + 0.09 * (j // 4)
+            middle.plot(*at, ".", ms=3.5, color=FIRST, clip_on=False)
+        low = 0 if k == 0 else (4 * k - 3) / fps
+        high = (4 * k + 1) / fps
+        middle.plot(
+            (low + 0.006, high - 0.006),
+            (0.9, 0.9),
+            color=FIRST,
+            lw=2,
+            solid_capstyle="butt",
+            alpha=0.5,
+        )
+    middle.plot(steps, np.full(len(steps), 0.45), "|", ms=11, mew=2, color=LATER)
+    middle.text(FRAMES / fps + 0.02, 1.1, "video", color=FIRST, va="center", fontsize=9)
+    middle.text(FRAMES / fps + 0.02, 0.45, "sound", color=LATER, va="center", fontsize=9)
+    middle.set(ylim=(0.1, 1.5))
+    bottom.imshow(y.T, cmap="magma", origin="lower", extent=(0, FRAMES / fps, 0, 40), aspect="auto")
+    for axis in (top, middle, bottom):
+        for frame, _ in clip.bounces:
+            axis.axvline(frame / fps, color=INK, lw=1, ls="--")
+        axis.set(yticks=[])
+        axis.tick_params(colors=INK)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    bottom.set(xlabel="seconds", ylabel="pitch", xlim=(0, FRAMES / fps))
+    bottom.xaxis.label.set_color(INK)
+    bottom.yaxis.label.set_color(INK)
+    _save(figure, "video-seconds.png")
+
+
 def _save(figure, name: str) -> None:
     figure.tight_layout()
     figure.savefig(IMAGES / name, dpi=110, transparent=True)
@@ -92,3 +143,4 @@ def _save(figure, name: str) -> None:
 if __name__ == "__main__":
     causal()
     clock()
+    seconds()

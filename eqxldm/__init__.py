@@ -9,6 +9,7 @@ _typecheck.install()  # before the other modules: their functions check what the
 
 if _TYPE_CHECKING:
     from . import (
+        audio as audio,
         checkpoints as checkpoints,
         data as data,
         devices as devices,
@@ -79,6 +80,11 @@ from .guidance import (
     internal_guide as internal_guide,
     linear_scale as linear_scale,
 )
+from .joint import (
+    Together as Together,
+    one_part as one_part,
+    together as together,
+)
 from .likelihood import (
     Bound as Bound,
     StepTable as StepTable,
@@ -111,6 +117,7 @@ from .objectives import (
     EasyConsistency as EasyConsistency,
     FixedGuidance as FixedGuidance,
     Hybrid as Hybrid,
+    JointDenoising as JointDenoising,
     MeanFlow as MeanFlow,
     SCM as SCM,
     Shortcut as Shortcut,
@@ -201,6 +208,7 @@ from .solvers import (
 
 # Imported when they are first named: many programs need only a few of them.
 _LAZY = (
+    "audio",
     "checkpoints",
     "data",
     "devices",

@@ -27,6 +27,7 @@ DIFFUSION = {
     "flow_maps": {"times", "paths", "predictions", "diffusion"},
     "gaussian_mixture": {"paths", "predictions"},
     "solvers": {"paths", "predictions", "diffusion"},
+    "joint": set(),
     "sampling": {"times", "paths", "predictions", "diffusion", "solvers"},
     "likelihood": {"times", "paths", "predictions", "diffusion", "solvers", "sampling"},
     "discrete": {"discrete", "times", "objectives", "sharding"},
@@ -46,7 +47,7 @@ LAYERS = {
     "models": {"nn", "models"},
     "pretrained": {"nn", "models", "pretrained", "durable"},
 }
-APART = {"metrics": {"metrics"}, "text": {"text", "durable"}}
+APART = {"audio": {"audio"}, "metrics": {"metrics"}, "text": {"text", "durable"}}
 OPTIONAL = {
     "PIL", "av", "datasets", "diffusers", "gradio", "grain", "huggingface_hub", "lpips",
     "matplotlib",

@@ -179,6 +179,12 @@ def shipped():
         "autoencoder": partial(models.AutoencoderKL, 3, 4, **deep),
         "quant": partial(models.AutoencoderKL, 3, 4, **deep, quant_convs=True),
         "video": partial(models.CausalVideoAutoencoder, 3, 4, channels=(8, 8), blocks=1),
+        "sound": partial(models.SoundAutoencoder, 5, 4, width=8),
+        "towers": partial(
+            models.TwoTowers, (2, 1, 2, 2), (2, 2), video_seconds=(0.0,), sound_seconds=(0.0, 0.5),
+            patch_size=1, depth=1, width=24, num_heads=2,
+            embed_cond=models.ByteTextConfig(24, 1, 2, 8),
+        ),
         "tiny": partial(models.TinyAutoencoder, 3, 4, width=8, pool=True),
         "discriminator": partial(models.PatchDiscriminator, 3, channels=8, layers=1, groups=4),
         "spectral": partial(models.PatchDiscriminator, 3, channels=8, layers=1, **conv),

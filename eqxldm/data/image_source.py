@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 
 from .errors import DataError
 
@@ -21,14 +21,15 @@ class ImageRecord(NamedTuple):
     """One image as it is stored, and what is known of it.
 
     `image`: the bytes of an image file, or pixels, uint8 `(h, w, c)`. `id`: the name to report it
-    by. `label`: an index into the source's class names; `caption`: a text; each `None` where there
-    is none.
+    by. `label`: an index into the source's class names; `caption`: a text; `sound`: the wave that
+    belongs to it, of a clip; each `None` where there is none.
     """
 
     image: bytes | UInt8[np.ndarray, "h w c"]
     id: str
     label: int | None = None
     caption: str | None = None
+    sound: Float32[np.ndarray, " samples"] | None = None
 
 
 @runtime_checkable
@@ -86,7 +87,7 @@ class Listing:
 
     >>> listing = Listing.of(["cat/a.png", "dog/b.png"], ("cat", "dog"), [0, 1])
     >>> listing.record(1, b"...")
-    ImageRecord(image=b'...', id='dog/b.png', label=1, caption=None)
+    ImageRecord(image=b'...', id='dog/b.png', label=1, caption=None, sound=None)
     """
 
     class_names: tuple[str, ...]

@@ -9,6 +9,7 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from ..audio.tones import Tones
 from .errors import DataError
 from .image_source import ImageRecord, checked_index
 
@@ -20,13 +21,15 @@ class MovingClip(NamedTuple):
     """A clip and the truth about it: what each digit is, where its patch is, where it flies.
 
     `places` are the rows and columns of the patches' upper left corners before they are rounded,
-    `velocities` those in the first frame, in pixels a frame.
+    `velocities` those in the first frame, in pixels a frame. `bounces` are `(frame, k)`: when digit
+    `k` of the clip meets a wall, between two frames most often, ascending.
     """
 
     frames: UInt8[np.ndarray, "f h w 1"]
     digits: Int[np.ndarray, " n"]
     places: Float[np.ndarray, "f n 2"]
     velocities: Float[np.ndarray, "n 2"]
+    bounces: tuple[tuple[float, int], ...] = ()
 
     @property
     def caption(self) -> str:
@@ -74,7 +77,8 @@ class MovingDigits:
     the wall; here it is reflected, so that its speed is the same in every frame.
 
     A clip depends on `(seed, index)` and the images alone. `clip(i)` has the truth about it, and
-    `source[i]` is a record `(frames * size, size, 1)` with the caption.
+    `source[i]` is a record `(frames * size, size, 1)` with the caption. With `tones` it has a
+    sound, too: at each bounce the tone of the digit is struck.
 
     **Arguments**:
 
@@ -82,6 +86,7 @@ class MovingDigits:
     - `length`: how many clips there are.
     - `frames`: 17 by default: 4 k + 1, as autoencoders that keep the first frame apart need.
     - `size`: the square's side; `count`: digits in a clip; `speeds`: pixels a frame, `(low, high)`.
+    - `tones`: of the sound, such as `audio.Tones()`; `fps`: the frames a second that it goes with.
 
     **Raises** `DataError` for sizes that do not fit.
 
@@ -99,6 +104,8 @@ class MovingDigits:
     count: int = 2
     speeds: tuple[float, float] = (2.0, 4.0)
     seed: int = 0
+    tones: Tones | None = None
+    fps: float = 8.0
 
     def __post_init__(self):
         low, high = self.speeds
@@ -115,6 +122,8 @@ class MovingDigits:
 
     def clip(self, index: SupportsIndex) -> MovingClip:
         """The clip of this number and what is known of it."""
+        from ..metrics.tracking import wall_times  # and with it parts of SciPy
+
         rng = np.random.default_rng([self.seed, operator.index(index)])
         chosen = rng.integers(len(self.images), size=self.count)
         room = self.size - np.array(self.images.shape[1:], np.float64)
@@ -131,7 +140,22 @@ class MovingDigits:
             for k, (i, j) in enumerate(corners):
                 part = frames[f, i : i + h, j : j + w, 0]
                 np.maximum(part, self.images[chosen[k]], out=part)
-        return MovingClip(frames, self.labels[chosen], places, velocity)
+        hits = [
+            (time, k)
+            for k in range(self.count)
+            for axis in (0, 1)
+            for time in wall_times(
+                float(start[k, axis]), float(velocity[k, axis]), room[axis], self.frames - 1.0
+            )
+        ]
+        return MovingClip(frames, self.labels[chosen], places, velocity, tuple(sorted(hits)))
+
+    def wave(self, clip: MovingClip) -> Float[np.ndarray, " samples"] | None:
+        """The sound of a clip, as long as its frames last; None without `tones`."""
+        if self.tones is None:
+            return None
+        struck = [(frame / self.fps, int(clip.digits[k])) for frame, k in clip.bounces]
+        return self.tones.wave(struck, self.frames / self.fps)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -148,12 +172,14 @@ class MovingDigits:
         i = checked_index(index, self.length)
         clip = self.clip(i)
         strip = clip.frames.reshape(-1, self.size, 1)
-        return ImageRecord(strip, f"moving digits/{i}", None, clip.caption)
+        return ImageRecord(strip, f"moving digits/{i}", None, clip.caption, self.wave(clip))
 
     def digest(self) -> str:
         """Over the digits' pixels and all that the clips depend on."""
         about = (self.length, self.frames, self.size, self.count, self.speeds, self.seed)
         sha = hashlib.sha256(repr(about).encode())
+        if self.tones is not None:
+            sha.update(repr((self.tones, self.fps)).encode())
         sha.update(np.ascontiguousarray(self.images).data)
         sha.update(np.ascontiguousarray(self.labels.astype(np.int32)).data)
         return sha.hexdigest()

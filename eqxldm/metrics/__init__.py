@@ -31,4 +31,5 @@ from .tracking import (
     motions as motions,
     reflected as reflected,
     track as track,
+    wall_times as wall_times,
 )

@@ -1,6 +1,7 @@
 """Where things are in a clip, and whether they move as things do that bounce off walls."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ class Motion(NamedTuple):
     `velocity` is that of the first frame, (rows, columns), in pixels a frame. `residual` is the
     root mean square distance to the path; `variation` the standard deviation of the speed between
     frames in which it does not turn, by its mean. Of `turns`, changes of direction along an axis,
-    `turns_at_walls` are at a wall.
+    `turns_at_walls` are at a wall. `bounces` are the frames, no whole numbers, at which the path
+    meets a wall.
     """
 
     velocity: Float[np.ndarray, " 2"]
@@ -27,6 +29,7 @@ class Motion(NamedTuple):
     variation: float
     turns: int
     turns_at_walls: int
+    bounces: tuple[float, ...] = ()
 
 
 def reflected(x: Float[np.ndarray, "*n"], length: float) -> Float[np.ndarray, "*n"]:
@@ -38,6 +41,22 @@ def reflected(x: Float[np.ndarray, "*n"], length: float) -> Float[np.ndarray, "*
     array([3., 9., 2.])
     """
     return length - np.abs(np.mod(x, 2 * length) - length)
+
+
+def wall_times(place: float, velocity: float, length: float, end: float) -> list[float]:
+    """When a point meets the walls at 0 and `length`, in `(0, end]`, ascending.
+
+    It would be at `place + velocity t` without them: at a multiple of `length` it meets one.
+
+    >>> wall_times(2.0, 4.0, 10.0, 5.0), wall_times(2.0, -4.0, 10.0, 5.0)
+    ([2.0, 4.5], [0.5, 3.0])
+    """
+    if velocity == 0:
+        return []
+    last = place + velocity * end
+    low, high = sorted((place / length, last / length))
+    times = [(k * length - place) / velocity for k in range(math.ceil(low), math.floor(high) + 1)]
+    return sorted(t for t in times if 0 < t <= end)
 
 
 def blobs(frame: Num[np.ndarray, "h w"], count: int) -> Float[np.ndarray, "n 2"] | None:
@@ -156,7 +175,10 @@ def _motion(
     variation = float(free.std() / max(free.mean(), 1e-9)) if len(free) >= 3 else float("nan")
     error = np.sqrt(sum(fit[3] for fit in fits))
     velocity = np.array([fits[0][1], fits[1][1]])
-    return Motion(velocity, float(error), variation, turns, at_walls)
+    pairs = zip(fits, room, strict=True)
+    hits = (wall_times(fit[0], fit[1], length, len(path) - 1.0) for fit, length in pairs)
+    bounces = tuple(sorted(itertools.chain.from_iterable(hits)))
+    return Motion(velocity, float(error), variation, turns, at_walls, bounces)
 
 
 def _fit(

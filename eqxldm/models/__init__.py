@@ -99,6 +99,11 @@ from .mmdit import (
     mmdit_sd35_large as mmdit_sd35_large,
     mmdit_sd35_medium as mmdit_sd35_medium,
 )
+from .sound_autoencoder import (
+    SoundAutoencoder as SoundAutoencoder,
+    SoundAutoencoderConfig as SoundAutoencoderConfig,
+    SoundBlock as SoundBlock,
+)
 from .t5 import (
     T5Block as T5Block,
     T5Config as T5Config,
@@ -132,6 +137,12 @@ from .token_transformer import (
     TokenTransformerConfig as TokenTransformerConfig,
     llada_8b as llada_8b,
     mdlm_small as mdlm_small,
+)
+from .two_towers import (
+    Exchange as Exchange,
+    TowersBlock as TowersBlock,
+    TwoTowers as TwoTowers,
+    TwoTowersConfig as TwoTowersConfig,
 )
 from .unet import UNet as UNet, UNetConfig as UNetConfig
 from .unet_sizes import (

@@ -32,6 +32,7 @@ from .frechet import (
     update_moments as update_moments,
 )
 from .hybrid import Hybrid as Hybrid, hybrid_loss as hybrid_loss
+from .joint import JointDenoising as JointDenoising
 from .shortcut import (
     Shortcut as Shortcut,
     SplitMeanFlow as SplitMeanFlow,

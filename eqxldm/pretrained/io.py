@@ -26,9 +26,11 @@ from ..models import (
     Inception,
     MMDiT,
     PatchDiscriminator,
+    SoundAutoencoder,
     T5Encoder,
     TinyAutoencoder,
     TokenTransformer,
+    TwoTowers,
     UNet,
     WanTransformer,
 )
@@ -110,9 +112,11 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     LPIPS: (lpips.published_layout, lpips.package_layout),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
+    SoundAutoencoder: (),
     T5Encoder: (t5.transformers_layout,),
     TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
     TokenTransformer: (llada.llada_layout,),
+    TwoTowers: (),
     UNet: (unet.diffusers_layout,),
     WanTransformer: (wan.original_layout, wan.diffusers_layout),
 }

@@ -129,10 +129,11 @@ def make_loss(
         if prepare is not None:
             batch = prepare(batch, prepare_key)
         x0, cond = batch["x0"], batch.get("cond")
-        times = objective.times(time_key, x0.shape[0])
+        n = len(jax.tree.leaves(x0)[0])  # of an objective of several parts x0 is a tree
+        times = objective.times(time_key, n)
         if cond_dropout:
             cond = drop_condition(cond, null, cond_dropout, key=drop_key)
-        keys = jax.random.split(loss_key, x0.shape[0])
+        keys = jax.random.split(loss_key, n)
         network = in_dtype(model, dtype)
         if context is not None:
             context = Context(context.step, tuple(in_dtype(m, dtype) for m in context.ema))

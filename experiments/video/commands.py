@@ -15,7 +15,7 @@ from eqxldm.data import ANIMATION_ENDINGS, VIDEO_ENDINGS, DataError, Wanted, dec
 from eqxldm.data.clips import read_clips
 from eqxldm.distributed import is_primary
 from eqxldm.durable import check_is_file, read_file
-from eqxldm.models import CausalVideoAutoencoder, DiT
+from eqxldm.models import CausalVideoAutoencoder, DiT, SoundAutoencoder, TwoTowers
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from ..train.checks import check_writable
@@ -26,12 +26,29 @@ from ..train.streams import stream_key
 from ..train.telemetry import check_packages
 from ..train.terminal import Signals, UserError, say
 from .classifier import ClipClassifier, halved
-from .config import Config, Sample, SamplingOptions, Train, check_clips
-from .data import Clips, choose_condition, identity, open_clips_of, some_clips
+from .config import FPS, Config, Sample, SamplingOptions, Train, check_clips
+from .data import (
+    Clips,
+    WithSound,
+    choose_condition,
+    identity,
+    open_clips_of,
+    some_clips,
+    spectrogram_of,
+)
 from .drawing import Drawing, Trained
+from .listening import check_sound, measured_sound, sample_sound
 from .measuring import Measure, psnr_by_frame, reconstruct
-from .networks import KnownFrames, make_autoencoder, make_denoiser
+from .networks import (
+    KnownFrames,
+    SoundingClips,
+    make_autoencoder,
+    make_denoiser,
+    sound_shape,
+)
 from .pictures import can_write_mp4, check_ending, grid_frames, save_animation, save_filmstrip
+from .sound import train_sound
+from .sound_drawing import SoundDrawing, make_drawing
 from .training import (
     DIFFUSION,
     Job,
@@ -43,8 +60,9 @@ from .training import (
     with_stats,
 )
 
+SOUND = "sound-autoencoder.safetensors"
 AUTOENCODER, DENOISER, TEXTS = "autoencoder.safetensors", "denoiser.safetensors", "texts.json"
-FPS = 8.0  # of animations, where the clips have no rate of their own
+COUNTS = ("clips", "onsets", "bounces")
 SHOWN = 8  # clips in the pictures
 
 
@@ -57,7 +75,7 @@ def train(command: Train) -> None:
         raise UserError(problem)
     try:
         mesh = make_mesh(parse_mesh(command.mesh))
-        for options in (command.classifier, command.autoencoder, command.diffusion):
+        for options in parts_of(command):
             check_batch(options.batch_size, mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -77,6 +95,8 @@ def train(command: Train) -> None:
         try:
             clips = open_clips_of(command, run)
             condition = choose_condition(command.config, clips)
+            if command.clips.sound:
+                condition = WithSound(condition, spectrogram_of(command.clips))
             check_batches(command, clips)
         except (UserError, DataError):
             if new and run.primary:  # what is refused leaves nothing
@@ -86,9 +106,15 @@ def train(command: Train) -> None:
         finish(job, *train_all(job))
 
 
+def parts_of(command: Train) -> list[Any]:
+    """The options of the stages that are trained."""
+    parts = [command.classifier, command.autoencoder, command.diffusion]
+    return [*parts, command.sound] if command.clips.sound else parts
+
+
 def check_batches(command: Train, clips: Clips) -> None:
     """Refuses batches that the clips are too few for."""
-    for options in (command.autoencoder, command.diffusion, command.classifier):
+    for options in parts_of(command):
         if options.batch_size > len(clips.train):
             raise UserError(
                 f"a batch of {options.batch_size} is more than the {len(clips.train)} clips to "
@@ -115,7 +141,11 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
         frames = min(config.autoencoder.crop_frames, config.clips.frames)
         part = jnp.zeros((config.clips.channels, frames, *crop))
-        return seen, autoencoder.decode(autoencoder.encode(part)), denoiser(z, 0.5, cond)
+        again = autoencoder.decode(autoencoder.encode(part))
+        if not config.clips.sound:
+            return seen, again, denoiser(z, 0.5, cond)
+        parts = {"video": z, "sound": jnp.zeros(sound_shape(config))}
+        return seen, again, denoiser(parts, dict.fromkeys(parts, jnp.array(0.5)), cond)
 
     try:
         eqx.filter_eval_shape(draw)
@@ -146,8 +176,9 @@ def train_all(job: Job) -> tuple[Trained, Measure]:
     begin = time.monotonic()
     latents = cache_latents(job, autoencoder)
     job.timings["latents"] = {"seconds": time.monotonic() - begin}
-    denoiser = train_diffusion(job, autoencoder, latents)
-    return Trained(autoencoder, denoiser, job.command.config, job.captioned), measure
+    sound = train_sound(job) if job.command.clips.sound else None
+    denoiser = train_diffusion(job, autoencoder, latents, sound)
+    return Trained(autoencoder, denoiser, job.command.config, job.captioned, sound), measure
 
 
 def finish(job: Job, trained: Trained, measure: Measure) -> None:
@@ -156,18 +187,23 @@ def finish(job: Job, trained: Trained, measure: Measure) -> None:
         return
     run, command = job.run, job.command
     pretrained.save(trained.autoencoder, run.file(AUTOENCODER))
-    pretrained.save(trained.denoiser.dit, run.file(DENOISER))
+    pretrained.save(trained.denoiser.network, run.file(DENOISER))
+    if trained.sound is not None:
+        pretrained.save(trained.sound, run.file(SOUND))
     count = min(command.samples, len(job.clips.test))
     real, texts = some_clips(job.clips.test, max(command.clips.test, count), command.clips)
     write_json(run.file(TEXTS), {"texts": texts[:1000] if job.captioned else None})
-    drawing = Drawing(trained, command.sampling, command.sampling_batch)
+    drawing = make_drawing(trained, command.sampling, command.sampling_batch)
     key, begin = stream_key(command.seed, "samples"), time.monotonic()
-    samples = drawing([texts[i % len(texts)] for i in range(command.samples)], key)
-    job.timings["sampling"] = {"seconds": time.monotonic() - begin}
     texts_of = [texts[i % len(texts)] for i in range(command.samples)]
+    made = drawing.draw(texts_of, key)
+    samples = made.frames
+    job.timings["sampling"] = {"seconds": time.monotonic() - begin}
     metrics = {"autoencoder": measured_autoencoder(job, trained, real[:count])}
     metrics["diffusion"] = measured_samples(job, measure, real, texts, samples, texts_of)
     metrics["prediction"] = measured_prediction(job, drawing, real[:count], texts[:count])
+    if isinstance(drawing, SoundDrawing):
+        metrics["sound"] = measured_sound(job, drawing, made, texts_of)
     metrics["timings"] = job.timings
     write_json(run.file(METRICS), metrics)
     with open(run.file("samples.npz"), "wb") as file:
@@ -248,6 +284,9 @@ def summary(metrics: dict[str, Any]) -> str:
         f"samples: Frechet distance {d['frechet_distance']:.2f} (real clips: "
         f"{d['frechet_distance_real']:.2f})",
     ]
+    for name, row in metrics.get("sound", {}).items():
+        shares = (f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k not in COUNTS)
+        lines.append(f"sound, {name}: {', '.join(shares) or 'nothing to compare'}")
     for name in ("tracked", "tracked_real"):
         if name in d:
             shown = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in d[name].items())
@@ -269,13 +308,18 @@ def load_trained(folder: Path) -> tuple[Trained, list[str]]:
         raise UserError(f"{folder / TEXTS} is damaged: it holds more than texts. {repair}")
     try:
         autoencoder = pretrained.load(folder / AUTOENCODER)
-        dit = pretrained.load(folder / DENOISER)
+        network = pretrained.load(folder / DENOISER)
+        heard = pretrained.load(folder / SOUND) if config.clips.sound else None
     except (pretrained.WeightsError, OSError) as error:
         raise UserError(f"the run in {folder} is damaged: {error} {repair}") from None
-    if not isinstance(autoencoder, CausalVideoAutoencoder) or not isinstance(dit, DiT):
+    kinds = (SoundAutoencoder, TwoTowers) if config.clips.sound else (type(None), DiT)
+    fits = isinstance(heard, kinds[0]) and isinstance(network, kinds[1])
+    if not isinstance(autoencoder, CausalVideoAutoencoder) or not fits:
         raise UserError(f"the run in {folder} is damaged: its networks are others. {repair}")
-    denoiser = KnownFrames(dit, DTYPES[config.diffusion.dtype])
-    return Trained(autoencoder, denoiser, config, texts is not None), texts or [""]
+    told: Any = SoundingClips if config.clips.sound else KnownFrames
+    denoiser = told(network, DTYPES[config.diffusion.dtype])
+    trained = Trained(autoencoder, denoiser, config, texts is not None, heard)
+    return trained, texts or [""]
 
 
 def sample(command: Sample) -> None:
@@ -285,11 +329,13 @@ def sample(command: Sample) -> None:
     clips = trained.config.clips
     if command.prompt is not None and not trained.captioned:
         raise UserError(f"--prompt: the run in {command.run_dir} knows no captions.")
-    if (command.overlap - 1) % 4 or command.overlap >= clips.frames:
+    windows = not clips.sound  # of which longer clips are made
+    if windows and ((command.overlap - 1) % 4 or command.overlap >= clips.frames):
         raise UserError(
             f"--overlap {command.overlap}: must be 4 k + 1 and less than the {clips.frames} frames "
             "of a window."
         )
+    check_sound(command, trained.config)
     run = RunFolder(command.run_dir)
     out = command.out
     if out is not None:
@@ -298,11 +344,14 @@ def sample(command: Sample) -> None:
     wanted = [command.prompt] if command.prompt is not None else texts
     wanted = [wanted[i % len(wanted)] for i in range(command.n)]
     first = None if command.first is None else read_first(command, trained.config)
-    drawing = Drawing(trained, command.sampling, min(command.sampling_batch, command.n))
+    drawing = make_drawing(trained, command.sampling, min(command.sampling_batch, command.n))
     key = stream_key(command.seed, "samples")
     frames = command.frames or clips.frames
-    found = drawing.long(wanted, key, frames, overlap=command.overlap, first=first)
     path = out or run.file("sample.png")
+    if isinstance(drawing, SoundDrawing):
+        found = sample_sound(command, drawing, wanted, key, first, path)
+    else:
+        found = drawing.long(wanted, key, frames, overlap=command.overlap, first=first)
     save_animation(path, grid_frames(found, min(4, command.n)), clips.fps or FPS)
     save_filmstrip(path.with_name(f"{path.stem}-strip.png"), found)
     if trained.captioned and command.prompt is None:

@@ -25,6 +25,7 @@ from ..train.options import (
 from ..train.telemetry import LogOptions
 
 FramesCount = Annotated[int, Range(1, 1025)]
+FPS = 8.0  # where the clips have no rate of their own
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ClipOptions:
     fps: Annotated[float, Range(0, 1000, "(]")] | None = None
     # The network is told the caption, or nothing; auto: the caption if the clips have any.
     condition: Literal["auto", "text", "none"] = "auto"
+    digits: Annotated[int, Range(1, 9)] = 2  # Digits in a clip that is made.
+    sound: bool = False  # Digits sound when they bounce, and clips are made with their sound.
     count: Samples = 6144  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
 
@@ -94,6 +97,23 @@ class DiffusionOptions:
 
 
 @dataclass(frozen=True)
+class SoundOptions:
+    """Sound: its autoencoder, and which times of the two parts are learned. Needs `--sound`."""
+
+    steps: Steps = 800  # Training steps of the autoencoder.
+    batch_size: Batch = 32  # Spectrograms in a step.
+    learning_rate: Rate = 2e-3  # The peak, after 50 steps; then a cosine to 0.
+    width: Width = 128  # Channels of its convolutions over time.
+    blocks: Few = 2  # Residual blocks of the encoder, and of the decoder.
+    latent_channels: Width = 16  # Numbers in a step of the latent, a sixteenth of a second.
+    kl_weight: Weight = 1e-3  # Of the KL divergence, in nats a number of the spectrogram.
+    ema_decay: Share = 0.99  # Of the average of the weights, which is what is used.
+    given: Share = 0.4  # The share of the clips of which one part is given and the other learned.
+    alone: Share = 0.1  # The share of which one part is learned and the other is noise.
+    apart: Share = 0.1  # The share of which each part has a time of its own.
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How clips are drawn."""
 
@@ -110,6 +130,8 @@ class Config:
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
+    # (`--sound` itself, which is true or false, is of the clips.)
+    sound: SoundOptions = field(default_factory=SoundOptions)
     seed: Seed = 0  # Of everything that is random.
 
 
@@ -119,7 +141,8 @@ SMOKE = """
     --autoencoder.steps 60 --autoencoder.batch-size 4 --autoencoder.crop 16
     --autoencoder.crop-frames 5 --autoencoder.channels 8 8 8 --autoencoder.latent-channels 4
     --diffusion.steps 60 --diffusion.batch-size 8 --diffusion.depth 2 --diffusion.width 48
-    --diffusion.num-heads 2 --diffusion.warmup 10 --sampling.steps 4 --samples 12
+    --diffusion.num-heads 2 --diffusion.warmup 10 --sound.steps 60 --sound.batch-size 8
+    --sound.width 32 --sound.latent-channels 8 --sampling.steps 4 --samples 12
     --run-dir runs/video-smoke
 """
 
@@ -161,6 +184,9 @@ class Sample:
     # A picture, which is the first frame, or a clip, whose first frames are told: 4 k + 1 of them.
     first: Path | None = None
     first_frames: FramesCount | None = None  # How many; by default one of a picture, 5 of a clip.
+    # Of a run with sound: a clip, to which the sound is drawn, or a WAV file, to which clips are.
+    clip: Path | None = None
+    wav: Path | None = None
     # Frames of longer clips, by windows that begin with the last frames of the one before.
     frames: FramesCount | None = None
     overlap: FramesCount = 5  # Frames, 4 k + 1, that a window shares with the one before.
@@ -179,6 +205,11 @@ def check_clips(clips: ClipOptions) -> str | None:
     if any(side % 16 for side in clips.size):
         h, w = clips.size
         return f"--size {h} {w}: both must be multiples of 16: 8 pixels of the latent's, twice."
+    fps = clips.fps or FPS
+    if clips.sound and (1000 / fps != round(1000 / fps) or not 4 <= fps <= 100):
+        return (
+            f"--fps {fps:g}: with sound it must lie in [4, 100] and divide 1000, such as 8 or 10."
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from eqxldm.audio import MelSpectrogram, Tones
 from eqxldm.data import (
     DIRECTIONS,
     ImageArrays,
@@ -23,10 +24,13 @@ from eqxldm.data import (
 
 from ..train.run import RunFolder
 from ..train.terminal import UserError, say
-from .config import ClipOptions, Config, Train
+from .config import FPS, ClipOptions, Config, Train
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 LEAST = 10  # clips to measure against
+MEL_RATE = 8000  # samples a second
+MEL_FRAMES = 8  # frames of a spectrogram that go with a frame of a clip
+FOLD = 4  # of which so many are one step of the sound's latent
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
     clips, seed = command.clips, command.seed
     if command.videos is None:
         return moving_digits(command)
+    if clips.sound:
+        raise UserError("--sound: is of moving digits, whose bounces are known; not of --videos.")
     wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
     say(f"clips: those of {command.videos} are decoded once")
     found = write_clips(command.videos, run.file("clips"), wanted, strict=command.strict)
@@ -104,6 +110,8 @@ def moving_digits(command: Train) -> Clips:
         digits = open_mnist("mnist", command.mnist, split=split, log=say)
         assert digits.labels is not None
         options: dict[str, Any] = dict(frames=clips.frames, size=clips.size[0], seed=seed % 2**32)
+        options |= dict(count=clips.digits, fps=clips.fps or FPS)
+        options |= dict(tones=Tones(MEL_RATE)) if clips.sound else {}
         return MovingDigits(digits.images[..., 0], digits.labels, count, **options), digits
 
     train, digits = made("train", clips.count)
@@ -121,6 +129,24 @@ def choose_condition(config: Config, clips: Clips) -> Any:
     if kind == "none" or not clips.captioned:
         return no_condition
     return caption_bytes(config.diffusion.max_length)
+
+
+@dataclass(frozen=True)
+class WithSound:
+    """A condition: the spectrogram of a record's sound, and beside it another condition."""
+
+    text: Any
+    mel: MelSpectrogram
+
+    def __call__(self, record: ImageRecord) -> dict[str, Any]:
+        assert record.sound is not None
+        told = self.text(record)
+        return {"mel": self.mel(record.sound)} | ({} if told is None else {"text": told})
+
+
+def spectrogram_of(clips: ClipOptions) -> MelSpectrogram:
+    """Of the sounds of a run: eight frames go with each frame of a clip."""
+    return MelSpectrogram(MEL_RATE, hop=round(MEL_RATE / (clips.fps or FPS) / MEL_FRAMES))
 
 
 def strip_size(clips: ClipOptions) -> tuple[int, int]:

@@ -6,27 +6,29 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 import eqxldm as ex
 from eqxldm.data import caption_bytes
-from eqxldm.models import CausalVideoAutoencoder
+from eqxldm.models import CausalVideoAutoencoder, SoundAutoencoder
 
 from ..train.terminal import StageBar
 from .config import Config, SamplingOptions
-from .networks import KnownFrames, to_clips, to_frames
+from .networks import KnownFrames, SoundingClips, to_clips, to_frames
 from .training import DIFFUSION
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 
 
 class Trained(NamedTuple):
-    """A run's networks; `captioned` says whether the denoiser takes captions."""
+    """A run's networks; `captioned` says whether the denoiser takes captions, `sound` is the
+    autoencoder of a run with sound."""
 
     autoencoder: CausalVideoAutoencoder
-    denoiser: KnownFrames
+    denoiser: KnownFrames | SoundingClips
     config: Config
     captioned: bool
+    sound: SoundAutoencoder | None = None
 
     def null(self) -> Any:
         """The ids of a caption that says nothing."""
@@ -40,6 +42,13 @@ def make_solver(sampling: SamplingOptions) -> Any:
         "dpmsolver++": ex.DPMSolverPP2M(),
         "unipc": ex.UniPC(),
     }[sampling.solver]
+
+
+class Drawn(NamedTuple):
+    """Clips, and of a run with sound their spectrograms."""
+
+    frames: Frames
+    mels: Float[np.ndarray, "n m bands"] | None = None
 
 
 class Drawing:
@@ -68,7 +77,7 @@ class Drawing:
 
         def draw(models: Any, text: Any, first: Any, key: Any, indices: Any) -> Any:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-            known, mask = _known(models[0], first, shape)
+            known, mask = known_latents(models[0], first, shape)
             cond = {"known": known, "mask": mask}
             cond |= {} if text is None else {"text": text}
             return to_frames(jax.vmap(lambda cond, key: one(models, cond, key))(cond, keys))
@@ -99,6 +108,10 @@ class Drawing:
         frames = np.concatenate(made)[:n]
         return np.concatenate([first, frames[:, first.shape[1] :]], 1)
 
+    def draw(self, texts: list[str], key: Any, **options: Any) -> Drawn:
+        """The same, and the sounds of a run that has them."""
+        return Drawn(self(texts, key, **options))
+
     def long(
         self, texts: list[str], key: Any, frames: int, *, overlap: int, **options: Any
     ) -> Frames:
@@ -117,7 +130,7 @@ class Drawing:
         return found[:, :frames]
 
 
-def _known(autoencoder: Any, first: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+def known_latents(autoencoder: Any, first: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """The latents of first frames and where they are: nothing, for none of them."""
     known = jnp.zeros((len(first), *shape))
     if first.shape[1] == 0:

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from eqxldm import nn
@@ -14,11 +15,13 @@ from eqxldm.models import (
     CausalVideoAutoencoder,
     CrossAttentionDiTBlock,
     DiT,
+    TwoTowers,
 )
 from eqxldm.training import in_dtype
 
 from ..train.methods import DTYPES
-from .config import Config
+from .config import FPS, Config
+from .data import FOLD, MEL_FRAMES
 
 LEAST_TIME = 1e-3  # below it the velocity of a known frame is that at this time
 
@@ -53,16 +56,51 @@ class KnownFrames(eqx.Module):
     dit: DiT
     dtype: Any = eqx.field(static=True, default=jnp.float32)
 
+    @property
+    def network(self) -> DiT:
+        """What is saved."""
+        return self.dit
+
     def __call__(
         self, x_t: Float[Array, "c f h w"], t: Float[Array, ""], cond: PyTree, *, key: Any = None
     ) -> Float[Array, "c f h w"]:
-        mask = cond["mask"][None, :, None, None].astype(x_t.dtype)
-        known = cond["known"].astype(x_t.dtype)
-        seen = jnp.where(mask > 0, known, x_t)
-        flag = jnp.broadcast_to(mask, (1, *x_t.shape[1:]))
-        out = in_dtype(self.dit, self.dtype)(jnp.concatenate([seen, flag]), t, cond.get("text"))
-        exact = (x_t - known) / jnp.maximum(t, LEAST_TIME)
-        return jnp.where(mask > 0, exact, out[: len(x_t)])
+        out = in_dtype(self.dit, self.dtype)(_seen(x_t, cond), t, cond.get("text"))
+        return _with_known(out, x_t, t, cond)
+
+
+class SoundingClips(eqx.Module):
+    """`KnownFrames` of clips with sound: `(x_t, t, cond) -> velocity` of `{"video", "sound"}`.
+
+    Frames may be told as there, whatever is known of the sound.
+    """
+
+    towers: TwoTowers
+    dtype: Any = eqx.field(static=True, default=jnp.float32)
+
+    @property
+    def network(self) -> TwoTowers:
+        """What is saved."""
+        return self.towers
+
+    def __call__(self, x_t: Any, t: Any, cond: PyTree, *, key: Any = None) -> dict[str, Array]:
+        video = x_t["video"]
+        x = {"video": _seen(video, cond), "sound": x_t["sound"]}
+        out = self.towers(jax.tree.map(lambda a: a.astype(self.dtype), x), t, cond.get("text"))
+        out = jax.tree.map(lambda a: a.astype(jnp.float32), out)
+        return out | {"video": _with_known(out["video"], video, t["video"], cond)}
+
+
+def _seen(x_t: Float[Array, "c f h w"], cond: PyTree) -> Float[Array, "c_and_one f h w"]:
+    """The noisy latent with the known frames in it, and the channel that says where they are."""
+    mask = cond["mask"][None, :, None, None].astype(x_t.dtype)
+    seen = jnp.where(mask > 0, cond["known"].astype(x_t.dtype), x_t)
+    return jnp.concatenate([seen, jnp.broadcast_to(mask, (1, *x_t.shape[1:]))])
+
+
+def _with_known(out: Any, x_t: Any, t: Any, cond: PyTree) -> Float[Array, "c f h w"]:
+    """The network's velocity, and the exact one where frames are known."""
+    exact = (x_t - cond["known"].astype(x_t.dtype)) / jnp.maximum(t, LEAST_TIME)
+    return jnp.where(cond["mask"][None, :, None, None] > 0, exact, out[: len(x_t)])
 
 
 def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> DiT:
@@ -93,10 +131,44 @@ def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: A
     )
 
 
+def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> TwoTowers:
+    """The transformer of clips and sounds, both told when each of their tokens is."""
+    options, clips = config.diffusion, config.clips
+    key, text_key = jax.random.split(key)
+    fps = clips.fps or FPS
+    # A latent frame is at the middle of the frames that it stands for: 0, then 1 to 4, 5 to 8, ...
+    frames = np.array([0.0, *(4 * np.arange(1, latent[1]) - 1.5)]) / fps
+    seconds = frames.reshape(-1, options.patch_size[0]).mean(1)
+    step = FOLD / (fps * MEL_FRAMES)
+    text = dict(max_length=options.max_length, key=text_key)
+    embed = ByteTextEncoder(options.width, options.text_depth, options.num_heads, **text)
+    return TwoTowers(
+        (latent[0] + 1, *latent[1:]),
+        sound_shape(config),
+        video_seconds=tuple(seconds.tolist()),
+        sound_seconds=tuple((step * (np.arange(sound_shape(config)[1]) + 0.5)).tolist()),
+        patch_size=options.patch_size,
+        depth=options.depth,
+        width=options.width,
+        num_heads=options.num_heads,
+        embed_cond=embed if captioned else None,
+        clock_rate=1 / step,
+        remat=None,
+        key=key,
+    )
+
+
+def sound_shape(config: Config) -> tuple[int, int]:
+    """Of the sound's latent."""
+    return config.sound.latent_channels, config.clips.frames * MEL_FRAMES // FOLD
+
+
 def make_denoiser(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> Any:
-    """`make_dit` as a `KnownFrames`."""
-    dit = make_dit(config, latent, captioned=captioned, key=key)
-    return KnownFrames(dit, DTYPES[config.diffusion.dtype])
+    """`make_dit` as a `KnownFrames`, or `make_towers` as `SoundingClips`."""
+    sound, dtype = config.clips.sound, DTYPES[config.diffusion.dtype]
+    make, told = (make_towers, SoundingClips) if sound else (make_dit, KnownFrames)
+    network: Any = make(config, latent, captioned=captioned, key=key)
+    return told(network, dtype)
 
 
 def to_clips(frames: Any) -> Float[Array, "n c f h w"]:

@@ -3,11 +3,14 @@
 import io
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
+from eqxldm.audio import wav_bytes
 from eqxldm.durable import replacing
 
 from ..train.figures import image_grid, save_png
@@ -34,14 +37,19 @@ def save_filmstrip(path: Path, clips: Frames, *, scale: int = 2) -> None:
     save_png(path, filmstrip(clips, scale=scale))
 
 
-def save_animation(path: Path, frames: UInt8[np.ndarray, "f H W c"], fps: float) -> None:
+def save_animation(
+    path: Path,
+    frames: UInt8[np.ndarray, "f H W c"],
+    fps: float,
+    sound: tuple[Float[np.ndarray, " n"], int] | None = None,
+) -> None:
     """Frames as an animation; the ending decides: .png and .apng are lossless and play in browsers,
-    .mp4 needs the package av or the program ffmpeg."""
+    .mp4 needs the package av or the program ffmpeg. It can have a `sound`, a wave and its rate."""
     check_ending(path)
     ending = path.suffix.lower()
     if ending == ".mp4":
         with replacing(path) as temporary:
-            temporary.write_bytes(_mp4(frames, fps))
+            temporary.write_bytes(_mp4(frames, fps, sound))
         return
     from PIL import Image
 
@@ -76,14 +84,14 @@ def can_write_mp4() -> bool:
     return True
 
 
-def _mp4(frames: UInt8[np.ndarray, "f H W c"], fps: float) -> bytes:
+def _mp4(frames: UInt8[np.ndarray, "f H W c"], fps: float, sound: Any = None) -> bytes:
     colours = frames.repeat(3, -1) if frames.shape[-1] == 1 else frames[..., :3]
     h, w = colours.shape[1:3]
     colours = np.pad(colours, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     try:
         import av
     except ImportError:
-        return _by_ffmpeg(colours, fps)
+        return _by_ffmpeg(colours, fps, sound)
     from fractions import Fraction
 
     file = io.BytesIO()
@@ -92,20 +100,33 @@ def _mp4(frames: UInt8[np.ndarray, "f H W c"], fps: float) -> bytes:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
         stream.height, stream.width = colours.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        heard: Any = (
+            None if sound is None else container.add_stream("aac", rate=sound[1], layout="mono")
+        )
         for image in colours:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+        if sound is not None:
+            wave, rate = sound
+            numbers = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)[None]
+            samples = av.AudioFrame.from_ndarray(numbers, format="s16", layout="mono")
+            samples.sample_rate = rate
+            container.mux(heard.encode(samples))
+            container.mux(heard.encode())
     return file.getvalue()
 
 
-def _by_ffmpeg(colours: UInt8[np.ndarray, "f H W 3"], fps: float) -> bytes:
+def _by_ffmpeg(colours: UInt8[np.ndarray, "f H W 3"], fps: float, sound: Any) -> bytes:
     h, w = colours.shape[1:3]
-    command = (
-        f"ffmpeg -v error -f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {fps} -i - -pix_fmt yuv420p"
-    )
-    command += " -movflags frag_keyframe+empty_moov -f mp4 -"
-    done = subprocess.run(command.split(), input=colours.tobytes(), capture_output=True)
+    command = f"ffmpeg -v error -f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {fps} -i -".split()
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        if sound is not None:
+            file.write(wav_bytes(*sound))
+            file.flush()
+            command += ["-i", file.name]
+        command += "-pix_fmt yuv420p -movflags frag_keyframe+empty_moov -f mp4 -".split()
+        done = subprocess.run(command, input=colours.tobytes(), capture_output=True)
     if done.returncode:
         raise UserError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()[:300]}")
     return done.stdout

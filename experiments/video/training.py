@@ -24,8 +24,8 @@ from eqxldm.data import (
 )
 from eqxldm.digests import digest
 from eqxldm.distributed import all_gather, barrier, local_mesh, replicate
-from eqxldm.models import CausalVideoAutoencoder, Posterior
-from eqxldm.objectives import Denoising, kl_to_standard_normal
+from eqxldm.models import CausalVideoAutoencoder, Posterior, SoundAutoencoder
+from eqxldm.objectives import Denoising, JointDenoising, kl_to_standard_normal
 from eqxldm.sharding import batch_sharding, batch_vmap, build_placed, own_rows
 from eqxldm.training import (
     adamw,
@@ -48,6 +48,7 @@ from .config import ClassifierOptions, Train
 from .data import Clips, SaidPairs, frames_of, strip_size
 from .networks import make_autoencoder, make_denoiser, to_clips
 
+PARTS = ("video", "sound")
 DIFFUSION = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
 
 
@@ -57,7 +58,7 @@ class Job:
 
     command: Train
     clips: Clips
-    condition: Any
+    condition: Any  # what is told of a clip's frames: the caption or nothing; and its sound
     run: RunFolder
     mesh: Mesh
     signals: Signals
@@ -65,7 +66,7 @@ class Job:
 
     @property
     def captioned(self) -> bool:
-        return self.condition is not no_condition
+        return getattr(self.condition, "text", self.condition) is not no_condition
 
     def key(self, name: str) -> Any:
         return stream_key(self.command.seed, name)
@@ -291,12 +292,15 @@ def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
 
 def null_text(job_condition: Any) -> Any:
     """The ids of a caption that says nothing."""
-    return job_condition.tokens("")
+    return getattr(job_condition, "text", job_condition).tokens("")
 
 
-def make_prepare(job: Job, autoencoder: CausalVideoAutoencoder) -> Callable[[Any, Any], Any]:
+def make_prepare(
+    job: Job, autoencoder: CausalVideoAutoencoder, sound: SoundAutoencoder | None = None
+) -> Callable[[Any, Any], Any]:
     """`prepare(batch, key)`: fresh latents of the cached posteriors, and what is told of them: the
-    caption, at times not, and at times the first latent frames."""
+    caption, at times not, and at times the first latent frames. With `sound` the latents are of
+    both, as a dict."""
     options = job.command.diffusion
     null = null_text(job.condition) if job.captioned else None
 
@@ -316,13 +320,23 @@ def make_prepare(job: Job, autoencoder: CausalVideoAutoencoder) -> Callable[[Any
         cond = {"known": z * mask[:, None, :, None, None], "mask": mask}
         if null is not None:
             dropped = jax.random.bernoulli(drop_key, options.caption_dropout, (n, 1))
-            cond["text"] = jnp.where(dropped, null, batch["cond"])
-        return {"x0": z, "cond": cond}
+            text = batch["cond"] if sound is None else batch["cond"]["text"]
+            cond["text"] = jnp.where(dropped, null, text)
+        if sound is None:
+            return {"x0": z, "cond": cond}
+        encode = sound.encode
+        heard = jax.vmap(lambda mel: encode(mel.T))(batch["cond"]["mel"])
+        return {"x0": {"video": z, "sound": heard}, "cond": cond}
 
     return prepare
 
 
-def train_diffusion(job: Job, autoencoder: CausalVideoAutoencoder, latents: Latents) -> Any:
+def train_diffusion(
+    job: Job,
+    autoencoder: CausalVideoAutoencoder,
+    latents: Latents,
+    sound: SoundAutoencoder | None = None,
+) -> Any:
     """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end."""
     config, options = job.command.config, job.command.diffusion
     shape = latent_shape(job, autoencoder)
@@ -334,8 +348,11 @@ def train_diffusion(job: Job, autoencoder: CausalVideoAutoencoder, latents: Late
     optimizer = adamw(rate, b2=0.99, weight_decay=options.weight_decay, clip_norm=1.0)
     plain = ex.logit_normal_time()
     times = lambda key, n: ex.shift_time(plain(key, n), options.shift)
-    objective = Denoising(DIFFUSION, ex.constant_weight, times)
-    loss = make_loss(objective, prepare=make_prepare(job, autoencoder))
+    objective: Any = Denoising(DIFFUSION, ex.constant_weight, times)
+    if sound is not None:
+        shares = {name: getattr(config.sound, name) for name in ("given", "alone", "apart")}
+        objective = JointDenoising(DIFFUSION, PARTS, times, **shares)
+    loss = make_loss(objective, prepare=make_prepare(job, autoencoder, sound))
     batches = latent_batches(
         latents,
         options.batch_size,

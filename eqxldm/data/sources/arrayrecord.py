@@ -191,7 +191,7 @@ def write_array_record(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_array_record(Two(), f"{folder}/images.arrayrecord")
     ...     ImageArrayRecord(folder)[1]
-    ImageRecord(image=b'...', id='1.png', label=1, caption=None)
+    ImageRecord(image=b'...', id='1.png', label=1, caption=None, sound=None)
     """
     rows: list[Row] = []
     with writing_records(Path(path)) as write:

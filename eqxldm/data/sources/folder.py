@@ -44,7 +44,7 @@ class ImageFolder:
     ...         _ = Path(root, name).write_bytes(b"...")
     ...     source = ImageFolder(root)
     ...     source.class_names, source[1]
-    (('cat', 'dog'), ImageRecord(image=b'...', id='dog/1.png', label=1, caption=None))
+    (('cat', 'dog'), ImageRecord(image=b'...', id='dog/1.png', label=1, caption=None, sound=None))
     """
 
     def __init__(self, root: str | Path):

@@ -36,9 +36,9 @@ class ImageParquet:
     >>> images = [{"bytes": b"...", "path": None}] * 2
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     table = pa.table({"image": images, "label": [0, 1]})
-    ...     pa.parquet.write_table(table, f"{folder}/train-00000-of-00001.parquet")
+    ...     pa.parquet.write_table(table, f"{folder}/train.parquet")
     ...     ImageParquet(folder)[1]
-    ImageRecord(image=b'...', id='train-00000-of-00001.parquet:1', label=1, caption=None)
+    ImageRecord(image=b'...', id='train.parquet:1', label=1, caption=None, sound=None)
     """
 
     def __init__(self, path: str | Path):

@@ -45,7 +45,7 @@ class ImageTars:
     ...             member.size = 3
     ...             tar.addfile(member, io.BytesIO(b"..."))
     ...     ImageTars(folder, index_dir=folder)[1]
-    ImageRecord(image=b'...', id='dog/dog_1.JPEG', label=1, caption=None)
+    ImageRecord(image=b'...', id='dog/dog_1.JPEG', label=1, caption=None, sound=None)
     """
 
     def __init__(self, path: str | Path, *, index_dir: str | Path | None = None):
