@@ -19,7 +19,7 @@ from eqxldm.audio import (
 from eqxldm.data import MovingClip, MovingDigits, read_clips
 from eqxldm.data.clips import Wanted
 from eqxldm.data.errors import DataError
-from eqxldm.durable import replacing
+from eqxldm.durable import check_is_file, replacing
 from eqxldm.metrics import motions, track
 
 from ..train.figures import save_png
@@ -229,10 +229,12 @@ def sample_sound(
     given: dict[str, Any] = {}
     try:
         if command.clip is not None:
+            check_is_file(command.clip)
             wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
             found = read_clips(command.clip, wanted, most=1)[0]
             given = dict(what="sound", frames=np.repeat(found[None], command.n, 0))
         if command.wav is not None:
+            check_is_file(command.wav)
             samples = clips.frames * MEL_FRAMES * ears.mel.hop
             wave = read_wav(command.wav, ears.mel.rate)[:samples]
             mel = ears.mel(np.pad(wave, (0, samples - len(wave))))
