@@ -231,7 +231,7 @@ def test_data_dir_takes_any_size_and_a_string(tmp_path):
     assert train.class_names == test.class_names and train.class_names[9] == "Ankle boot"
     record = test[3]
     np.testing.assert_array_equal(record.image, test.images[3])
-    assert record[1:] == ("fashion-mnist/test/3", 3, None)
+    assert record[1:4] == ("fashion-mnist/test/3", 3, None)
     assert len({train.digest(), test.digest()}) == 2
 
 
