@@ -67,6 +67,16 @@ def test_nor_one_that_comes_while_python_says_what_it_dropped(handlers, capsys):
     assert capsys.readouterr().err.startswith("stopped by SIGTERM;")
 
 
+def test_what_somebody_else_catches_stops_the_next_training_loop(handlers):
+    signals = Signals()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    except BaseException:  # as some library may
+        pass
+    assert signals.pending == signal.SIGTERM
+
+
 def test_a_signal_in_the_middle_of_a_line_that_is_printed_is_noted(handlers, monkeypatch):
     """Python refuses to write from a handler into what is being written to."""
 

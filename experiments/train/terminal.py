@@ -72,9 +72,9 @@ class Signals:
         if _is_dropped(frame):
             _send_later(signum)
             return
-        if not self._deferred or self.pending is not None:
-            raise Interrupted(signum)
-        self.pending = signum
+        again, self.pending = self.pending is not None, signum
+        if not self._deferred or again:
+            raise Interrupted(signum)  # should someone drop it, the next training loop stops
         with contextlib.suppress(RuntimeError):  # it came in the middle of a line that is printed
             say(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping ...")
 
