@@ -1,5 +1,8 @@
 """A network and a decoder as ONNX, for ONNX Runtime and whatever else reads it."""
 
+# The extra "onnx" need not be there where types are checked.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import contextlib
 import dataclasses
 import logging
