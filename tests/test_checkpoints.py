@@ -378,7 +378,6 @@ TWO = """
     from jax.experimental import multihost_utils
     from eqxldm.checkpoints import Checkpoints, CheckpointError
     from eqxldm.digests import digest
-from experiments.train.run import RunFolder
 
     def place(array, spec):
         sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), spec)

@@ -223,7 +223,7 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_arrays_are_a_source():
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 2), np.uint8)
     plain = ImageArrays(images)
-    assert plain.class_names == () and plain[2][1:] == ("image/2", None, None)
+    assert plain.class_names == () and plain[2][1:] == ("image/2", None, None, None)
     captioned = ImageArrays(images, captions=list("abcd"))
     assert captioned.has_captions and captioned[3].caption == "d"
     labelled = ImageArrays(images, np.array([0, 2, 1, 2], np.uint8), name="x")
