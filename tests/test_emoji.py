@@ -2,10 +2,8 @@
 
 import gzip
 import hashlib
-import io
 import json
 import re
-import tarfile
 import zipfile
 from dataclasses import replace
 
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from emoji_archives import BYTE_PAIRS, COLOURS, OBJECTS, packed, write_archives
 
 from eqxldm import data, text
 from eqxldm.data import DataError, EmojiSet, archives, clip_vocabulary, emoji, open_emoji
@@ -26,31 +24,6 @@ from experiments.train.compare import VARIANTS, step_cost
 from experiments.train.evaluate import Comparison, Described, accuracy_of_parts
 from experiments.train.presets import preset
 
-from job_runs import call
-
-# 40 objects of two categories, of which the hash holds out some in each style.
-OBJECTS = [(f"thing {i}", ("Food & Drink", "Objects")[i % 2]) for i in range(40)]
-BYTE_PAIRS = "#version: 0.2\nt h\nth i\nthi n\nthin g</w>\nn o\nno t\nnot o</w>\nb o\n"
-COLOURS = {"noto": (250, 0, 0, 255), "fluent": (0, 0, 250, 255)}
-
-
-def packed(contents, mode="w:gz"):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
-def picture(colour, side=64, kind="PNG"):
-    pixels = np.zeros((side, side, 4), np.uint8)
-    pixels[: side // 2] = colour  # what is below can be seen through
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    return file.getvalue()
-
 
 def published(name, content):
     sums = [hashlib.new(kind, content).hexdigest() for kind in ("md5", "sha256")]
@@ -59,25 +32,7 @@ def published(name, content):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The archives of two styles, one of larger pictures; the second lacks the last object."""
-    base = tmp_path_factory.mktemp("archives")
-    names = [
-        dict(name=name.upper(), unified=f"1F{i:03X}-FE0F", category=category)
-        for i, (name, category) in enumerate(OBJECTS)
-    ]
-    names.append(dict(name="TONE", unified="1F3FB", category="Component"))
-    keys = [each["unified"].lower() for each in names]
-    small, large = picture(COLOURS["noto"]), picture(COLOURS["fluent"], 256, "WEBP")
-    noto = {"package/emoji.json": json.dumps(names).encode()}
-    noto |= {f"package/img/google/64/{key}.png": small for key in keys}
-    noto |= {"package/img/google/sheets/64.png": b"not read"}
-    fluent = {f"package/assets/{key}.webp": large for key in keys if key != keys[39]}
-    (base / emoji.EMOJI[0].file.name).write_bytes(packed(noto))
-    (base / emoji.EMOJI[1].file.name).write_bytes(
-        packed({f"package/img/twitter/64/{key}.png": small for key in keys})
-    )
-    (base / emoji.EMOJI[2].file.name).write_bytes(packed(fluent))
-    return base
+    return write_archives(tmp_path_factory.mktemp("archives"))
 
 
 TWO = (emoji.EMOJI[0], emoji.EMOJI[2])
@@ -234,53 +189,6 @@ def test_both_ways_to_look_at_a_caption_get_as_many_multiply_adds():
     assert not joint.text.cross_attention and cross.text.cross_attention
     budgets = [each.diffusion.steps * step_cost(each) for each in (joint, cross)]
     assert budgets[0] == pytest.approx(budgets[1], rel=1e-3)
-
-
-SMALL = (
-    "--size 16 16 --checkpoint-every 4 --classifier.steps 4 --classifier.batch-size 8 "
-    "--classifier.channels 4 --classifier.features 8 --diffusion.steps 6 --diffusion.batch-size 8 "
-    "--diffusion.warmup 2 --dit.depth 1 --dit.width 16 --dit.num-heads 2 --samples 12 "
-    "--sampling.steps 2 --sampling-batch 12 --text.depth 1 --text.num-heads 2 --text.merges 8 "
-    "--text.max-length 12"
-).split()
-
-
-def test_the_job_trains_on_captions_and_draws_what_was_held_out(
-    folder, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(captions, "fetch_clip_vocabulary", lambda log: BYTE_PAIRS)
-    captions.caption_tokenizer.cache_clear()
-    run = tmp_path / "run"
-    where = ["--preset", "text", "--space", "pixel", "--run-dir", run]
-    assert call("train", *where, "--images", folder, *SMALL) == 0
-    test = open_emoji(folder, split="test")
-    metrics = json.loads((run / "metrics.json").read_text())["diffusion"]
-    parts = ("accuracy", "accuracy_part_1", "accuracy_part_2")
-    assert {f"{name}{end}" for name in parts for end in ("", "_known")} <= metrics.keys()
-    with np.load(run / "samples.npz") as samples:
-        assert test.captions and set(samples["texts"].tolist()) <= set(test.captions)
-        for words, label in zip(samples["texts"].tolist(), samples["arr_1"], strict=True):
-            assert test.labels is not None
-            assert test.labels[test.captions.index(words)] == label
-    capsys.readouterr()
-    pictures = []
-    for prompt in ("noto thing 3", "fluent thing 3", "noto thing 3 and much more of it"):
-        out = tmp_path / "drawn.png"
-        options = ["--steps", 2, "--n", 1, "--guidance", 3, "--out", out]
-        assert call("sample", *where, "--prompt", prompt, *options) == 0
-        pictures.append(np.asarray(Image.open(out)))
-    assert not np.array_equal(pictures[0], pictures[1])
-    said = capsys.readouterr().out
-    assert said.count("was cut off") == 1 and "of it" in said
-    monkeypatch.setattr(text.clip, "library", _absent)
-    captions.caption_tokenizer.cache_clear()
-    assert call("sample", *where, "--prompt", "noto thing 3") == 2
-    assert "--text.tokens clip: no library" in capsys.readouterr().err
-    captions.caption_tokenizer.cache_clear()
-
-
-def _absent(name):
-    raise text.TokenizerError("no library")
 
 
 def test_the_tokens_of_a_caption(monkeypatch):
