@@ -15,7 +15,7 @@ import pytest
 from eqxldm import pretrained
 from eqxldm.models import DiT
 from eqxldm.nn import Linear, RMSNorm
-from eqxldm.pretrained.files import write_safetensors
+from eqxldm.pretrained.files import check_seal, open_safetensors, write_safetensors
 from eqxldm.pretrained.layout import own_layout, tensor_shapes
 
 from pretrained_files import (
@@ -133,6 +133,20 @@ def test_damaged_files(damage, tmp_path):
         with pytest.raises(pretrained.WeightsError, match=message) as error:
             call(path)
     assert ("Git LFS" in str(error.value)) == (damage is damage_pointer)
+
+
+def test_a_file_of_ours_has_the_same_bytes_each_time(tmp_path):
+    """The library orders the strings of a header by chance."""
+    path, contents = tmp_path / "a.safetensors", set()
+    for _ in range(12):
+        write_safetensors(
+            path, {"w": np.ones(2), "v": np.ones(3)}, {"b": "1", "a": "é"}, sealed=True
+        )
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    tensors, header = open_safetensors(path)
+    check_seal(path, header)
+    assert tensors["v"].read().tolist() == [1] * 3
 
 
 def test_a_file_of_ours_that_is_not_what_was_written_is_refused(tmp_path):

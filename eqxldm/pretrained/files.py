@@ -70,16 +70,19 @@ def write_safetensors(
     """
     from safetensors.numpy import save
 
-    empty = "0" * 64
-    content = save(dict(tensors), metadata={**header, **({SEAL: empty} if sealed else {})})
+    content = save(dict(tensors), metadata=dict(header))
     size = 8 + int.from_bytes(content[:8], "little")
     start, data = content[:size], memoryview(content)[size:]
+    strings = dict(header)
     if sealed:
         sha = _seal(header)
         sha.update(data)
-        start = start.replace(
-            f'"{SEAL}":"{empty}"'.encode(), f'"{SEAL}":"{sha.hexdigest()}"'.encode()
-        )
+        strings[SEAL] = sha.hexdigest()
+    if len(strings) > 1 or sealed:  # safetensors has them in another order in each process
+        described = json.loads(start[8:]) | {"__metadata__": dict(sorted(strings.items()))}
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = len(text).to_bytes(8, "little") + text
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(start)
         file.write(data)
