@@ -171,7 +171,7 @@ def test_a_batch_has_the_latents_of_both_and_known_frames_cost_nothing(run):
     trained, _ = load_trained(run)
     source = MovingDigits(DISC, np.array([4]), 2, count=1, frames=5, size=32, tones=Tones())
     told = WithSound(caption_bytes(40), spectrogram_of(CLIPS))(source[0])
-    job: Any = Job(replace(DEFAULT, clips=CLIPS), None, None, None, None, None)  # type: ignore
+    job: Any = Job(replace(DEFAULT, clips=CLIPS), None, None, None, None, None)
     job.condition = WithSound(caption_bytes(40), spectrogram_of(CLIPS))
     assert job.captioned
     moments = jnp.ones((3, *LATENT))
