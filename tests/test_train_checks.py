@@ -22,6 +22,7 @@ from experiments.train.autoencoder import load_vae
 from experiments.train.checks import check_out, check_readable, check_writable
 from experiments.train.commands import Evaluate, Sample, Train, finished_config
 from experiments.train.conditions import Captions, Labels, Nothing
+from experiments.train.config import Config
 from experiments.train.evaluate import LEAST, Reference, summary, write_curves
 from experiments.train.job import read_data
 from experiments.train.options import check, range_of
@@ -75,6 +76,25 @@ def test_every_entry_of_a_list_in_a_configuration_is_looked_at(tmp_path, channel
     for _ in range(8):  # a look at one entry, chosen at random, would miss some
         with pytest.raises(UserError, match=r"config\.json .*damaged"):
             finished_config(RunFolder(tmp_path))
+
+
+def test_an_option_that_an_earlier_version_did_not_have_is_read_as_its_default(tmp_path, capsys):
+    run, config = RunFolder(tmp_path), Config()
+    with run.locked():
+        run.open(as_dict(config), overwrite=False)
+    written = as_dict(config)
+    del written["form"], written["dit"]["norm"], written["few"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert finished_config(run) == config
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of an earlier version; form, few, dit.norm are taken by default." in said
+    run.open(as_dict(config), overwrite=False, defaults=as_dict(config))  # goes on
+    other = dataclasses.replace(config, form="modern")
+    with pytest.raises(UserError, match="--form: the folder has published, now modern"):
+        run.open(as_dict(other), overwrite=False, defaults=as_dict(config))
+    (tmp_path / "config.json").write_text(json.dumps(written | {"later": 1}))
+    with pytest.raises(UserError, match="another version"):
+        finished_config(run)
 
 
 def test_of_an_option_that_comes_twice_the_last_one_counts():

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from eqxldm import pretrained
+from eqxldm.data.pixels import to_float
 from eqxldm.models import TinyAutoencoder
 from experiments.train.autoencoder import Encoder, load_vae
 from experiments.train.config import SamplingConfig
@@ -47,7 +48,7 @@ def test_grey_images_go_through_an_autoencoder_of_colour(halves, tiny):
     np.testing.assert_array_equal(z, tiny.encode(jnp.concatenate([x] * 3)))
     np.testing.assert_allclose(grey.decode(z)[0], tiny.decode(z).mean(0), atol=1e-6)
     images = np.full((2, 12, 12, 1), 128, np.uint8)
-    mean, logvar = Encoder(grey, 2, pad=2)(images)
+    mean, logvar = Encoder(grey, 2, lambda x: to_float(x, pad=2))(images)
     assert mean.shape == (2, 4, 2, 2) and float(jnp.exp(logvar).max()) < 1e-6
 
 

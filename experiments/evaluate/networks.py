@@ -17,8 +17,9 @@ from eqxldm.distributed import local_mesh, replicate
 from eqxldm.models import CLIPImage, DINOv2, clip_input, dinov2_input, inception_input
 from eqxldm.nn import resize_and_crop
 from eqxldm.sharding import batch_sharding
+from eqxldm.training import init_state
 
-from ..train.classifier import classifier_size, classifier_state
+from ..train.classifier import classifier_optimizer, classifier_size, make_classifier
 from ..train.commands import finished_config
 from ..train.job import read_data
 from ..train.run import RunFolder, file_digest
@@ -184,7 +185,9 @@ def _classifier(options: Evaluate, folder: Path) -> Extractor:
     config = finished_config(run)
     condition, _ = read_data(run, config)
     classes = getattr(condition, "classes", 0)
-    like, static, _ = eqx.filter_eval_shape(lambda: classifier_state(config, classes))
+    optimizer = classifier_optimizer(config.classifier)
+    build = lambda: init_state(make_classifier(config, classes), optimizer, num_emas=1)
+    like, static = eqx.filter_eval_shape(build)
     average = lambda state: state.ema[0]
     nothing = jax.tree.map(lambda _: None, like)
     only = eqx.tree_at(average, nothing, average(like), is_leaf=lambda leaf: leaf is None)

@@ -1,6 +1,7 @@
 """The stage of the autoencoder: the one given, or one trained here; and encoding with it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +214,17 @@ def _train_autoencoder(job: Job) -> AutoencoderKL:
     batches = job.images(
         "autoencoder", options.batch_size, size=crop_size(config), condition=no_condition
     )
-    state = job.train("autoencoder", phases, state, batches, options, *perceptual)
+    state = job.stages.train("autoencoder", phases, state, batches, options.batch_size, *perceptual)
     return eqx.combine(all_gather(state.autoencoder.ema[0], job.mesh), statics[0])
 
 
 class Encoder:
-    """`encode(images) -> (mean, logvar)`, a batch divided over this process's devices."""
+    """`encode(batch) -> (mean, logvar)`, divided over this process's devices.
 
-    def __init__(self, autoencoder: Autoencoder, batch_size: int, pad: int):
+    `read(batch)` makes the autoencoder's inputs of it.
+    """
+
+    def __init__(self, autoencoder: Any, batch_size: int, read: Callable[[Any], Any]):
         mesh = local_mesh()
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh)
@@ -228,21 +232,25 @@ class Encoder:
         self._params = replicate(params, mesh)
 
         @jax.jit
-        def posterior(params, images):
-            x = to_float(images, pad=pad)
-            found = jax.vmap(eqx.combine(params, static).posterior)(x)
+        def posterior(params, batch):
+            found = jax.vmap(eqx.combine(params, static).posterior)(read(batch))
             return found.mean, found.logvar
 
         self._posterior = posterior
 
-    def __call__(self, images: np.ndarray) -> tuple[Any, Any]:
-        return self._posterior(self._params, jax.device_put(images, self._sharding))
+    def __call__(self, batch: np.ndarray) -> tuple[Any, Any]:
+        return self._posterior(self._params, jax.device_put(batch, self._sharding))
+
+
+def image_encoder(autoencoder: Autoencoder, config: Config) -> Encoder:
+    pad = config.pictures.pad
+    return Encoder(autoencoder, config.latents.batch_size, lambda x: to_float(x, pad=pad))
 
 
 def _measured(job: Job, autoencoder: AutoencoderKL) -> AutoencoderKL:
     """The autoencoder with the shift and scale that some training images' latents have."""
     config = job.config
-    encode = Encoder(autoencoder, config.latents.batch_size, config.pictures.pad)
+    encode = image_encoder(autoencoder, config)
     order = stream_order(config.seed, "autoencoder/statistics", len(job.source))
     indices, size = np.sort(order[: config.latents.statistics]), encode.batch_size
     moments = []

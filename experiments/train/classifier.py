@@ -12,10 +12,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from eqxldm.data import label_condition, no_condition
 from eqxldm.data.pixels import to_float
-from eqxldm.distributed import all_gather
 from eqxldm.nn import Conv, Linear
-from eqxldm.sharding import build_placed
-from eqxldm.training import adamw, exponential, init_state, make_train_step
+from eqxldm.training import adamw
 
 from .config import Config
 from .job import Job
@@ -146,36 +144,35 @@ def classifier_loss(model: ConvClassifier, batch: Any, key: Any, context: Any = 
     return jnp.mean(losses), {}
 
 
-def classifier_state(config: Config, classes: int):
-    """`(state, static, optimizer)`; without classes it tells apart how images were turned."""
+def make_classifier(config: Config, classes: int) -> ConvClassifier:
+    """The network; without classes it tells apart how images were turned."""
     options, size = config.classifier, classifier_size(config.size)
-    rate = warmup_cosine(options.learning_rate, options.steps, options.steps // 10)
-    optimizer = adamw(rate, weight_decay=0.05)
-    model = ConvClassifier(
+    return ConvClassifier(
         (config.pictures.channels, *size),
         classes or (4 if size[0] == size[1] else 2),
         channels=options.channels,
         features=options.features,
         key=stream_key(config.seed, "classifier/model"),
     )
-    return *init_state(model, optimizer, num_emas=1), optimizer
+
+
+def classifier_optimizer(options: Any) -> optax.GradientTransformation:
+    """Of `options`, the `learning_rate` and the `steps` count."""
+    rate = warmup_cosine(options.learning_rate, options.steps, options.steps // 10)
+    return adamw(rate, weight_decay=0.05)
 
 
 def train_classifier(job: Job) -> Features:
     """The features of the trained classifier, on this process's own device."""
     config, classes = job.config, len(job.source.class_names)
-    build = lambda: classifier_state(config, classes)
-    _, static, optimizer = eqx.filter_eval_shape(build)
-    state = build_placed(lambda: build()[0], job.mesh)
-    step = make_train_step(classifier_loss, static, optimizer, ema_decays=(exponential(0.99),))
-    size = classifier_size(config.size)
-    batches = job.images(
+    options, size = config.classifier, classifier_size(config.size)
+    condition = label_condition if classes else no_condition
+    model = job.stages.average(
         "classifier",
-        config.classifier.batch_size,
-        size=size,
-        condition=label_condition if classes else no_condition,
+        lambda: make_classifier(config, classes),
+        classifier_optimizer(options),
+        classifier_loss,
+        job.images("classifier", options.batch_size, size=size, condition=condition),
+        options,
     )
-    phases = [(config.classifier.steps, step)]
-    state = job.train("classifier", phases, state, batches, config.classifier)
-    average = eqx.combine(all_gather(state.ema[0], job.mesh), static)
-    return ClassifierFeatures(jax.device_get(average), labelled=bool(classes), size=size)
+    return ClassifierFeatures(model, labelled=bool(classes), size=size)

@@ -42,9 +42,9 @@ from .job import Compute, Inputs, Job, describe_data, read_data
 from .latents import cache_latents, check_cache
 from .methods import DTYPES, check_sampling, make_method
 from .networks import Pixels
-from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check, from_dict
+from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check, read_options
 from .processes import Processes, all_succeed, join
-from .run import CONFIG, METRICS, RunFolder, as_dict, write_json
+from .run import METRICS, RunFolder, as_dict, write_json
 from .sampling import Drawing, Sampler
 from .streams import stream_key
 from .telemetry import LogOptions, Telemetry, check_packages
@@ -254,7 +254,7 @@ def in_folder(job: Job, images: Path | None, *, overwrite: bool | None = None) -
         with all_succeed():
             stack.enter_context(job.run.locked())
             if overwrite is not None:
-                job.run.open(as_dict(job.config), overwrite=overwrite)
+                job.run.open(as_dict(job.config), overwrite=overwrite, defaults=as_dict(Config()))
             describe_data(job, images, trains=overwrite is not None)
             if job.config.space == "latent":
                 check_cache(job, own=True)
@@ -273,7 +273,7 @@ def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
 
 
 def finished_config(run: RunFolder) -> Config:
-    return from_dict(Config, run.config(), run.path / CONFIG)
+    return read_options(Config, run)
 
 
 def sample(command: Sample) -> None:

@@ -16,7 +16,7 @@ from eqxldm.data import Latents, latent_batches
 from eqxldm.data.pixels import to_float
 from eqxldm.distributed import all_gather
 from eqxldm.models import DiT, Posterior
-from eqxldm.sharding import build_placed, own_rows, shardings
+from eqxldm.sharding import build_placed, shardings
 from eqxldm.training import (
     adamw,
     init_state,
@@ -34,10 +34,9 @@ from .hooks import Evaluate, Snapshot, open_snapshots
 from .job import Job, read_data
 from .methods import DTYPES, diffusion_rate, make_decays, make_method
 from .networks import Pixels, Shape, Space, make_denoiser, space_shape
-from .options import from_dict
-from .run import CONFIG, RunFolder
+from .options import read_options
+from .run import RunFolder
 from .sampling import Trained
-from .streams import stream_seed
 from .telemetry import Telemetry
 from .terminal import UserError
 
@@ -111,16 +110,18 @@ def _prepare(space: Space, pad: int) -> Callable[[Any, Any], dict[str, Any]]:
             "cond": batch.get("cond"),
         }
 
+    return lambda batch, key: {"x0": draw_latents(space, batch, key), "cond": batch.get("cond")}
+
+
+def draw_latents(autoencoder: Any, batch: Any, key: Any) -> Any:
+    """Fresh normalised latents of a batch of cached posteriors."""
+
     def draw(mean, logvar, key):
         raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
-        return space.normalise(raw).sample(key)
+        return autoencoder.normalise(raw).sample(key)
 
-    def prepare(batch, key):
-        keys = jax.random.split(key, len(batch["mean"]))
-        z = jax.vmap(draw)(batch["mean"], batch["logvar"], keys)
-        return {"x0": z, "cond": batch.get("cond")}
-
-    return prepare
+    keys = jax.random.split(key, len(batch["mean"]))
+    return jax.vmap(draw)(batch["mean"], batch["logvar"], keys)
 
 
 def train_diffusion(
@@ -172,12 +173,12 @@ def train_diffusion(
             found.append(Evaluate(along, job.run, telemetry, every=eval_every))
         return found
 
-    state = job.train(
+    state = job.stages.train(
         "diffusion",
         phases,
         state,
         _batches(job, latents),
-        options,
+        options.batch_size,
         *teacher,
         flops=None if few else _flops(network, job.condition, options.batch_size),
         hooks=hooks,
@@ -194,7 +195,7 @@ def _started(state: Any, static: Any, optimizer: Any, finished: Any) -> Any:
 def load_start(config: Config, path: Path, mesh: Mesh) -> Trained:
     """The finished run that another one starts from; refuses what does not fit it."""
     run = RunFolder(path)
-    found = from_dict(Config, run.config(), run.path / CONFIG)
+    found = read_options(Config, run)
     names = ("space", "denoiser", "size", "pictures", "diffusion.path", "diffusion.prediction")
     value = lambda options, name: functools.reduce(getattr, name.split("."), options)
     for name in names:
@@ -213,7 +214,7 @@ def load_start(config: Config, path: Path, mesh: Mesh) -> Trained:
 
 
 def _batches(job: Job, latents: Latents | None) -> Any:
-    batch_size, compute = job.config.diffusion.batch_size, job.compute
+    batch_size = job.config.diffusion.batch_size
     if latents is None:
         return job.images("diffusion", batch_size, condition=job.condition.read)
     if batch_size > len(latents):
@@ -224,10 +225,9 @@ def _batches(job: Job, latents: Latents | None) -> Any:
     return latent_batches(
         latents,
         batch_size,
-        seed=stream_seed(job.config.seed, "diffusion/data"),
         flip=job.config.pictures.flip,
-        workers=compute.workers,
-        rows=own_rows(batch_size, job.mesh),
+        workers=job.compute.workers,
+        **job.stages.order("diffusion", batch_size),
     )
 
 

@@ -1,6 +1,6 @@
 """What every stage of a run needs, and what the run folder says that it is about."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,17 +12,15 @@ from eqxldm.data import ImageSource, image_batches
 from eqxldm.data.image_source import sample_digest
 from eqxldm.digests import digest
 from eqxldm.models import LPIPS
-from eqxldm.sharding import own_rows
 
 from .conditions import Condition, KindName, make_condition
 from .config import AttentionName, Config, RematName
-from .loop import Hook, Settings, run_stage
 from .networks import Autoencoder
 from .options import Batch, Range, Steps
 from .run import RunFolder, read_json, write_json
-from .streams import stream_key, stream_seed
-from .telemetry import LogOptions, Telemetry
-from .terminal import Signals, UserError, say
+from .stages import Stages
+from .telemetry import LogOptions
+from .terminal import Signals, UserError
 
 DATA = "data.json"
 
@@ -70,7 +68,7 @@ class Compute:
 
 @dataclass
 class Job:
-    """What every stage needs, and the seconds that each took."""
+    """What every stage needs."""
 
     config: Config
     compute: Compute
@@ -85,46 +83,16 @@ class Job:
     lpips: LPIPS | None = None
     start: Any = None  # the models of --start-from
     test: ImageSource | None = None  # held-out images to measure against
-    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: Stages = field(init=False)
 
-    def train(
-        self,
-        stage: str,
-        phases: Any,
-        state: Any,
-        batches: Any,
-        options: Any,
-        *constants: Any,
-        flops: float | None = None,
-        hooks: Callable[[Telemetry], Sequence[Hook]] = lambda telemetry: (),
-    ) -> Any:
-        """`run_stage` with the job's seed, mesh and run folder; `flops` are those of a step."""
-        flops_per_step = {} if flops is None else {stage: flops}
-        settings = Settings(
-            options.batch_size, self.compute.checkpoint_every, keep_every=self.compute.keep_every
-        )
-        with Telemetry(self.run, self.log, flops_per_step=flops_per_step) as telemetry:
-            state, self.timings[stage] = run_stage(
-                stage,
-                phases,
-                state,
-                batches,
-                settings,
-                key=stream_key(self.config.seed, f"{stage}/step"),
-                mesh=self.mesh,
-                run=self.run,
-                signals=self.signals,
-                telemetry=telemetry,
-                hooks=hooks(telemetry),
-                constants=constants,
-            )
-        skipped = getattr(batches, "skipped", None)
-        if skipped:
-            say(
-                f"{stage}: {len(skipped)} unreadable images were replaced by others, the first: "
-                f"{next(iter(skipped.values()))}"
-            )
-        return state
+    def __post_init__(self):
+        every, keep = self.compute.checkpoint_every, self.compute.keep_every
+        seed, run = self.config.seed, self.run
+        self.stages = Stages(seed, run, self.mesh, self.signals, self.log, every, keep)
+
+    @property
+    def timings(self) -> dict[str, dict[str, float]]:
+        return self.stages.timings
 
     def images(
         self,
@@ -141,12 +109,11 @@ class Job:
             size=size or self.config.size,
             channels=self.config.pictures.channels,
             condition=condition,
-            seed=stream_seed(self.config.seed, f"{stage}/data"),
             flip=self.config.pictures.flip,
             skip_unreadable=not self.inputs.strict,
             workers=self.compute.workers,
             threads=self.compute.threads,
-            rows=own_rows(batch_size, self.mesh),
+            **self.stages.order(stage, batch_size),
         )
 
 

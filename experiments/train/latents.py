@@ -11,7 +11,7 @@ from eqxldm.data import Latents, latent_header, open_latents, write_latents
 from eqxldm.data.latent_cache import compare_headers
 from eqxldm.distributed import barrier
 
-from .autoencoder import AUTOENCODER, Encoder, identity, load_vae
+from .autoencoder import AUTOENCODER, identity, image_encoder, load_vae
 from .checks import check_writable
 from .job import Job
 from .networks import Autoencoder
@@ -80,7 +80,7 @@ def cache_latents(job: Job, autoencoder: Autoencoder) -> Latents:
     config, header, folder = job.config, cache_header(job, autoencoder), latents_folder(job)
     if job.inputs.latents is None:
         folder = job.run.file(LATENTS)
-    encode = Encoder(autoencoder, config.latents.batch_size, config.pictures.pad)
+    encode = image_encoder(autoencoder, config)
     begin, complete = time.monotonic(), (folder / SKIPPED).exists()
     with StageBar("latents", len(job.source) // jax.process_count(), "image") as bar:
         write_latents(

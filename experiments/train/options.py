@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from beartype.door import is_bearable
 
+from .run import CONFIG, RunFolder, as_dict
 from .terminal import UserError
 
 T = TypeVar("T")
@@ -108,6 +109,13 @@ def from_dict(kind: type[T], values: Any, where: Path) -> T:
     except UserError as error:
         raise UserError(f"{where} is damaged: {error}") from None
     return built
+
+
+def read_options(kind: type[T], run: RunFolder, *others: str) -> T:
+    """The options that a run folder belongs to; `others` are what else is noted beside them."""
+    found = run.config(as_dict(kind()))
+    options = {name: value for name, value in found.items() if name not in others}
+    return from_dict(kind, options, run.path / CONFIG)
 
 
 def _built(kind: Any, values: Any) -> Any:

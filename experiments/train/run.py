@@ -145,8 +145,11 @@ class RunFolder:
                 f"{self.path} holds files but no {CONFIG}: not a run folder. Use another --run-dir."
             )
 
-    def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Begins or resumes a run; refuses another configuration than the folder's own.
+    def open(
+        self, config: Mapping[str, Any], *, overwrite: bool, defaults: Mapping[str, Any] = {}
+    ) -> None:
+        """Begins or resumes a run; refuses another configuration than the folder's own, in which
+        options that an earlier version did not have are as in `defaults`.
 
         `overwrite` deletes what the run wrote there before, and nothing else.
         """
@@ -154,7 +157,7 @@ class RunFolder:
             return
         self._refuse_foreign()
         if (self.path / CONFIG).exists() and not overwrite:
-            differences = _differences(self.config(), json.loads(json.dumps(config)))
+            differences = _differences(self.config(defaults), json.loads(json.dumps(config)))
             if differences:
                 lines = "\n".join(f"  {line}" for line in differences)
                 raise UserError(
@@ -194,12 +197,18 @@ class RunFolder:
         (self.path / MANIFEST).unlink(missing_ok=True)
         self._noted = None
 
-    def config(self) -> dict[str, Any]:
+    def config(self, defaults: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """The configuration; what an earlier version did not have is as in `defaults`."""
         try:
             repair = "It cannot be resumed; --overwrite starts anew."
-            return read_json(self.path / CONFIG, repair=repair)
+            found = read_json(self.path / CONFIG, repair=repair)
         except FileNotFoundError:
             raise UserError(f"no run in {self.path}: no {CONFIG}. Train first.") from None
+        config, added = _with_defaults(found, defaults)
+        if added:
+            shown = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if added[3:] else "")
+            say(f"{self.path / CONFIG}: of an earlier version; {shown} are taken by default.")
+        return config
 
     def metrics(self) -> dict[str, Any] | None:
         """What metrics.json says; None if the run has not got there."""
@@ -254,6 +263,19 @@ class RunFolder:
 
 def _after(logged: Any, step: int) -> bool:
     return isinstance(logged, (int, float)) and logged > step
+
+
+def _with_defaults(found: Any, defaults: Any, name: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The values with those that are missing, and the names of these."""
+    values, added = dict(found), []
+    for key, default in defaults.items():
+        if key not in found:
+            values[key] = default
+            added.append(name + key)
+        elif isinstance(found[key], dict) and isinstance(default, dict):
+            values[key], below = _with_defaults(found[key], default, f"{name}{key}.")
+            added += below
+    return values, added
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

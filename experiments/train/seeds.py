@@ -15,7 +15,7 @@ from eqxldm.data import ImageSource
 from eqxldm.durable import replacing
 from eqxldm.models import DiT, multiply_adds, parameter_count
 
-from .autoencoder import Encoder
+from .autoencoder import image_encoder
 from .classifier import Images
 from .conditions import Condition
 from .config import Config, SamplingConfig
@@ -59,7 +59,7 @@ def posteriors(source: ImageSource, config: Config, space: Any, path: Path) -> d
 
 
 def _encoded(source: ImageSource, config: Config, space: Any) -> dict[str, Any]:
-    encode = Encoder(space, config.latents.batch_size, config.pictures.pad)
+    encode = image_encoder(space, config)
     size, found, labels, rest = encode.batch_size, [], [], []
     with StageBar("latents", len(source), "image") as bar:
         for images, classes in decoded(source, np.arange(len(source)), config, strict=True):

@@ -20,7 +20,7 @@ from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from ..train.checks import check_writable
 from ..train.methods import DTYPES
-from ..train.options import check, from_dict
+from ..train.options import check, read_options
 from ..train.run import CONFIG, METRICS, RunFolder, as_dict, read_json, write_json
 from ..train.streams import stream_key
 from ..train.telemetry import check_packages
@@ -87,7 +87,7 @@ def train(command: Train) -> None:
         new = not (run.path / CONFIG).exists() or command.overwrite
         # Other clips are another run; the folder says which it is about.
         about = {**as_dict(command.config), "content": content}
-        run.open(about, overwrite=command.overwrite)
+        run.open(about, overwrite=command.overwrite, defaults=as_dict(Config()))
         found = run.metrics()
         if found is not None:
             say(f"{run.path} is finished; --overwrite starts anew.\n{summary(found)}")
@@ -175,7 +175,7 @@ def train_all(job: Job) -> tuple[Trained, Measure]:
     autoencoder = with_stats(job, train_autoencoder(job))
     begin = time.monotonic()
     latents = cache_latents(job, autoencoder)
-    job.timings["latents"] = {"seconds": time.monotonic() - begin}
+    job.stages.timings["latents"] = {"seconds": time.monotonic() - begin}
     sound = train_sound(job) if job.command.clips.sound else None
     denoiser = train_diffusion(job, autoencoder, latents, sound)
     return Trained(autoencoder, denoiser, job.command.config, job.captioned, sound), measure
@@ -198,13 +198,13 @@ def finish(job: Job, trained: Trained, measure: Measure) -> None:
     texts_of = [texts[i % len(texts)] for i in range(command.samples)]
     made = drawing.draw(texts_of, key)
     samples = made.frames
-    job.timings["sampling"] = {"seconds": time.monotonic() - begin}
+    job.stages.timings["sampling"] = {"seconds": time.monotonic() - begin}
     metrics = {"autoencoder": measured_autoencoder(job, trained, real[:count])}
     metrics["diffusion"] = measured_samples(job, measure, real, texts, samples, texts_of)
     metrics["prediction"] = measured_prediction(job, drawing, real[:count], texts[:count])
     if isinstance(drawing, SoundDrawing):
         metrics["sound"] = measured_sound(job, drawing, made, texts_of)
-    metrics["timings"] = job.timings
+    metrics["timings"] = job.stages.timings
     write_json(run.file(METRICS), metrics)
     with open(run.file("samples.npz"), "wb") as file:
         np.savez_compressed(file, clips=samples, texts=np.array(texts_of))
@@ -297,9 +297,7 @@ def summary(metrics: dict[str, Any]) -> str:
 def load_trained(folder: Path) -> tuple[Trained, list[str]]:
     """The networks of a finished run, and the captions of its test clips."""
     run = RunFolder(folder)
-    written = run.config()
-    written.pop("content", None)
-    config = from_dict(Config, written, folder / CONFIG)
+    config = read_options(Config, run, "content")
     if not (folder / DENOISER).exists() or not (folder / TEXTS).exists():
         raise UserError(f"the run in {folder} is not finished: run the train command again.")
     repair = "Train again with --overwrite."

@@ -29,7 +29,7 @@ def train_sound(job: Job) -> SoundAutoencoder:
             width=options.width,
             blocks=options.blocks,
             fold=FOLD,
-            key=job.key("sound/model"),
+            key=job.stages.key("sound/model"),
         )
 
     def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
@@ -48,7 +48,7 @@ def train_sound(job: Job) -> SoundAutoencoder:
     optimizer = adamw(rate, b2=0.99, clip_norm=1.0)
     batches = job.batches("sound", options.batch_size, WithSound(no_condition, mel))
     decay = options.ema_decay
-    model = job.train("sound", build, optimizer, loss, batches, options, ema_decay=decay)
+    model = job.stages.average("sound", build, optimizer, loss, batches, options, ema_decay=decay)
     sounds = [job.clips.train[i].sound for i in range(min(STATISTICS, len(job.clips.train)))]
     heard = np.stack([mel(wave).T for wave in sounds if wave is not None])
     posterior = jax.jit(jax.vmap(model.posterior))(heard)

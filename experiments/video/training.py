@@ -23,28 +23,26 @@ from eqxldm.data import (
     write_latents,
 )
 from eqxldm.digests import digest
-from eqxldm.distributed import all_gather, barrier, local_mesh, replicate
-from eqxldm.models import CausalVideoAutoencoder, Posterior, SoundAutoencoder
+from eqxldm.distributed import barrier
+from eqxldm.models import CausalVideoAutoencoder, SoundAutoencoder
 from eqxldm.objectives import Denoising, JointDenoising, kl_to_standard_normal
-from eqxldm.sharding import batch_sharding, batch_vmap, build_placed, own_rows
+from eqxldm.sharding import batch_vmap
 from eqxldm.training import (
     adamw,
-    exponential,
-    init_state,
     make_loss,
-    make_train_step,
     measure_latents,
 )
 
-from ..train.classifier import ConvClassifier, classifier_loss
-from ..train.loop import Settings, run_stage
+from ..train.autoencoder import Encoder
+from ..train.classifier import ConvClassifier, classifier_loss, classifier_optimizer
+from ..train.diffusion import draw_latents
 from ..train.methods import warmup_cosine
 from ..train.run import RunFolder
-from ..train.streams import stream_key, stream_seed
-from ..train.telemetry import Telemetry
+from ..train.stages import Stages
+from ..train.streams import stream_seed
 from ..train.terminal import Signals, StageBar
 from .classifier import ClipClassifier, halved, turned_clips
-from .config import ClassifierOptions, Train
+from .config import Train
 from .data import Clips, SaidPairs, frames_of, strip_size
 from .networks import make_autoencoder, make_denoiser, to_clips
 
@@ -54,7 +52,7 @@ DIFFUSION = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
 
 @dataclass
 class Job:
-    """What every stage needs, and the seconds that each took."""
+    """What every stage needs."""
 
     command: Train
     clips: Clips
@@ -62,47 +60,16 @@ class Job:
     run: RunFolder
     mesh: Mesh
     signals: Signals
-    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: Stages = field(init=False)
+
+    def __post_init__(self):
+        command, unit = self.command, "clips"
+        every, log, mesh = command.checkpoint_every, command.log, self.mesh
+        self.stages = Stages(command.seed, self.run, mesh, self.signals, log, every, unit=unit)
 
     @property
     def captioned(self) -> bool:
         return getattr(self.condition, "text", self.condition) is not no_condition
-
-    def key(self, name: str) -> Any:
-        return stream_key(self.command.seed, name)
-
-    def train(
-        self,
-        stage: str,
-        build: Callable[[], Any],
-        optimizer: Any,
-        loss: Any,
-        batches: Any,
-        options: Any,
-        *,
-        ema_decay: float = 0.99,
-    ) -> Any:
-        """The averaged model of a stage, off the mesh; `build()` makes the one to begin with."""
-        made = lambda: init_state(build(), optimizer, num_emas=1)
-        _, static = eqx.filter_eval_shape(made)
-        state = build_placed(lambda: made()[0], self.mesh)
-        step = make_train_step(loss, static, optimizer, ema_decays=(exponential(ema_decay),))
-        every = self.command.checkpoint_every
-        with Telemetry(self.run, self.command.log) as telemetry:
-            state, self.timings[stage] = run_stage(
-                stage,
-                [(options.steps, step)],
-                state,
-                batches,
-                Settings(options.batch_size, every, unit="clips"),
-                key=self.key(f"{stage}/step"),
-                mesh=self.mesh,
-                run=self.run,
-                signals=self.signals,
-                telemetry=telemetry,
-            )
-        average = jax.device_get(all_gather(state.ema[0], self.mesh))
-        return eqx.combine(jax.tree.map(jnp.asarray, average), static)
 
     def batches(self, stage: str, batch_size: int, condition: Any) -> Any:
         """Batches of strips of the clips to learn from."""
@@ -112,9 +79,8 @@ class Job:
             size=strip_size(self.command.clips),
             channels=self.command.clips.channels,
             condition=condition,
-            seed=stream_seed(self.command.seed, f"{stage}/data"),
             flip=False,
-            rows=own_rows(batch_size, self.mesh),
+            **self.stages.order(stage, batch_size),
         )
 
 
@@ -126,7 +92,7 @@ def train_digits(job: Job) -> ConvClassifier | None:
 
     def build() -> ConvClassifier:
         sizes = dict(channels=options.channels, features=options.features)
-        return ConvClassifier((1, 28, 28), 10, **sizes, key=job.key("digits/model"))
+        return ConvClassifier((1, 28, 28), 10, **sizes, key=job.stages.key("digits/model"))
 
     def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
         shift = jax.random.randint(key, (len(batch["image"]), 2), -2, 3)
@@ -139,16 +105,17 @@ def train_digits(job: Job) -> ConvClassifier | None:
         size=28,
         channels=1,
         condition=label_condition,
-        seed=stream_seed(job.command.seed, "digits/data"),
         flip=False,
-        rows=own_rows(options.batch_size, job.mesh),
+        **job.stages.order("digits", options.batch_size),
     )
-    return job.train("digits", build, _classifiers(options), loss, batches, options)
-
-
-def _classifiers(options: ClassifierOptions) -> Any:
-    rate = warmup_cosine(options.learning_rate, options.steps, options.steps // 10)
-    return adamw(rate, weight_decay=0.05)
+    return job.stages.average(
+        "digits",
+        build,
+        classifier_optimizer(options),
+        loss,
+        batches,
+        options,
+    )
 
 
 def train_clip_classifier(job: Job) -> ClipClassifier:
@@ -162,7 +129,7 @@ def train_clip_classifier(job: Job) -> ClipClassifier:
     def build() -> ClipClassifier:
         sizes = dict(channels=options.channels, features=options.features)
         outputs = 40 if said else 8
-        return ClipClassifier(clips.channels, outputs, **sizes, key=job.key("clips/model"))
+        return ClipClassifier(clips.channels, outputs, **sizes, key=job.stages.key("clips/model"))
 
     def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
         seen = halved(frames_of(batch["image"], clips))
@@ -176,14 +143,21 @@ def train_clip_classifier(job: Job) -> ClipClassifier:
 
     condition = SaidPairs() if said else no_condition
     batches = job.batches("clips", options.batch_size, condition)
-    return job.train("clips", build, _classifiers(options), loss, batches, options)
+    return job.stages.average(
+        "clips",
+        build,
+        classifier_optimizer(options),
+        loss,
+        batches,
+        options,
+    )
 
 
 def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
     """The averaged autoencoder, trained on crops in space and time, its latents not normalised."""
     config, options = job.command.config, job.command.autoencoder
 
-    build = lambda: make_autoencoder(config, key=job.key("autoencoder/model"))
+    build = lambda: make_autoencoder(config, key=job.stages.key("autoencoder/model"))
     rate = warmup_cosine(options.learning_rate, options.steps, min(50, options.steps // 2))
     optimizer = adamw(rate, b2=0.99, clip_norm=1.0)
 
@@ -203,7 +177,9 @@ def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
 
     batches = job.batches("autoencoder", options.batch_size, no_condition)
     decay = options.ema_decay
-    return job.train("autoencoder", build, optimizer, loss, batches, options, ema_decay=decay)
+    return job.stages.average(
+        "autoencoder", build, optimizer, loss, batches, options, ema_decay=decay
+    )
 
 
 def cropped(frames: Any, options: Any, key: Any) -> Any:
@@ -216,26 +192,10 @@ def cropped(frames: Any, options: Any, key: Any) -> Any:
     return jax.vmap(cut)(frames, corners)
 
 
-class Encoder:
-    """`encode(strips) -> (mean, logvar)`, a batch divided over this process's devices."""
-
-    def __init__(self, job: Job, autoencoder: CausalVideoAutoencoder):
-        mesh, clips = local_mesh(), job.command.clips
-        self.batch_size = -(-job.command.sampling_batch // mesh.size) * mesh.size
-        self._sharding = batch_sharding(mesh)
-        params, static = eqx.partition(autoencoder, eqx.is_array)
-        self._params = replicate(params, mesh)
-
-        @jax.jit
-        def posterior(params, strips):
-            x = to_clips(frames_of(strips, clips))
-            found = jax.vmap(eqx.combine(params, static).posterior)(x)
-            return found.mean, found.logvar
-
-        self._posterior = posterior
-
-    def __call__(self, strips: np.ndarray) -> tuple[Any, Any]:
-        return self._posterior(self._params, jax.device_put(strips, self._sharding))
+def clip_encoder(job: Job, autoencoder: CausalVideoAutoencoder) -> Encoder:
+    clips = job.command.clips
+    read = lambda strips: to_clips(frames_of(strips, clips))
+    return Encoder(autoencoder, job.command.sampling_batch, read)
 
 
 STATISTICS = 200  # clips whose latents are measured
@@ -243,7 +203,7 @@ STATISTICS = 200  # clips whose latents are measured
 
 def with_stats(job: Job, autoencoder: CausalVideoAutoencoder) -> CausalVideoAutoencoder:
     """The autoencoder with the shift and scale that some training clips' latents have."""
-    encode, source = Encoder(job, autoencoder), job.clips.train
+    encode, source = clip_encoder(job, autoencoder), job.clips.train
     rng = np.random.default_rng(stream_seed(job.command.seed, "autoencoder/statistics"))
     chosen = rng.permutation(len(source))[: max(STATISTICS, encode.batch_size)]
     moments = []
@@ -273,7 +233,7 @@ def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
         condition=job.condition,
         mirrored=False,
     )
-    encode = Encoder(job, autoencoder)
+    encode = clip_encoder(job, autoencoder)
     with StageBar("latents", len(source) // jax.process_count(), "clip") as bar:
         write_latents(
             source,
@@ -306,14 +266,8 @@ def make_prepare(
 
     def prepare(batch: Any, key: Any) -> dict[str, Any]:
         draw_key, drop_key, known_key, count_key = jax.random.split(key, 4)
-        n = len(batch["mean"])
-
-        def draw(mean: Any, logvar: Any, key: Any) -> Any:
-            raw = Posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32))
-            return autoencoder.normalise(raw).sample(key)
-
-        z = jax.vmap(draw)(batch["mean"], batch["logvar"], jax.random.split(draw_key, n))
-        f = z.shape[2]
+        z = draw_latents(autoencoder, batch, draw_key)
+        n, _, f = z.shape[:3]
         told = jax.random.bernoulli(known_key, options.known_share, (n,))
         count = jax.random.randint(count_key, (n,), 1, max(f, 2)) * told * (f > 1)
         mask = (jnp.arange(f) < count[:, None]).astype(jnp.float32)
@@ -341,7 +295,7 @@ def train_diffusion(
     config, options = job.command.config, job.command.diffusion
     shape = latent_shape(job, autoencoder)
 
-    key, captioned = job.key("diffusion/model"), job.captioned
+    key, captioned = job.stages.key("diffusion/model"), job.captioned
     build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
     warmup = min(options.warmup, options.steps - 1)
     rate = warmup_cosine(options.learning_rate, options.steps, warmup)
@@ -356,9 +310,10 @@ def train_diffusion(
     batches = latent_batches(
         latents,
         options.batch_size,
-        seed=stream_seed(job.command.seed, "diffusion/data"),
         flip=False,
-        rows=own_rows(options.batch_size, job.mesh),
+        **job.stages.order("diffusion", options.batch_size),
     )
     decay = options.ema_decay
-    return job.train("diffusion", build, optimizer, loss, batches, options, ema_decay=decay)
+    return job.stages.average(
+        "diffusion", build, optimizer, loss, batches, options, ema_decay=decay
+    )

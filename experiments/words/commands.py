@@ -19,6 +19,7 @@ from eqxldm.sharding import check_batch, leaf_sharding, make_mesh, parse_mesh
 from ..train.checks import check_writable
 from ..train.options import check
 from ..train.run import METRICS, RunFolder, as_dict, read_json, write_json
+from ..train.stages import Stages
 from ..train.streams import stream_key
 from ..train.terminal import Signals, UserError, say
 from .config import Config, Generate, Train
@@ -43,13 +44,13 @@ def train(command: Train) -> None:
     run = RunFolder(command.run_dir, primary=is_primary())
     with run.locked():
         # Another text is another run; the folder says which it is about.
-        run.open({**as_dict(config), "text": corpus.digest}, overwrite=command.overwrite)
-        networks, timings = {}, {}
-        for stage in STAGES:
-            trained = train_network(command, stage, corpus, run, mesh, signals)
-            networks[stage], timings[stage] = trained
+        about = {**as_dict(config), "text": corpus.digest}
+        run.open(about, overwrite=command.overwrite, defaults=as_dict(Config()))
+        every, log = command.checkpoint_every, command.log
+        stages = Stages(config.seed, run, mesh, signals, log, every, unit="windows")
+        networks = {stage: train_network(config, stage, corpus, stages) for stage in STAGES}
         if is_primary():
-            finish(command, corpus, run, networks, timings)
+            finish(command, corpus, run, networks, stages.timings)
 
 
 def finish(

@@ -2,24 +2,13 @@
 
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-
 from eqxldm.discrete import BlockDiffusion, MaskedCount, MaskedDiffusion, Masking, NextToken
-from eqxldm.distributed import all_gather
 from eqxldm.models import TokenTransformer
-from eqxldm.sharding import build_placed, own_rows
-from eqxldm.training import adamw, exponential, init_state, make_loss, make_train_step
+from eqxldm.training import adamw, make_loss
 
-from ..train.loop import Settings, run_stage
 from ..train.methods import warmup_cosine
-from ..train.run import RunFolder
-from ..train.streams import stream_key, stream_seed
-from ..train.telemetry import Telemetry
-from ..train.terminal import Signals
-from .config import Config, Train
+from ..train.stages import Stages
+from .config import Config
 from .corpus import Corpus
 
 STAGES = ("masked", "twin")
@@ -48,40 +37,16 @@ def objective_of(config: Config, mask_id: int, stage: str) -> Any:
     return MaskedCount(path) if config.objective == "count" else MaskedDiffusion(path)
 
 
-def train_network(
-    command: Train, stage: str, corpus: Corpus, run: RunFolder, mesh: Mesh, signals: Signals
-) -> tuple[TokenTransformer, dict[str, float]]:
-    """The averaged network of a stage on the host, and how long it took."""
-    config, mask_id = command.config, corpus.vocabulary.mask_id
+def train_network(config: Config, stage: str, corpus: Corpus, stages: Stages) -> TokenTransformer:
+    """The averaged network of a stage, off the mesh."""
+    mask_id, batch_size = corpus.vocabulary.mask_id, config.batch_size
     rate = warmup_cosine(config.learning_rate, config.steps, min(config.warmup, config.steps - 1))
-    optimizer = adamw(rate, b2=0.99, weight_decay=config.weight_decay, clip_norm=1.0)
-    key = stream_key(config.seed, f"{stage}/model")
-    build = lambda: init_state(
-        make_network(config, mask_id + 1, stage, key=key), optimizer, num_emas=1
+    return stages.average(
+        stage,
+        lambda: make_network(config, mask_id + 1, stage, key=stages.key(f"{stage}/model")),
+        adamw(rate, b2=0.99, weight_decay=config.weight_decay, clip_norm=1.0),
+        make_loss(objective_of(config, mask_id, stage)),
+        corpus.batches(config.length, batch_size, **stages.order(stage, batch_size)),
+        config,
+        ema_decay=config.ema_decay,
     )
-    _, static = eqx.filter_eval_shape(build)
-    state = build_placed(lambda: build()[0], mesh)
-    loss = make_loss(objective_of(config, mask_id, stage))
-    step = make_train_step(loss, static, optimizer, ema_decays=(exponential(config.ema_decay),))
-    batches = corpus.batches(
-        config.length,
-        config.batch_size,
-        seed=stream_seed(config.seed, f"{stage}/data"),
-        rows=own_rows(config.batch_size, mesh),
-    )
-    settings = Settings(config.batch_size, command.checkpoint_every, unit="windows")
-    with Telemetry(run, command.log) as telemetry:
-        state, timings = run_stage(
-            stage,
-            [(config.steps, step)],
-            state,
-            batches,
-            settings,
-            key=stream_key(config.seed, f"{stage}/step"),
-            mesh=mesh,
-            run=run,
-            signals=signals,
-            telemetry=telemetry,
-        )
-    average = jax.device_get(all_gather(state.ema[0], mesh))  # off the mesh, for what follows
-    return eqx.combine(jax.tree.map(jnp.asarray, average), static), timings
