@@ -1,4 +1,4 @@
-"""A small generator to serve in tests, and the pictures that it should draw."""
+"""Small generators to serve in tests, and the pictures and texts that they should make."""
 
 import contextlib
 from queue import Queue
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqxldm as ex
+from eqxldm import discrete as dd
 from eqxldm.data.pixels import to_uint8
 from eqxldm.serving import Defaults, Engine, Generator, Request
-from eqxldm.serving.events import Failure, Picture
+from eqxldm.serving.events import Failure, Picture, seed_words
+from eqxldm.serving.text import TextEngine, TextGenerator, Written
 
 COUNTED = "/jax/core/compile/backend_compile_duration"
 SOLVERS = {
@@ -140,3 +142,104 @@ def compilations():
         yield found
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Text
+
+LETTERS = "abcdef"
+MASK = len(LETTERS)
+
+
+class Neighbours(eqx.Module):
+    """A network of tokens that looks at both neighbours and at all that are there."""
+
+    tables: jax.Array
+
+    def __init__(self, key):
+        self.tables = 2 * jax.random.normal(key, (3, MASK + 1, MASK + 1))
+
+    def __call__(self, ids, t=None, cond=None, *, key=None, mask=None):
+        there = jnp.ones(len(ids)) if mask is None else mask.astype(float)
+        left, right, every = (table[ids] * there[:, None] for table in self.tables)
+        left = jnp.concatenate([left[:1] * 0, left[:-1]])
+        right = jnp.concatenate([right[1:], right[:1] * 0])
+        return left + right + jnp.sum(every, 0) / jnp.sum(there)
+
+
+def letters(ids):
+    return "".join((LETTERS + "_")[i] for i in ids)
+
+
+def ids_of(text):
+    if wrong := set(text) - set(LETTERS):
+        raise ValueError(f"{min(wrong)!r} is not among the letters.")
+    return np.array([LETTERS.index(c) for c in text], np.int32)
+
+
+def text_sampler(name, block_size=4, start=0, **options):
+    if name == "blocks":
+        inside = dd.Ordered(dd.at_random, **options)
+        return dd.InBlocks(inside, block_size=block_size, start=start)
+    kinds = {
+        "random": lambda **o: dd.Ordered(dd.at_random, **o), "ancestral": dd.Ancestral,
+        "threshold": lambda **o: dd.Threshold(0.5, **o),
+    }  # fmt: skip
+    return kinds[name](**options)
+
+
+TEXT_SAMPLERS = ("random", "ancestral", "threshold", "blocks")
+
+
+def make_text_generator(length=16, **changes):
+    given = dict(most_calls=60, stream=lambda key: jax.random.fold_in(key, 5)) | changes
+    return TextGenerator(
+        "words", Neighbours(jax.random.key(2)), dd.Masking(MASK), MASK + 1, length, ids_of, letters,
+        TEXT_SAMPLERS, text_sampler, **given,
+    )  # fmt: skip
+
+
+def expected_texts(generator, request, start):
+    """What `sample_tokens` writes for a request of one prompt, and its calls: of a text alone."""
+    ids = np.concatenate([ids_of(part) if part != "_" else [MASK] for part in start])
+    x = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (request.n, len(ids)))
+    sampler = text_sampler(
+        request.sampler, request.block_size, int(np.argmax(ids == MASK)),
+        temperature=request.temperature, top_p=request.top_p,
+    )  # fmt: skip
+    denoiser = dd.guide_prompt(generator.network, MASK, request.guidance)
+    calls = request.calls or int((ids == MASK).sum()) // 2
+    key = jax.random.wrap_key_data(seed_words(request.seed), impl="threefry2x32")
+    found = dd.sample_tokens(
+        denoiser, generator.path, sampler, calls, x, x != MASK,
+        key=generator.stream(key),
+    )  # fmt: skip
+    return [letters(tokens) for tokens in np.asarray(found.tokens)], int(found.calls)
+
+
+@contextlib.contextmanager
+def writing(generator, **options):
+    """A text engine that is ready."""
+    engine = TextEngine(generator, **options)
+    engine.start()
+    try:
+        assert engine.ready.wait(60), engine.failed
+        yield engine
+    finally:
+        engine.stop()
+
+
+def written(engine, *requests):
+    """The texts and calls of requests that are handed in together, a list for each."""
+    queues = [Queue() for _ in requests]
+    for wanted, queue in zip(requests, queues, strict=True):
+        engine.submit(wanted, queue.put)
+    found = []
+    for wanted, queue in zip(requests, queues, strict=True):
+        texts = {}
+        while len(texts) < wanted.texts:
+            event = queue.get(timeout=30)
+            assert not isinstance(event, Failure), event.message
+            if isinstance(event, Written):
+                texts[event.index] = letters(event.tokens), event.calls
+        found.append([texts[i] for i in range(wanted.texts)])
+    return found

@@ -254,7 +254,7 @@ def test_a_full_queue_says_when_to_come_again(client, engine):
 
 
 def test_slow_and_late_clients(client, engine, monkeypatch):
-    monkeypatch.setattr("eqxldm.serving.app.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("eqxldm.serving.exchange.BODY_SECONDS", 0.2)
     head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port)) as raw:
         raw.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())

@@ -7,7 +7,11 @@ from .blocks import (
     one_pass as one_pass,
     training_mask as training_mask,
 )
-from .drawing import draw_tokens as draw_tokens, nucleus as nucleus
+from .drawing import (
+    draw_tokens as draw_tokens,
+    draw_tokens_at as draw_tokens_at,
+    nucleus as nucleus,
+)
 from .masking import (
     Masking as Masking,
     Schedule as Schedule,
@@ -52,4 +56,5 @@ from .sampling import (
     sample_blocks as sample_blocks,
     sample_next_tokens as sample_next_tokens,
     sample_tokens as sample_tokens,
+    step_keys as step_keys,
 )

@@ -37,7 +37,30 @@ def draw_tokens(
     return jax.random.categorical(key, log_p, axis=-1, mode="high").astype(jnp.int32)
 
 
-def nucleus(log_p: Float[Array, "n v"], top_p: float) -> Float[Array, "n v"]:
+def draw_tokens_at(
+    log_p: Float[Array, "n v"],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""] | None,
+    *,
+    key: Key[Array, ""],
+) -> Int[Array, " n"]:
+    """`draw_tokens` with numbers that a compiled program is given. `top_p` None keeps all tokens,
+    and sorts none.
+
+    >>> log_p = jnp.log(jnp.array([[0.1, 0.9]]))
+    >>> draw_tokens_at(log_p, jnp.array(0.0), None, key=jax.random.key(0))
+    Array([1], dtype=int32)
+    """
+    scaled = log_p / jnp.where(temperature > 0, temperature, 1.0)
+    if top_p is not None:
+        kept = nucleus(jax.nn.log_softmax(scaled, axis=-1), top_p)
+        scaled = jnp.where(top_p < 1, kept, scaled)
+    drawn = jax.random.categorical(key, scaled, axis=-1, mode="high")
+    found = jnp.where(temperature > 0, drawn, jnp.argmax(log_p, axis=-1))
+    return found.astype(jnp.int32)
+
+
+def nucleus(log_p: Float[Array, "n v"], top_p: Any) -> Float[Array, "n v"]:
     """`log_p` with minus infinity outside of the smallest set that holds `top_p`.
 
     >>> jnp.exp(nucleus(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6)).round(2).tolist()[0][2]

@@ -87,11 +87,25 @@ class AbstractTokenSampler(eqx.Module):
     ) -> tuple[Int[Array, " n"], Any]:
         """What follows one call at `x`; `table` is the plan's entry for it."""
         draw_key, order_key = jax.random.split(key)
-        place = jnp.arange(len(x))
-        open_ = (x == path.mask_id) & (place >= table.start) & (place < table.stop)
         options: dict[str, Any] = dict(temperature=self.temperature, top_p=self.top_p)
         tokens = draw_tokens(log_p, key=draw_key, **options)
-        revealed = open_ & self.reveal(table, path, open_, log_p, tokens, key=order_key)
+        return self.put(table, path, x, log_p, tokens, carry, key=order_key)
+
+    def put(
+        self,
+        table: TokenPlan,
+        path: Masking,
+        x: Int[Array, " n"],
+        log_p: Float[Array, "n v"],
+        tokens: Int[Array, " n"],
+        carry: Any,
+        *,
+        key: Key[Array, ""],
+    ) -> tuple[Int[Array, " n"], Any]:
+        """The second half of `step`: some of the `tokens` that were drawn take their places."""
+        place = jnp.arange(len(x))
+        open_ = (x == path.mask_id) & (place >= table.start) & (place < table.stop)
+        revealed = open_ & self.reveal(table, path, open_, log_p, tokens, key=key)
         return jnp.where(revealed, tokens, x), carry
 
     @abc.abstractmethod
@@ -235,6 +249,9 @@ class InBlocks(AbstractTokenSampler):
 
     def step(self, table, path, x, log_p, carry, *, key):
         return self.sampler.step(table, path, x, log_p, carry, key=key)  # the table has the block
+
+    def put(self, table, path, x, log_p, tokens, carry, *, key):
+        return self.sampler.put(table, path, x, log_p, tokens, carry, key=key)
 
     def reveal(self, table, path, open_, log_p, tokens, *, key):
         return self.sampler.reveal(table, path, open_, log_p, tokens, key=key)

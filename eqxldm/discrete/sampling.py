@@ -50,6 +50,9 @@ def sample_tokens(
     question for all. When nothing is masked any more, or nothing is in the block at hand, no
     network is called either, so `calls` may be less than `steps`. One program for all prompts.
 
+    What a sequence becomes does not depend on how many others there are: its key is
+    `fold_in(key, i)`, and `step_keys` those of a step.
+
     >>> from .samplers import Ordered
     >>> denoiser = lambda x_t, t, cond, key=None: jnp.zeros((len(x_t), 3)).at[:, 1].set(9.0)
     >>> x = jnp.array([[0, 2, 2, 2]])  # a prompt of one token
@@ -62,6 +65,7 @@ def sample_tokens(
     plan = steps if isinstance(steps, TokenPlan) else sampler.plan(path, steps, n)
     plan = jax.tree.map(jnp.asarray, plan)
     place = jnp.arange(n)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
 
     def ask(x: Array, t: Array, keys: Array) -> Array:
         one = lambda x, cond, key: log_probabilities(denoiser(x, t, cond, key=key), path.mask_id)
@@ -70,22 +74,32 @@ def sample_tokens(
     def step(state: Any, row: Any) -> tuple[Any, Any]:
         x, log_p, known, carry, calls = state
         table, number = row
-        ask_keys, step_keys = jax.random.split(jax.random.fold_in(key, number), (2, b))
+        ask_keys, draw_keys = jax.vmap(step_keys, (0, None))(keys, number)
         inside = (place >= table.start) & (place < table.stop)
         wanted = jnp.any((x == path.mask_id) & inside) & ~known
         t = table.t.astype(jnp.float32)
         log_p = jax.lax.cond(wanted, lambda: ask(x, t, ask_keys), lambda: log_p)
         advance = lambda x, log_p, carry, key: sampler.step(table, path, x, log_p, carry, key=key)
-        new, carry = batch_vmap(advance)(x, log_p, carry, step_keys)
+        new, carry = batch_vmap(advance)(x, log_p, carry, draw_keys)
         # Blocks without a mask ask for nothing: what is known is then of the tokens before.
         known = jnp.all(new == x) & (known | wanted) & reuse
         return (new, log_p, known, carry, calls + wanted), (new if trajectory else None)
 
-    shape = jax.eval_shape(ask, x, plan.t[0].astype(jnp.float32), jax.random.split(key, b))
+    shape = jax.eval_shape(ask, x, plan.t[0].astype(jnp.float32), keys)
     begin = jnp.zeros(shape.shape, shape.dtype)
     state = x, begin, jnp.array(False), jax.vmap(sampler.init)(x), jnp.array(0, jnp.int32)
     state, history = jax.lax.scan(step, state, (plan, jnp.arange(len(plan.t))))
     return TokenSamples(state[0], state[4], history)
+
+
+def step_keys(key: Key[Array, ""], number: Int[Array, ""]) -> tuple[Any, Any]:
+    """The network's key and the sampler's at step `number` of a sequence with this key.
+
+    >>> len(step_keys(jax.random.key(0), 3))
+    2
+    """
+    ask_key, draw_key = jax.random.split(jax.random.fold_in(key, number))
+    return ask_key, draw_key
 
 
 def guide_prompt(denoiser: TokenDenoiser, mask_id: int, scale: float) -> TokenDenoiser:

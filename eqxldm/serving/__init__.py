@@ -1,5 +1,6 @@
-"""A server for images: requests that differ in everything share the network's calls.
+"""A server for images and for text: requests that differ in everything share the network's calls.
 
+- `text`: the same for masked diffusion of tokens.
 - `Generator`: what is served, as functions; `from_pipeline` makes one of a diffusers folder.
 - `Engine`: the queue and the slots, a thread that draws. It needs no HTTP.
 - `save_bundle`, `load_bundle`: a model as one file, which JAX alone runs; `from_bundle` serves it.

@@ -1,4 +1,4 @@
-"""The engine: a queue of requests, slots that they are drawn in, and the thread that draws."""
+"""The engine of images: slots that they are drawn in, and what is shown of them."""
 
 import threading
 import time
@@ -12,12 +12,10 @@ import numpy as np
 
 from .events import (
     Draw,
-    Failure,
     Forward,
-    Job,
+    ImageJob,
     Picture,
     Preview,
-    QueueFull,
     Send,
     seed_words,
     shown_calls,
@@ -26,13 +24,14 @@ from .generator import MAP, Generator
 from .pictures import png
 from .plans import Plan
 from .programs import FRAMES, Programs, fitting
+from .queueing import AbstractEngine
 from .requests import Limits, Request, RequestError
 
 AHEAD = 2  # network calls that are dispatched before the first of them must be done
 BACKLOG = 16  # decoded batches that wait to be delivered, before drawing waits for them
 
 
-class Engine:
+class Engine(AbstractEngine):
     """Draws requests with a `Generator`: step by step, as many together as there are slots.
 
     `start` compiles and begins, in a thread of its own; `submit` hands in a request. What a request
@@ -73,33 +72,15 @@ class Engine:
         limits: Limits | None = None,
         observe: Callable[[str, float], None] | None = None,
     ):
-        self.generator, self.limits = generator, Limits() if limits is None else limits
+        super().__init__(slots, queue, limits, observe)
+        self.generator = generator
         self.programs = Programs(generator, slots=slots, sizes=sizes, decodes=decodes)
-        self.observe: Callable[[str, float], None] = observe or (lambda name, value: None)
-        self.ready, self.failed = threading.Event(), None
-        self.room = queue
-        self._waiting: deque[Draw] = deque()
-        self._active: list[Draw] = []
-        self._wake, self._stopping = threading.Condition(), False
-        self._threads: list[threading.Thread] = []
         self._flights: deque[Any] = deque()
         self._outbox: Any = Queue(BACKLOG)
-        self._step_seconds, self._last_step = 0.05, None
-        s = slots
-        self._numbers = np.zeros((s, 1 + self.programs.plans.packing.width), np.float32)
-        self._counts = np.zeros((s, 4), np.int32)
+        self._numbers = np.zeros((slots, 1 + self.programs.plans.packing.width), np.float32)
+        self._counts = np.zeros((slots, 4), np.int32)
 
     # From outside, any thread.
-
-    @property
-    def waiting(self) -> int:
-        """Images in the queue."""
-        return len(self._waiting)
-
-    @property
-    def active(self) -> int:
-        """Images that are being drawn."""
-        return len(self._active)
 
     def prepare(self, request: Request) -> tuple[Plan, Any]:
         """What a request needs to be drawn: its plan and its condition.
@@ -116,93 +97,43 @@ class Engine:
             raise RequestError(400, str(error)) from error
         return plan, jax.tree.map(np.asarray, cond)
 
-    def submit(self, request: Request, send: Send) -> Job:
+    def submit(self, request: Request, send: Send) -> ImageJob:
         """Queues a request.
 
         **Raises** `QueueFull` where its images find no room, and `RequestError` if the engine is
         not ready or for what the model does not know.
         """
-        if not self.ready.is_set() or self._stopping:
-            state = "is stopping" if self._stopping else "is not ready yet"
-            raise RequestError(503, f"the server {state}.")
-        self._check_room(request.n)  # before any work is done for it
+        self.check_open(request.n)
         plan, cond = self.prepare(request)
         deadline = time.monotonic() + self.limits.seconds
-        job = Job(request, plan, cond, send, deadline)
+        job = ImageJob(request, send, deadline, plan=plan, cond=cond)
         shown = shown_calls(request, plan.calls)
-        with self._wake:
-            if self._stopping:
-                raise RequestError(503, "the server is stopping.")
-            self._check_room(request.n)
-            self._waiting.extend(Draw(job, i, shown=shown) for i in range(request.n))
-            self._wake.notify()
+        self.queue_up([Draw(job, i, shown=shown) for i in range(request.n)])
         return job
-
-    def _check_room(self, n):
-        with self._wake:
-            there = sum(not d.job.ended for d in [*self._active, *self._waiting])
-            if there + n > self.room + self.programs.slots:
-                raise QueueFull(self.seconds_ahead())
-
-    def seconds_ahead(self) -> int:
-        """About how long what is queued takes, for Retry-After."""
-        with self._wake:
-            draws = [d for d in [*self._active, *self._waiting] if not d.job.ended]
-        calls = sum(draw.job.plan.calls - draw.done for draw in draws)
-        return max(1, round(calls * self._step_seconds / self.programs.slots))
-
-    def start(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compiles, then draws, until `stop`; returns at once. `ready` is set when it may begin."""
-        self._threads = [
-            threading.Thread(target=self._draw, args=(progress,), name="engine", daemon=True),
-            threading.Thread(target=self._deliver, name="engine-delivery", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        """Ends what is under way, with a `Failure` for each request, and the threads."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        for thread in self._threads:
-            thread.join()
 
     # The thread that draws.
 
-    def _draw(self, progress):
-        def tell(name):
-            if self._stopping:
-                raise _Stopped
-            if progress is not None:
-                progress(name)
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        self.programs.warm_up(progress)
+        self._warm_host()
 
-        try:
-            self.programs.warm_up(tell)
-            self._warm_host()
-            self.ready.set()
-            while self._await_work():
-                self._drop_ended()
-                self._admit()
-                for follows in (False, True):
-                    draws = [d for d in self._active if (d.job.request.solver == MAP) == follows]
-                    if draws:
-                        self._step(draws, follows)
-                self._show()
-        except _Stopped:
-            pass
-        except BaseException as error:  # whatever it is, nobody waits for ever
-            self.failed = error
-            self.ready.clear()
-            raise
-        finally:
-            with self._wake:
-                self._stopping = True
-                left = {id(d.job): d.job for d in [*self._active, *self._waiting]}
-                self._waiting.clear()
-            for job in left.values():
-                self._fail(job, 503, "the server is stopping.")
-            self._outbox.put(None)
+    def advance(self) -> None:
+        for follows in (False, True):
+            draws = [d for d in self._active if (d.job.request.solver == MAP) == follows]
+            if draws:
+                self._step(draws, follows)
+        self._show()
+
+    def rest(self) -> None:
+        super().rest()
+        self._flights.clear()
+
+    def more_threads(self) -> list[threading.Thread]:
+        return [threading.Thread(target=self._deliver, name="engine-delivery", daemon=True)]
+
+    def finish(self) -> None:
+        super().finish()
+        self._outbox.put(None)
 
     def _warm_host(self):
         """What the first request would wait for beside the programs: text encoders, imports."""
@@ -212,57 +143,19 @@ class Engine:
         self.programs.plans(generator.defaults.solver, generator.defaults.steps)
         png(np.zeros((1, 1, generator.channels), np.uint8))
 
-    def _await_work(self):
-        with self._wake:
-            while not (self._waiting or self._active or self._stopping):
-                self._flights.clear()
-                self._last_step = None
-                self._wake.wait()
-            return not self._stopping
-
-    def _drop_ended(self):
-        now = time.monotonic()
-        with self._wake:
-            draws = [*self._active, *self._waiting]
-        for draw in draws:
-            if not draw.job.ended and now > draw.job.deadline:
-                seconds = f"{self.limits.seconds:g} s"
-                self._fail(draw.job, 504, f"not done within {seconds}; ask for fewer steps.")
-        with self._wake:
-            before = len(self._active) + len(self._waiting)
-            self._active = [d for d in self._active if not d.job.ended]
-            self._waiting = deque(d for d in self._waiting if not d.job.ended)
-            gone = before - len(self._active) - len(self._waiting)
-        if gone:
-            self.observe("cancelled", gone)
-
-    def _fail(self, job, status, message):
-        if not job.ended:
-            job.ended = True
-            job.send(Failure(status, message))
-
-    def _admit(self):
-        """Fills free slots with what has waited longest."""
-        with self._wake:
-            free = sorted(set(range(self.programs.slots)) - {d.slot for d in self._active})
-            new = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-            for draw, slot in zip(new, free, strict=False):
-                draw.slot = slot
-            self._active += new
-        if not new:
-            return
+    def begin(self, pieces: list[Draw]) -> None:
         s = self.programs.slots
         mask, words = np.zeros(s, bool), np.zeros((s, 2), np.uint32)
         index, std = np.zeros(s, np.int32), np.ones(s, np.float32)
-        conds = [new[0].job.cond] * s
-        for draw in new:
+        conds = [pieces[0].job.cond] * s
+        for draw in pieces:
             mask[draw.slot], words[draw.slot] = True, seed_words(draw.job.request.seed)
             index[draw.slot], std[draw.slot] = draw.index, draw.job.plan.start_std
             conds[draw.slot] = draw.job.cond
         cond = jax.tree.map(lambda *leaves: np.stack(leaves), *conds)
         self.programs.admit(mask, words, index, std, cond)
         # A trajectory begins with its noise.
-        noises = [((d.slot, 0), (d, 0, "state")) for d in new if d.job.request.trajectory]
+        noises = [((d.slot, 0), (d, 0, "state")) for d in pieces if d.job.request.trajectory]
         self._decode(noises, finite=None)
 
     def _step(self, draws, follows):
@@ -303,12 +196,7 @@ class Engine:
         """Waits for the call before the last: a new request joins soon, and the device is busy."""
         if len(self._flights) >= AHEAD:
             self._flights.popleft().block_until_ready()
-        now = time.monotonic()
-        if self._last_step is not None:
-            seconds = now - self._last_step
-            self._step_seconds = 0.9 * self._step_seconds + 0.1 * seconds
-            self.observe("step_seconds", seconds)
-        self._last_step = now
+        self.keep_time()
 
     def _show(self):
         """Decodes what is finished and what is to be seen on the way."""
@@ -330,9 +218,7 @@ class Engine:
                 words = seed_words(draw.job.request.seed)
                 given = np.int32(draw.slot), words, np.int32(draw.index), alpha, sigma
                 self._outbox.put((self.programs.noise(*given), draw, times))
-        if finished:
-            with self._wake:
-                self._active = [d for d in self._active if d.done < d.job.plan.calls]
+        self.release(finished)
 
     def _decode(self, wanted, finite):
         """Decodes rows, each with what it is for, and leaves them to the other thread."""
@@ -358,12 +244,12 @@ class Engine:
                 finite = None if more is None else np.asarray(more)
                 for picture, (draw, done, kind) in zip(pictures, meanings, strict=False):
                     if finite is not None and not finite[draw.slot]:
-                        self._fail(draw.job, 500, NOT_FINITE)
+                        self.fail(draw.job, 500, NOT_FINITE)
                     elif not draw.job.ended:
                         self._send_picture(draw, done, kind, png(picture))
             except Exception as error:  # of one answer; the others go on
                 for draw in draws:
-                    self._fail(draw.job, 500, f"the picture was lost: {type(error).__name__}.")
+                    self.fail(draw.job, 500, f"the picture was lost: {type(error).__name__}.")
 
     def _send(self, draw, event):
         if not draw.job.ended:
@@ -381,10 +267,6 @@ class Engine:
         self._send(
             draw, Preview(draw.index, done, plan.calls, float(plan.times[done - 1]), data, state)
         )
-
-
-class _Stopped(Exception):
-    """Raised in the middle of warming up."""
 
 
 NOT_FINITE = "the picture became NaN or infinite. Lower guidance, or take another solver."

@@ -82,28 +82,39 @@ Send = Callable[[Any], None]
 class Job:
     """A request on its way; `cancel` ends it."""
 
-    request: Request
-    plan: Plan
-    cond: Any
+    request: Any
     send: Send
     deadline: float
     ended: bool = False
 
     def cancel(self) -> None:
-        """Its images are drawn no further, and nothing more is sent."""
+        """It is worked on no further, and nothing more is sent."""
         self.ended = True
+
+
+@dataclass(eq=False, kw_only=True)
+class ImageJob(Job):
+    """A request for images, with its plan and its condition."""
+
+    plan: Plan
+    cond: Any
 
 
 @dataclass(eq=False)
 class Draw:
     """One image of a job: its slot and the number of calls that are done."""
 
-    job: Job
+    job: ImageJob
     index: int
     slot: int = -1
     done: int = 0
     shown: frozenset[int] = frozenset()
     state: bytes | None = None
+
+    @property
+    def left(self) -> int:
+        """The network calls that it needs still."""
+        return self.job.plan.calls - self.done
 
 
 def seed_words(seed: int) -> np.ndarray:

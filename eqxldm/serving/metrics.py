@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from .engine import Engine
 from .programs import COMPILED
+from .queueing import AbstractEngine
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -30,7 +30,10 @@ class Metrics:
             "eqxldm_requests", "Requests answered, by status.", ["status"], **there
         )
         self.latency = Histogram(
-            "eqxldm_request_seconds", "From a request to its last image.", buckets=SECONDS, **there
+            "eqxldm_request_seconds",
+            "From a request to its last image or text.",
+            buckets=SECONDS,
+            **there,
         )
         self._rows = Histogram(
             "eqxldm_network_rows", "Network rows that a call was asked for.",
@@ -45,7 +48,10 @@ class Metrics:
         )
         self._counters = {
             "images": Counter("eqxldm_images", "Images delivered.", **there),
-            "cancelled": Counter("eqxldm_cancelled", "Images that were given up.", **there),
+            "texts": Counter("eqxldm_texts", "Texts delivered.", **there),
+            "cancelled": Counter(
+                "eqxldm_cancelled", "Images or texts that were given up.", **there
+            ),
         }
         self._compiled = Counter(
             "eqxldm_compilations", "Programs compiled since the start.", **there
@@ -61,10 +67,14 @@ class Metrics:
         """Listens no longer."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: AbstractEngine) -> None:
         """Shows an engine's queue and slots."""
-        self._gauge("eqxldm_queue", "Images that wait.").set_function(lambda: engine.waiting)
-        self._gauge("eqxldm_active", "Images being drawn.").set_function(lambda: engine.active)
+        self._gauge("eqxldm_queue", "Images or texts that wait.").set_function(
+            lambda: engine.waiting
+        )
+        self._gauge("eqxldm_active", "Images or texts under way.").set_function(
+            lambda: engine.active
+        )
         self._gauge("eqxldm_ready", "1 when requests are taken.").set_function(
             lambda: float(engine.ready.is_set())
         )

@@ -7,6 +7,7 @@ prompts and seeds share it, and may join at any step. What has to be compiled de
 of network rows alone; an image with guidance needs two, and one without it one.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,8 +73,8 @@ class Programs:
         parts = generator.network, generator.null, generator.decoder
         arrays, self._static = eqx.partition(parts, eqx.is_array)
         map_arrays, self._map = eqx.partition(generator.flow_map, eqx.is_array)
-        self._arrays = jax.tree.map(_placed, arrays)
-        self._map_arrays = jax.tree.map(_placed, map_arrays)
+        self._arrays = jax.tree.map(placed, arrays)
+        self._map_arrays = jax.tree.map(placed, map_arrays)
         self._begin = jax.jit(self._begin_state)
         donating = partial(jax.jit, donate_argnums=1)
         self._admit = donating(self._admitted)
@@ -121,21 +122,8 @@ class Programs:
         return self._noise(self._arrays, self.state, slot, words, index, alpha, sigma)
 
     def warm_up(self, progress: Any = None) -> None:
-        """Runs every program until none is compiled any more; the slots stay empty.
-
-        Once would not do where a result lies on the devices as the first argument did not.
-        """
-        compiled = [""]
-        listen = lambda event, duration_secs, **_: compiled.append(event)
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
-            for _ in range(ROUNDS):
-                compiled.clear()
-                self._run_all(progress)
-                if COMPILED not in compiled:
-                    break
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
+        """Runs every program until none is compiled any more; the slots stay empty."""
+        compile_all(partial(self._run_all, progress))
 
     def _run_all(self, progress):
         s, tell = self.slots, progress or (lambda name: None)
@@ -284,7 +272,25 @@ def fitting(sizes: tuple[int, ...], count: int) -> int:
     return next((size for size in sizes if size >= count), sizes[-1])
 
 
-def _placed(a):
+def compile_all(run: Callable[[], None]) -> None:
+    """Runs every program, by `run`, until none is compiled any more.
+
+    Once would not do where a result lies on the devices as the first argument did not.
+    """
+    compiled = [""]
+    listen = lambda event, duration_secs, **_: compiled.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(ROUNDS):
+            compiled.clear()
+            run()
+            if COMPILED not in compiled:
+                break
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def placed(a: Any) -> Any:
     """On the device, once: a NumPy array would go there at each call. What lies on one device, on
     it plainly, as the slots do: a program is compiled for each way in which its arguments lie."""
     a = jnp.asarray(a)

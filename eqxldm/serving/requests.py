@@ -90,12 +90,8 @@ def parse(body: Any, generator: Generator, limits: Limits) -> tuple[Request, Ans
     """
     if not isinstance(body, dict):
         raise RequestError(400, "the body must be a JSON object, such as {}.")
-    fields = _Fields(body)
-    model = fields.text("model", 200)
-    if model is not None and model != generator.name:
-        raise RequestError(
-            404, f"there is no model {model!r}; this server has {generator.name!r}.", "model"
-        )
+    fields = Fields(body)
+    check_model(fields, generator.name)
     _check_size(fields.text("size", 50), generator)
     prompt = fields.text("prompt", limits.prompt)
     label, prompt = _label(fields, prompt, generator)
@@ -139,6 +135,13 @@ def parse(body: Any, generator: Generator, limits: Limits) -> tuple[Request, Ans
     return request, answer
 
 
+def check_model(fields: "Fields", name: str) -> None:
+    """`RequestError` for a request that names another model."""
+    model = fields.text("model", 200)
+    if model is not None and model != name:
+        raise RequestError(404, f"there is no model {model!r}; this server has {name!r}.", "model")
+
+
 def _usual_steps(solver: str, generator: Generator) -> int:
     """The default; where that is a flow map's and the solver is another, or the other way."""
     defaults = generator.defaults
@@ -147,7 +150,7 @@ def _usual_steps(solver: str, generator: Generator) -> int:
     return 1 if solver == MAP else min(20, generator.most_steps)
 
 
-def _label(fields: "_Fields", prompt: str | None, generator: Generator):
+def _label(fields: "Fields", prompt: str | None, generator: Generator):
     """The class and the prompt; of a model of classes the prompt may be a class's name."""
     names = list(generator.labels)
     given = fields.value("label")
@@ -184,7 +187,7 @@ def _check_size(size: str | None, generator: Generator) -> None:
         raise RequestError(400, f"size {_shown(size)}: this model draws {width}x{height}.", "size")
 
 
-class _Fields:
+class Fields:
     """The fields of a request, each read once and checked; what is left over is unknown."""
 
     def __init__(self, body: Mapping[str, Any]):

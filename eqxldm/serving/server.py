@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .app import Access, make_app
-from .engine import Engine
+from .access import Access
+from .app import make_app
 from .metrics import Metrics
+from .queueing import AbstractEngine
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 GRACE = 5  # seconds that requests have to end after SIGTERM
@@ -52,7 +53,7 @@ def access_for(host: str, token: str | None) -> Access:
 
 
 def serve(
-    engine: Engine,
+    engine: AbstractEngine,
     listener: socket.socket,
     *,
     metrics: Metrics,

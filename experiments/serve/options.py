@@ -4,15 +4,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from eqxldm.serving import Engine, Generator, Limits
+from eqxldm.serving.queueing import AbstractEngine
 from eqxldm.serving.server import access_for, bind, serve
+from eqxldm.serving.text import TextEngine, TextGenerator
 
 from ..generate.options import Edge
 from ..train.options import Range, check
 from ..train.terminal import UserError, say
 from .generators import from_folder, from_run
+from .texts import from_words, is_text
 
 TOKEN = "EQXLDM_TOKEN"  # the environment's: a command line can be seen by others
 LARGE = 256 * 256  # pixels of a picture from which they are decoded one by one
@@ -20,43 +23,51 @@ LARGE = 256 * 256  # pixels of a picture from which they are decoded one by one
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a finished run, or a folder of published weights, over HTTP."""
+    """Serve a finished run, or a folder of published weights, over HTTP: images, or text."""
 
-    run: Path | None = None  # The folder of a finished run of experiments.train.
-    model: Path | None = None  # A diffusers folder, with a model_index.json.
+    run: Path | None = None  # The folder of a finished run of experiments.train, or of words.
+    model: Path | None = None  # A diffusers folder, with a model_index.json; or one of LLaDA.
     host: str = "127.0.0.1"  # The address; 0.0.0.0 is every one of this machine's.
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 takes a free one, which is printed.
-    slots: Annotated[int, Range(1, 256)] = 8  # Images that are drawn at once.
-    queue: Annotated[int, Range(1, 100_000)] = 64  # Images that may wait; others are refused.
-    # Network rows of the one call that is compiled: each image then is the same bit for bit,
-    # whoever else is there. By default some sizes are, and a small load costs less.
+    slots: Annotated[int, Range(1, 256)] = 8  # Images, or texts, that are drawn at once.
+    queue: Annotated[int, Range(1, 100_000)] = 64  # Those that may wait; others are refused.
+    # Network rows of the one call that is compiled: each image or text then is the same bit for
+    # bit, whoever else is there. By default some sizes are, and a small load costs less.
     rows: Annotated[int, Range(1, 512)] | None = None
     seconds: Annotated[float, Range(0, 86400, "(]")] = 120.0  # A request has, with its waiting.
-    images: Annotated[int, Range(1, 1000)] = 16  # Of one request, at most.
+    images: Annotated[int, Range(1, 1000)] = 16  # Or texts, of one request, at most.
     size: tuple[Edge, Edge] | None = None  # HEIGHT WIDTH of a folder's pictures.
+    # Tokens of a text with its prompt; by default the network's context, and 1024 at most.
+    length: Annotated[int, Range(1, 10**6)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Of a folder's weights.
 
 
-def load(options: Serve) -> Generator:
+def load(options: Serve) -> Generator | TextGenerator:
     """The model that the options name."""
     if (options.run is None) == (options.model is None):
         raise UserError("what is to be served? RUN=runs/mnist, or MODEL=folder.")
+    folder = options.run or options.model
+    assert folder is not None
+    if is_text(folder):
+        return from_words(folder, options.length, options.dtype)
     if options.run is not None:
-        return from_run(options.run)
-    assert options.model is not None
-    return from_folder(options.model, options.size, options.dtype)
+        return from_run(folder)
+    return from_folder(folder, options.size, options.dtype)
 
 
-def make_engine(options: Serve, generator: Generator, observe=None) -> Engine:
+def make_engine(
+    options: Serve, generator: Generator | TextGenerator, observe: Any = None
+) -> AbstractEngine:
     """Its engine, not started."""
-    height, width = generator.size
     limits = Limits(images=options.images, seconds=options.seconds)
     sizes = None if options.rows is None else (options.rows,)
+    given: dict[str, Any] = dict(slots=options.slots, queue=options.queue, sizes=sizes)
+    given |= dict(limits=limits, observe=observe)
     try:
-        return Engine(
-            generator, slots=options.slots, queue=options.queue, sizes=sizes,
-            decodes=(1,) if height * width > LARGE else None, limits=limits, observe=observe,
-        )  # fmt: skip
+        if isinstance(generator, TextGenerator):
+            return TextEngine(generator, **given)
+        height, width = generator.size
+        return Engine(generator, decodes=(1,) if height * width > LARGE else None, **given)
     except ValueError as error:
         raise UserError(f"--rows {options.rows}: {error}") from error
 
@@ -79,8 +90,10 @@ def start(options: Serve) -> None:
         token = os.environ.get(TOKEN) or None
         access = access_for(options.host, token)
         if access.hosts is None and token is None:
-            say(f"Anyone who reaches {options.host} can draw here; {TOKEN}=... asks for a token.")
-        say(f"{generator.name}: {', '.join(generator.solver_names)}; compiling ...")
+            say(f"Anyone who reaches {options.host} can ask it; {TOKEN}=... asks for a token.")
+        text = isinstance(generator, TextGenerator)
+        names = generator.sampler_names if text else generator.solver_names
+        say(f"{generator.name}: {', '.join(names)}; compiling ...")
         engine = make_engine(options, generator, metrics.observe)
         code = serve(engine, listener, metrics=metrics, access=access, say=say)
     if code:

@@ -96,11 +96,9 @@ def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
     return {"characters": vocabulary.characters, "tokenizer": written}
 
 
-def load_network(command: Generate, mesh: Any) -> tuple[Any, Vocabulary]:
+def load_network(folder: Path, mesh: Any, dtype: Any = jnp.float32) -> tuple[Any, Vocabulary]:
     """The network of a run, or of a folder of LLaDA, and its vocabulary."""
-    folder, sharding = command.model, leaf_sharding(mesh)
-    dtype: Any = jnp.bfloat16 if command.bfloat16 else jnp.float32
-    options: dict[str, Any] = dict(dtype=dtype, sharding=sharding)
+    options: dict[str, Any] = dict(dtype=dtype, sharding=leaf_sharding(mesh))
     if (folder / VOCABULARY).exists():
         kinds = {"characters": str | None, "tokenizer": dict | None}
         repair = "Train again with --overwrite."
@@ -178,7 +176,8 @@ def generate(command: Generate) -> None:
     except ValueError as error:
         raise UserError(f"--mesh: {error}") from None
     try:
-        network, vocabulary = load_network(command, mesh)
+        dtype = jnp.bfloat16 if command.bfloat16 else jnp.float32
+        network, vocabulary = load_network(command.model, mesh, dtype)
     except (FileNotFoundError, pretrained.WeightsError) as error:
         raise UserError(str(error)) from None
     start = canvas(command, vocabulary, network.config.max_length)

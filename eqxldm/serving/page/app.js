@@ -1,59 +1,11 @@
 "use strict";
-// One page without a build step. It asks /v1/models what may be said, sends what the form says, and
-// shows the server's events as they come.
-const $ = (id) => document.getElementById(id);
+// The page of a server of images, without a build step, after common.js. It asks /v1/models what may
+// be said, sends what the form says, and shows the server's events as they come.
 const png = (data) => "data:image/png;base64," + data;
-let model = null;       // what /v1/models says
-let running = null;     // the AbortController of what is under way
 let frames = [];        // of the trajectory
 let player = null;
 
-// Talking to the server
-
-function headers() {
-  const found = { "Content-Type": "application/json" };
-  const token = $("token").value || sessionStorage.getItem("token");
-  if (token) found.Authorization = "Bearer " + token;
-  return found;
-}
-
-async function refuse(response) {
-  let message = response.status + " " + response.statusText;
-  try { message = (await response.json()).error.message; } catch { /* no JSON: the status says it */ }
-  const after = response.headers.get("Retry-After");
-  if (response.status === 401) $("token-row").hidden = false;
-  throw new Error(message + (after && !message.includes(after + " s") ? " (in " + after + " s)" : ""));
-}
-
-async function loadModel() {
-  const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) await refuse(response);
-  return (await response.json()).data[0];
-}
-
-// Sends a request and calls `show` with each event of its stream.
-async function generate(body, show, signal) {
-  const sent = JSON.stringify({ ...body, stream: true });
-  const response = await fetch("v1/images/generations",
-    { method: "POST", headers: headers(), body: sent, signal });
-  if (!response.ok) await refuse(response);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The server ended the stream before the image was there.");
-    text += value;
-    const events = text.split("\n\n");
-    text = events.pop();
-    for (const event of events) {
-      if (!event.startsWith("data: ")) continue;
-      if (event === "data: [DONE]") return;
-      const found = JSON.parse(event.slice(6));
-      if (found.type === "error") throw new Error(found.error.message);
-      show(found);
-    }
-  }
-}
+const generate = (body, show, signal) => ask("v1/images/generations", body, show, signal);
 
 // The form
 
@@ -66,12 +18,6 @@ function settings() {
   if (model.takes_text) body.prompt = $("prompt").value;
   if ($("seed").value !== "") body.seed = number("seed");
   return body;
-}
-
-function number(id) {
-  const value = $(id).valueAsNumber;
-  if (Number.isNaN(value)) throw new Error($(id).labels[0].textContent + ": a number, please.");
-  return value;
 }
 
 function fillForm() {
@@ -90,15 +36,13 @@ function fillForm() {
   $("steps").value = defaults.steps;
   $("guidance").value = defaults.guidance;
   $("n").value = Math.min(4, limits.n);
-  for (const id of pairs) $(id + "-slider").value = $(id).value;
+  showSliders(pairs);
   solverChosen();
 }
 
 function solverChosen() {
   for (const id of ["guidance", "guidance-slider"]) $(id).disabled = $("solver").value === "map";
 }
-
-function randomSeed() { $("seed").value = Math.floor(Math.random() * 2 ** 32); }
 
 function figure(caption) {
   const made = document.createElement("figure"), image = document.createElement("img");
@@ -123,30 +67,6 @@ function title(body) {
   const what = model.labels.length ? model.labels[body.label] : body.prompt;
   return what ? what.slice(0, 40) : "image";
 }
-
-// What is under way: one thing at a time; `work` gets the signal that cancels it.
-async function run(work) {
-  if (running) return;
-  running = new AbortController();
-  $("error").hidden = true;
-  $("go").disabled = true;
-  $("cancel").disabled = false;
-  const begun = performance.now();
-  say("Waiting ...");
-  try {
-    await work(running.signal);
-    say("Done in " + ((performance.now() - begun) / 1000).toFixed(2) + " s.");
-  } catch (error) {
-    if (error.name === "AbortError") say("Cancelled.");
-    else { say(""); $("error").textContent = error.message; $("error").hidden = false; }
-  } finally {
-    running = null;
-    $("go").disabled = false;
-    $("cancel").disabled = true;
-  }
-}
-
-function say(text) { $("status").textContent = text; }
 
 // Create
 
@@ -187,7 +107,7 @@ function restore(body) {
   for (const name of ["steps", "guidance", "solver", "seed", "n"]) {
     if (body[name] !== undefined) $(name).value = body[name];
   }
-  for (const id of pairs) $(id + "-slider").value = $(id).value;
+  showSliders(pairs);
   solverChosen();
   say("The settings of that image are in the form again.");
 }
@@ -313,33 +233,11 @@ for (const [i, tab] of tabs.entries()) {
   });
 }
 
-for (const id of pairs) {
-  $(id + "-slider").addEventListener("input", () => { $(id).value = $(id + "-slider").value; });
-  $(id).addEventListener("input", () => { $(id + "-slider").value = $(id).value; });
-}
 $("solver").addEventListener("change", solverChosen);
-$("random").addEventListener("click", randomSeed);
-$("cancel").addEventListener("click", () => running?.abort());
 $("play").addEventListener("click", play);
 $("scrub").addEventListener("input", () => { stop(); showFrame(Number($("scrub").value)); });
-$("token").addEventListener("change", () => { sessionStorage.setItem("token", $("token").value); begin(); });
 $("settings").addEventListener("submit", (event) => {
   event.preventDefault();
   if (model) run(work[chosen().id]);
 });
-
-async function begin() {
-  try {
-    model = await loadModel();
-    $("error").hidden = true;
-    $("go").disabled = false;
-    fillForm();
-    const ready = await fetch("readyz");
-    say(ready.ok ? "Ready." : "The server is still getting ready.");
-  } catch (error) {
-    $("go").disabled = true;
-    $("error").textContent = error.message;
-    $("error").hidden = false;
-  }
-}
-begin();
+connect(pairs);
