@@ -164,7 +164,7 @@ generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=fo
 	$(WORDS) generate $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
 		$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist, or MODEL=folder; PORT=8000 HOST=127.0.0.1
+serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODEL=folder; PORT=8000 HOST=127.0.0.1
 	.venv/bin/python -m experiments.serve serve $(if $(RUN),--run "$(RUN)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)

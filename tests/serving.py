@@ -228,7 +228,7 @@ def writing(generator, **options):
         engine.stop()
 
 
-def written(engine, *requests):
+def written(engine, *requests, decode=letters):
     """The texts and calls of requests that are handed in together, a list for each."""
     queues = [Queue() for _ in requests]
     for wanted, queue in zip(requests, queues, strict=True):
@@ -240,6 +240,6 @@ def written(engine, *requests):
             event = queue.get(timeout=30)
             assert not isinstance(event, Failure), event.message
             if isinstance(event, Written):
-                texts[event.index] = letters(event.tokens), event.calls
+                texts[event.index] = decode(event.tokens), event.calls
         found.append([texts[i] for i in range(wanted.texts)])
     return found

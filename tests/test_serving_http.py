@@ -22,7 +22,7 @@ from eqxldm.serving.app import Access, make_app
 from eqxldm.serving.engine import Engine
 from eqxldm.serving.metrics import Metrics
 from eqxldm.serving.requests import Limits
-from eqxldm.serving.server import access_for, bind
+from eqxldm.serving.server import access_for, bind, settings
 
 URL = "/v1/images/generations"
 ROOT = Path(__file__).parents[1]
@@ -31,19 +31,22 @@ ROOT = Path(__file__).parents[1]
 @contextlib.contextmanager
 def served(engine, access=None, metrics=None):
     """A client of a server in a thread."""
+    app = make_app(engine, metrics, access)
+    with listening(app) as base, httpx.Client(base_url=base, timeout=30) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The address of an application that is served in a thread."""
     import uvicorn
 
     listener = bind("127.0.0.1", 0)
-    config = uvicorn.Config(
-        make_app(engine, metrics, access), log_level="error", lifespan="off", ws="none"
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(settings(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        with httpx.Client(base_url=base, timeout=30) as client:
-            yield client
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
@@ -264,6 +267,67 @@ def test_slow_and_late_clients(client, engine, monkeypatch):
     assert late.status_code == 504 and "fewer steps" in message(late)
     with client.stream("POST", URL, json={"label": 1, "steps": 250, "stream": True}) as answer:
         assert [e["type"] for e in events(answer)][-1] == "error"
+
+
+def test_a_request_that_trickles_in_is_given_up(client, monkeypatch):
+    monkeypatch.setattr("eqxldm.serving.connections.HEAD_SECONDS", 0.4)
+    monkeypatch.setattr("eqxldm.serving.exchange.BODY_SECONDS", 0.2)
+    place = client.base_url.host, client.base_url.port
+    head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for sent, then, expected in (
+        ("", "", b"408"),  # nothing at all
+        ("", head, b"408"),  # the head, a byte at a time
+        (f"{head}Content-Length: 9999\r\n\r\n", "{" * 50, b"408"),  # the body
+        (whole, head, b"ok\nHTTP/1.1 408"),  # the next head on a connection that was kept
+    ):
+        with socket.create_connection(place, timeout=10) as raw:
+            raw.sendall(sent.encode())
+            assert expected in (answer := trickle(raw, then.encode())), answer
+    assert client.get("/healthz").status_code == 200
+
+
+def trickle(raw, data):
+    """Sends a byte at a time until the server closes; what it said."""
+    answer = b""
+    raw.settimeout(0.05)
+    for i in range(200):
+        with contextlib.suppress(OSError):
+            raw.sendall(data[i : i + 1])
+        try:
+            got = raw.recv(4096)
+        except TimeoutError:
+            continue
+        except OSError:  # it has closed while bytes were on their way
+            break
+        if not got:
+            break
+        answer += got
+    return answer
+
+
+def test_who_reads_nothing_is_cut_off(monkeypatch):
+    monkeypatch.setattr("eqxldm.serving.connections.TAKE_SECONDS", 0.3)
+    gone = threading.Event()
+
+    async def endless(scope, receive, send):
+        async def wait():
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        waiting = asyncio.ensure_future(wait())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.is_set():
+            await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+            await asyncio.sleep(0)
+        await waiting
+
+    with listening(endless) as address, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", int(address.split(":")[-1])))
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert gone.wait(20)
 
 
 def test_a_token_keeps_others_out(engine, client):

@@ -1,6 +1,7 @@
 """The engine of texts: shared network calls, and each text what it would be alone."""
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 from queue import Queue
 
@@ -109,7 +110,7 @@ REFUSED = [
     (TextRequest(("abc",), "random", 0, infill=True), "nothing to write: mark blanks with _"),
     (TextRequest(("abc",), "random", 0, max_tokens=14), "the prompt takes 3 of them"),
     (TextRequest(("a", "x"), "random", 0), "'x' is not among the letters"),
-    (TextRequest(("a",), "blocks", 0, calls=2), "need one call each at least"),
+    (TextRequest(("a",), "blocks", 0, calls=2, block_size=4), "need one call each at least"),
 ]
 
 
@@ -155,4 +156,4 @@ def test_a_sampler_that_carries_something_is_refused():
             return np.zeros(())
 
     with pytest.raises(ValueError, match="carries a state"):
-        make_text_generator(sampler_names=("ancestral",), sampler=lambda name, **_: Counting())
+        replace(make_text_generator(), sampler=lambda name, **_: Counting())

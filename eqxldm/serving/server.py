@@ -11,6 +11,7 @@ from typing import Any
 
 from .access import Access
 from .app import make_app
+from .connections import bounded_protocol
 from .metrics import Metrics
 from .queueing import AbstractEngine
 
@@ -52,6 +53,17 @@ def access_for(host: str, token: str | None) -> Access:
     return Access(token)
 
 
+def settings(app: Any) -> Any:
+    """How uvicorn is to serve an application."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=30, server_header=False, lifespan="off", ws="none",
+        http=bounded_protocol(),
+    )  # fmt: skip
+
+
 def serve(
     engine: AbstractEngine,
     listener: socket.socket,
@@ -70,11 +82,7 @@ def serve(
 
     host, port = listener.getsockname()[:2]
     app = make_app(engine, metrics, access)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,
-        timeout_keep_alive=30, server_header=False, lifespan="off",
-        ws="none",
-    )  # fmt: skip
+    config = settings(app)
     server, begun = uvicorn.Server(config), time.monotonic()
     engine.start()
 

@@ -16,6 +16,7 @@ from ..train.terminal import UserError, say
 from .clients import Load, load, started
 from .generators import from_run
 from .naive import sampler
+from .texts import refuse_text
 
 CLIENTS = (1, 4, 16)
 BATCHES = (1, 2, 4, 8, 16)
@@ -37,6 +38,7 @@ def bench(options: Bench) -> None:
     check(options)
     if options.run is None:
         raise UserError("which run? RUN=runs/mnist.")
+    refuse_text(options.run)
     generator = from_run(options.run)
     usual = generator.defaults
     solver = usual.solver if options.solver is None else options.solver

@@ -12,6 +12,7 @@ from eqxldm.devices import GIB
 from ..train.options import Range, check
 from ..train.terminal import UserError, say
 from .clients import Client, load, picture, started
+from .texts import refuse_text
 
 CLIENTS = 16
 DISTINCT = 200  # seeds, each of which has one picture
@@ -33,6 +34,7 @@ def soak(options: Soak) -> None:
     check(options)
     if options.run is None:
         raise UserError("which run? RUN=runs/mnist.")
+    refuse_text(options.run)
     arguments = [
         "serve", "--run", str(options.run), "--port", "0", "--rows", str(options.rows),
         "--queue", str(QUEUE),

@@ -15,6 +15,7 @@ from ..train.terminal import UserError
 from ..words.commands import VOCABULARY, load_network
 from ..words.config import SAMPLERS
 from ..words.measuring import make_sampler
+from ..words.training import STAGES
 
 LONGEST = 1024  # tokens of the window, unless another length is asked for
 MOST_CALLS = 1000
@@ -23,9 +24,15 @@ USUAL = "random"  # the sampler, as in `generate`
 
 def is_text(folder: Path) -> bool:
     """Whether a folder is one of words: a run's, or of a published model of tokens."""
-    ours = (folder / VOCABULARY).exists()
+    ours = (folder / VOCABULARY).exists() or (folder / "checkpoints" / STAGES[0]).exists()
     published = (folder / "tokenizer.json").exists() and (folder / "config.json").exists()
     return ours or (published and not (folder / "model_index.json").exists())
+
+
+def refuse_text(folder: Path) -> None:
+    """`UserError` for a folder of words, where images are measured."""
+    if is_text(folder):
+        raise UserError(f"--run {folder}: is a run of words, and images are measured here.")
 
 
 def from_words(folder: Path, length: int | None, dtype: str) -> TextGenerator:

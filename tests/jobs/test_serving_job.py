@@ -1,17 +1,20 @@
 """`make serve`: runs and folders behind the engine, the command line, the load generator."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from serving import drawn, make_generator, pixels, running
+from serving import drawn, make_generator, pixels, running, written
 from test_serving_http import served
 
-from eqxldm.serving import Request
-from experiments.serve import generators
+from eqxldm.serving import Request, RequestError
+from eqxldm.serving.text import TextRequest
+from experiments.serve import clients, generators
 from experiments.serve.__main__ import main
-from experiments.serve.clients import load, picture
+from experiments.serve.clients import picture
+from experiments.serve.options import Serve, load, make_engine
 from experiments.train.conditions import Labels
 from experiments.train.config import Config, DiTConfig, PictureOptions, SamplingConfig
 from experiments.train.diffusion import Trained
@@ -21,7 +24,7 @@ from experiments.train.presets import preset
 from experiments.train.run import as_dict
 from experiments.train.sampling import Sampler
 from experiments.train.streams import stream_key
-from experiments.train.terminal import run_main
+from experiments.train.terminal import UserError, run_main
 
 import tiny_pipelines
 from helpers import filled
@@ -100,9 +103,43 @@ def test_a_folder_draws_what_make_generate_draws(tmp_path):
     assert np.abs(found.astype(int) - want).max() <= 1 and np.ptp(want) > 20
 
 
+def test_a_run_of_words_writes_what_make_generate_text_writes(tmp_path, capsys):
+    from eqxldm import models, pretrained
+    from experiments.words.__main__ import main as words
+
+    sizes = dict(depth=1, width=8, num_heads=2, max_length=8)
+    network = filled(lambda: models.TokenTransformer(5, **sizes, key=jax.random.key(0)), size=1.0)
+    pretrained.save(network, tmp_path / "masked.safetensors")
+    (tmp_path / "vocabulary.json").write_text('{"characters": "abcd"}')
+    options = Serve(run=tmp_path, slots=2, rows=2)
+    generator = load(options)
+    assert generator.length == 8 and generator.sampler_names[:2] == ("random", "ancestral")
+    with pytest.raises(UserError, match="--length 9: the network's context has 8 tokens"):
+        load(replace(options, length=9))
+    engine = make_engine(options, generator)
+    engine.start()
+    try:
+        assert engine.ready.wait(60), engine.failed
+        wanted = TextRequest(("ab",), "margin", 2**40 + 1, n=2, max_tokens=4, temperature=0.8)
+        (found,) = written(engine, wanted, decode=generator.decode)
+        with pytest.raises(
+            RequestError, match="'é' is not among the 4 characters that the network"
+        ):
+            engine.submit(TextRequest(("é",), "random", 0), print)
+    finally:
+        engine.stop()
+    words([
+        "generate", "--model", str(tmp_path), "--prompt", "ab", "--length", "6", "--n", "2",
+        "--sampler", "margin", "--temperature", "0.8", "--seed", str(2**40 + 1),
+    ])  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[:2] == [text for text, _ in found]
+
+
 def test_bad_input_is_one_message(tmp_path, capsys):
     from eqxldm.serving.server import bind
 
+    unfinished = tmp_path / "words"
+    (unfinished / "checkpoints" / "masked").mkdir(parents=True)
     with bind("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         for args, text in {
@@ -110,8 +147,10 @@ def test_bad_input_is_one_message(tmp_path, capsys):
             ("serve", "--run", "a", "--model", "b", "--port", "0"): "what is to be served?",
             ("serve", "--run", str(tmp_path / "none"), "--port", "0"): "no run in",
             ("serve", "--model", str(tmp_path), "--port", "0"): "model_index.json",
+            ("serve", "--run", str(unfinished), "--port", "0"): "no finished run",
             ("serve", "--run", "a", "--slots", "0"): "--slots must lie in",
             ("serve", "--run", "a", "--port", port): "Take another PORT",
+            ("bench", "--run", str(unfinished)): "is a run of words",
             ("bench",): "which run?",
             ("soak",): "which run?",
         }.items():
@@ -125,14 +164,14 @@ def test_the_load_generator_counts_answers():
                  sizes=(4,), decodes=(2,)) as engine, served(engine) as client:  # fmt: skip
         seen = []
         body = lambda i: {"label": i % 3, "seed": i, "steps": 2}
-        found = load(
+        found = clients.load(
             str(client.base_url), 3, body, seconds=60, most=12,
             seen=lambda i, answer: seen.append((i, picture(answer)[:4])),
         )  # fmt: skip
         assert found.statuses == {200: 12} and found.rate > 0
         assert {i for i, _ in seen} == set(range(12)) and {p for _, p in seen} == {b"\x89PNG"}
         assert found.percentile(50) <= found.percentile(99)
-        refused = load(str(client.base_url), 1, lambda i: {"label": 9}, seconds=60, most=2)
+        refused = clients.load(str(client.base_url), 1, lambda i: {"label": 9}, seconds=60, most=2)
         assert refused.statuses == {400: 2}
     with pytest.raises(KeyError):
         picture(b'{"error": 1}')
