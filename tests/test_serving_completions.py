@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from serving import compilations, expected_texts, make_text_generator
+from serving import compilations, make_text_generator, written
 from test_serving_http import events, message, served, wait_for
 
 from eqxldm.serving.app import Access
@@ -57,8 +57,8 @@ def test_texts_of_a_prompt_and_of_a_list(client, engine):
     found = answer.json()
     assert found["object"] == "text_completion" and found["id"].startswith("cmpl-")
     assert (found["seed"], found["sampler"], found["temperature"]) == (3, "random", 0.5)
-    wanted = TextRequest(("ab",), "random", 3, n=2, temperature=0.5)
-    ours, _ = expected_texts(engine.generator, wanted, ["ab", *"_" * 6])
+    wanted = TextRequest(("ab",), "random", 3, n=2, max_tokens=6, temperature=0.5)
+    ours = [text for text, _ in written(engine, wanted)[0]]
     assert [choice["text"] for choice in found["choices"]] == [text[2:] for text in ours]
     assert found["choices"][1] | {"text": ""} == {
         "index": 1, "text": "", "logprobs": None, "finish_reason": "length", "calls": 3,

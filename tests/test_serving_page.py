@@ -93,37 +93,38 @@ def test_the_page_cancels_and_shows_what_is_wrong(browser, address, engine):
     assert not browser.run(f"{ID}('go').disabled") and not browser.errors
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (1400, False)])
-def test_the_page_of_text_writes_at_two_widths(browser, width, dark):
+def test_the_page_of_text_writes_at_two_widths(browser):
     with writing(make_text_generator(), slots=2, sizes=(4,)) as engine, served(engine) as client:
-        browser.size(width, 900, dark=dark)
-        browser.open(str(client.base_url))
-        browser.wait(f"{ID}('status').textContent === 'Ready.'")
-        assert browser.run("document.title") == "words"
-        browser.run(f"{ID}('prompt').value = 'ab'; {ID}('n').value = 3; {ID}('seed').value = 5")
-        browser.run(f"{ID}('seed').focus()")
-        browser.press("Enter", 13)
-        browser.wait(DONE)
-        texts = "[...document.querySelectorAll('#texts article p')].map((p) => p.textContent)"
-        found = browser.run(texts)
-        assert len(found) == 3 and all(len(t) == 16 and t[:2] == "ab" for t in found)
-        assert not any("_" in text for text in found)
-        assert browser.run("document.querySelectorAll('#history button').length") == 3
-        browser.run(f"{ID}('scrub').focus()")
-        browser.press("ArrowLeft", 37)
-        assert any("_" in text for text in browser.run(texts))
-        # Blanks in a prompt, and what is wrong.
-        browser.run(
-            f"{ID}('prompt').value = 'a_b'; {ID}('infill').checked = true; {ID}('go').click()"
-        )
-        browser.wait(
-            f"{DONE} && document.querySelector('#texts article p').textContent.length === 3"
-        )
-        browser.run(f"{ID}('prompt').value = 'xyz'; {ID}('go').click()")
-        browser.wait(f"!{ID}('error').hidden")
-        assert "is not among the letters" in browser.run(f"{ID}('error').textContent")
-        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert browser.run(overflow) <= 0 and not browser.errors
+        for width, dark in ((390, True), (1400, False)):
+            browser.size(width, 900, dark=dark)
+            write_and_look(browser, client)
+
+
+def write_and_look(browser, client):
+    browser.open(str(client.base_url))
+    browser.wait(f"{ID}('status').textContent === 'Ready.'")
+    assert browser.run("document.title") == "words"
+    browser.run(f"{ID}('prompt').value = 'ab'; {ID}('n').value = 3; {ID}('seed').value = 5")
+    browser.run(f"{ID}('seed').focus()")
+    browser.press("Enter", 13)
+    browser.wait(DONE)
+    texts = "[...document.querySelectorAll('#texts article p')].map((p) => p.textContent)"
+    found = browser.run(texts)
+    assert len(found) == 3 and all(len(t) == 16 and t[:2] == "ab" for t in found)
+    assert not any("_" in text for text in found)
+    assert browser.run("document.querySelectorAll('#history button').length") == 3
+    browser.run(f"{ID}('scrub').focus()")
+    browser.press("ArrowLeft", 37)
+    assert any("_" in text for text in browser.run(texts))
+    # Blanks in a prompt, and what is wrong.
+    browser.run(f"{ID}('prompt').value = 'a_b'; {ID}('infill').checked = true; {ID}('go').click()")
+    browser.wait(f"{DONE} && document.querySelector('#texts article p').textContent.length === 3")
+    browser.run(f"{ID}('prompt').value = 'xyz'; {ID}('go').click()")
+    browser.wait(f"!{ID}('error').hidden")
+    assert "is not among the letters" in browser.run(f"{ID}('error').textContent")
+    assert len(browser.run(texts)) == 3  # what was written before is still there
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.run(overflow) <= 0 and not browser.errors
 
 
 def test_pictures_for_the_documentation(browser):

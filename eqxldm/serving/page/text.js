@@ -61,10 +61,12 @@ function emptyCard() {
 async function write(signal) {
   const body = settings();
   const cards = Array.from({ length: body.n }, emptyCard);
-  frames = cards.map(() => []);
-  $("texts").replaceChildren(...cards);
-  $("scrub").disabled = true;
   await ask("v1/completions", body, (event) => {
+    if (!cards[0].isConnected) {  // what was there stays where a request is refused
+      frames = cards.map(() => []);
+      $("texts").replaceChildren(...cards);
+      $("scrub").disabled = true;
+    }
     body.seed = event.seed;
     for (const choice of event.choices) {
       const kept = frames[choice.index], last = kept[kept.length - 1];
