@@ -26,6 +26,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import gc  # noqa: E402
+import signal  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -44,6 +45,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("eqxldm")
+
+
+# Below `nohup` hangups are ignored, in the background of a script Ctrl-C, and programs that tests
+# start inherit it.
+for signum in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        usual = {signal.SIGINT: signal.default_int_handler}
+        signal.signal(signum, usual.get(signum, signal.SIG_DFL))
 
 
 # The files that take longest, longest first: with them at the end, one worker would be left alone.

@@ -7,6 +7,7 @@ for each reader; the suite tries a few, always the same.
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import signal
 import struct
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -24,12 +26,15 @@ from eqxldm.data import DataError
 from eqxldm.pipelines import PipelineError
 from eqxldm.pretrained import WeightsError
 from eqxldm.pretrained.files import SEAL
+from eqxldm.serving import BundleError
 from eqxldm.text import TokenizerError
 from experiments.train.terminal import UserError
 
 CASES = int(os.environ.get("EQXLDM_FUZZ_CASES", "0"))
 SECONDS, BYTES = 20, 600_000_000
-ERRORS = (DataError, WeightsError, CheckpointError, UserError, TokenizerError, PipelineError)
+ERRORS = (
+    DataError, WeightsError, CheckpointError, UserError, TokenizerError, PipelineError, BundleError,
+)  # fmt: skip
 
 # Changes of bytes
 
@@ -136,6 +141,23 @@ def damaged_config(draw, content):
     header["__metadata__"]["eqxldm"] = config.decode("utf-8", "replace")
     header = json.dumps(header).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+@st.composite
+def damaged_bundle(draw, content):
+    """An archive whose record or weights are damaged, their checksums right; or any damage."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(damaged(content))
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    name = draw(st.sampled_from([n for n in entries if not n.endswith(".bin")]))
+    change = damaged_json if name.endswith(".json") else damaged
+    entries[name] = draw(change(entries[name]))
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return written.getvalue()
 
 
 # What is read

@@ -228,6 +228,9 @@ def test_frames_are_read_as_images_are(tmp_path):
     Image.new("1", (6_000, 6_000)).save(tmp_path / "²2.png")
     with pytest.raises(DataError, match="more than max_pixels"):
         read_clips(tmp_path, Wanted(3, (4, 4)))
+    Image.new("1", (70_000, 1)).save(tmp_path / "long.apng", "PNG")
+    with pytest.raises(DataError, match="or a side longer than 65535"):
+        read_clips(tmp_path / "long.apng", Wanted(3, (4, 4)))
 
 
 def test_captions_beside_the_files_are_for_all_of_them(tmp_path):

@@ -214,6 +214,13 @@ def test_the_most_pixels_are_an_option():
         decode_image(content, max_pixels=599)
 
 
+@pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1)])
+def test_sides_longer_than_any_picture_has_are_refused(size):
+    """Pillow takes seconds and much memory for millions of rows of a pixel or two."""
+    with pytest.raises(DataError, match=f"{size[0]} x {size[1]} pixels: no side may be longer"):
+        decode_image(encoded(Image.new("L", size)))
+
+
 def test_integers_of_32_bits_are_pixels_where_they_fit():
     image = lambda values: encoded(Image.fromarray(np.array(values, np.int32)), "TIFF")
     assert decode_image(image([[0, 7, 255]]))[0, :, 1].tolist() == [0, 7, 255]

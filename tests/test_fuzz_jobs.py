@@ -4,12 +4,21 @@ import contextlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from eqxldm import pipelines, pretrained
+from eqxldm import (
+    Diffusion,
+    Euler,
+    LinearFlow,
+    pipelines,
+    predict_x0,
+    pretrained,
+    uniform_times,
+)
 from eqxldm.data import Wanted, list_clips, open_clips, read_clips, write_clips
 from eqxldm.data.npz_images import NpzImages
 from eqxldm.metrics.reference import Gaussian, read_reference, write_reference
@@ -17,6 +26,8 @@ from eqxldm.models import CLIPImage, DINOv2, Flux, MMDiT, TokenTransformer
 from eqxldm.nn import RMSNorm, RoPE
 from eqxldm.pretrained.files import write_safetensors
 from eqxldm.pretrained.lora import read_lora
+from eqxldm.serving import Exportable, from_bundle, save_bundle
+from eqxldm.serving.plans import Plans
 from eqxldm.sharding import make_mesh
 from experiments.evaluate.store import PROGRESS, _opened, _progress
 from experiments.generate.options import Generate, complete
@@ -27,7 +38,15 @@ from experiments.words.commands import NETWORK, VOCABULARY, load_network, vocabu
 from experiments.words.config import Generate as Write
 from experiments.words.corpus import Vocabulary, open_corpus
 
-from fuzzing import Reader, check_pipe, check_reader, damaged_json, damaged_safetensors, one
+from fuzzing import (
+    Reader,
+    check_pipe,
+    check_reader,
+    damaged_bundle,
+    damaged_json,
+    damaged_safetensors,
+    one,
+)
 from helpers import filled, llada_folder
 from tiny_pipelines import export, write_wan
 
@@ -200,7 +219,33 @@ def read_wan(path):
     pipelines.load(folder, parts=[path.parent.name])
 
 
+# Bundles
+
+
+def bundle(folder):
+    """Of a network with a condition, weights in two dtypes and guidance."""
+    weights = jnp.ones((2, 1, 1)), jnp.array(0.5, jnp.bfloat16)
+    network = jax.tree_util.Partial(lambda w, x, t, c, key=None: w[0] * x + t * c, weights)
+    decoder = jax.tree_util.Partial(lambda w, z: w[1] * z[:1], weights)
+    flow = Diffusion(LinearFlow(), predict_x0), Euler(), uniform_times(2)
+    model = Exportable(network, decoder, *flow, (2, 4, 4), np.int32(0), np.int32(2), pad=1)
+    said = {
+        "name": "a", "path": "flow", "prediction": "x0", "learned_range": False, "solver": "euler",
+        "steps": 2, "guidance": 2.0, "size": [2, 2], "channels": 1, "stream": 11, "shift": 1.0,
+        "condition": {"kind": "label", "classes": 2, "names": ["a", "b"]},
+    }  # fmt: skip
+    save_bundle(model, folder / "a.bundle", said, platforms=["cpu"])
+
+
+def read_bundle(path):
+    generator = from_bundle(path)
+    usual = generator.defaults
+    Plans(generator)(usual.solver, usual.steps)
+    generator.condition(None, 1), generator.stream(KEY)
+
+
 READERS = {
+    "bundle": Reader(bundle, "a.bundle", read_bundle, damaged_bundle),
     **{kind: Reader(lambda folder, kind=kind: animation(folder, kind), f"a.{kind}",
                     lambda path: read_clips(path, CLIP)) for kind in ("gif", "webp", "apng")},
     "captions of clips": Reader(
@@ -243,7 +288,7 @@ def test_a_reader_of_the_jobs_ends_with_a_value_or_one_message(name, tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["gif", "captions of clips", "clips.json", "images.npz", "vocabulary.json",
-     "llada: tokenizer.json", "tokens", "text", "a picture that was made"],
+     "llada: tokenizer.json", "tokens", "text", "a picture that was made", "bundle"],
 )  # fmt: skip
 def test_a_pipe_in_the_place_of_a_file_of_the_jobs_is_refused(name, tmp_path):
     check_pipe(READERS[name], tmp_path)

@@ -67,6 +67,78 @@ def test_nor_one_that_comes_while_python_says_what_it_dropped(handlers, capsys):
     assert capsys.readouterr().err.startswith("stopped by SIGTERM;")
 
 
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_what_somebody_else_catches_is_sent_again(signum, handlers, capsys, monkeypatch):
+    """Where no training loop follows, as while samples are drawn."""
+    monkeypatch.setattr(terminal, "LOOK", 0.05)
+
+    def main():
+        Signals()
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(0.01)
+        except BaseException:  # as some library may
+            pass
+        Signals()  # a command's own, which knows nothing of it
+        time.sleep(5)
+
+    begin = time.monotonic()
+    assert run_main(main) == 128 + signum
+    assert time.monotonic() - begin < 4
+    assert capsys.readouterr().err.count("stopped by") == 1
+
+
+def test_what_is_saved_meanwhile_is_not_disturbed(handlers, monkeypatch):
+    """Nor what comes after it in this process."""
+    monkeypatch.setattr(terminal, "LOOK", 0.05)
+    saved = []
+
+    def main():
+        Signals()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            try:
+                raise ValueError  # of which nobody hears
+            except ValueError:
+                time.sleep(0.4)
+            saved.append("all")
+
+    assert run_main(main) == 143 and saved == ["all"]
+    assert run_main(lambda: time.sleep(0.4)) == 0
+
+
+def test_a_hangup_that_is_to_be_ignored_is(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.001)
+    assert signals.pending is None
+
+
+IMPORTED = """
+import os, runpy, signal, sys
+
+class Sends:
+    def find_spec(self, name, *_):
+        if name == "tyro":
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+sys.meta_path.insert(0, Sends())
+given, sys.argv = sys.argv, ["-m", *sys.argv[1:]]  # as Python has it then
+runpy.run_module("experiments.words", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_while_a_program_is_imported_is_one_line(signum):
+    (ended,) = run_together(["-c", IMPORTED, int(signum)], devices=1)
+    name = signal.Signals(signum).name
+    line = f"stopped by {name}; the same command goes on from here.\n"
+    assert (ended.code, ended.err) == (128 + signum, line)
+
+
 def test_what_somebody_else_catches_stops_the_next_training_loop(handlers):
     signals = Signals()
     try:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from ..durable import check_is_file, read_file, replacing
 from ._entries import kind_of, listed
-from .decode import as_size, center_crop, decode_image
+from .decode import MAX_SIDE, as_size, center_crop, decode_image
 from .errors import DataError
 from .image_source import IMAGE_ENDINGS, ImageRecord, checked_index, listing_digest, shown
 
@@ -146,8 +146,11 @@ def _of_image(path: Path, wanted: Wanted) -> Iterator[Timed]:
 
     try:
         with Image.open(path, formats=("GIF", "WEBP", "PNG")) as picture:
-            if picture.width * picture.height > FRAME_PIXELS:
-                raise DataError(f"{path}: its frames have more than {FRAME_PIXELS} pixels.")
+            if picture.width * picture.height > FRAME_PIXELS or max(picture.size) > MAX_SIDE:
+                raise DataError(
+                    f"{path}: its frames have more than {FRAME_PIXELS} pixels, or a side longer "
+                    f"than {MAX_SIDE}."
+                )
             time = 0.0
             for frame in ImageSequence.Iterator(picture):
                 pixels = np.asarray(frame.convert(_MODES[wanted.channels]))

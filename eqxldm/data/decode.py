@@ -12,6 +12,9 @@ CROP = "ADM centre crop: halve by box, bicubic, cut"  # what a latent cache's he
 # Named, because Pillow would try all formats that it knows, among them one that starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a GiB as RGB
+# JPEG's own bound. Pillow takes a pointer and some time for each row: a PNG of 2 x 40,000,000 took
+# 15 s and 400 MB.
+MAX_SIDE = 65_535
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # An enlarged image of more pixels, in crops, is cut first. Below, the result is ADM's to the bit.
 _ELONGATED = 16
@@ -49,7 +52,8 @@ def decode_image(
     - `channels`: 1 to 4 of a file.
     - `name`: what errors call it.
     - `max_pixels`: the most pixels that a file may have. Pillow itself warns above `MAX_PIXELS` and
-      refuses twice that, whatever is asked for here; see `PIL.Image.MAX_IMAGE_PIXELS`.
+      refuses twice that, whatever is asked for here; see `PIL.Image.MAX_IMAGE_PIXELS`. No side may
+      be longer than `MAX_SIDE`.
 
     **Raises** `DataError`, with `name`, if not all of it can be read or it has too many pixels.
 
@@ -150,6 +154,8 @@ def _opened(image: Image, channels: int, name: str, max_pixels: int) -> Any:
         width, height = picture.size
         if width * height > max_pixels:
             raise DataError(f"{width} x {height} pixels are more than max_pixels, {max_pixels}")
+        if max(width, height) > MAX_SIDE:
+            raise DataError(f"{width} x {height} pixels: no side may be longer than {MAX_SIDE}")
         picture.load()
         picture = _eight_bits(picture)
         return picture if picture.mode == _MODES[channels] else picture.convert(_MODES[channels])

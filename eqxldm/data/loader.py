@@ -1,6 +1,12 @@
 """Shuffled, endless batches whose position can be saved and restored."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +75,7 @@ class Batches(grain.DatasetIterator):
     ):
         super().__init__()
         self._running: grain.DatasetIterator | None = None
+        self._begun = False
         if not 1 <= batch_size <= length:
             raise ValueError(f"batch_size must lie in 1 .. {length}, got {batch_size}.")
         own = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -89,7 +96,10 @@ class Batches(grain.DatasetIterator):
         self._assert_not_closed()
         self.start_prefetch()
         assert self._running is not None
-        batch, skipped = next(self._running)
+        # The first batch starts the workers, in threads of grain.
+        with contextlib.nullcontext() if self._begun else _away_from_the_terminal():
+            batch, skipped = next(self._running)
+        self._begun = True
         self._taken += 1
         self.skipped.update(skipped)
         return batch
@@ -118,8 +128,8 @@ class Batches(grain.DatasetIterator):
                 if not flags.FLAGS.is_parsed():  # grain asks for flags that absl programs parse
                     flags.FLAGS.mark_as_parsed()
                 options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-                rest = rest.mp_prefetch(options)
-            self._running = iter(rest)
+                rest = rest.mp_prefetch(options, _end_with_the_parent)
+            self._running, self._begun = iter(rest), not self._workers
 
     def close(self) -> None:
         self._closed = True
@@ -129,6 +139,32 @@ class Batches(grain.DatasetIterator):
         if self._running is not None:
             self._running.close()
             self._running = None
+
+
+@contextlib.contextmanager
+def _away_from_the_terminal() -> Iterator[None]:
+    """Processes that are started in here do not get what a terminal sends to all processes of a
+    command, Ctrl-C and its own end: whoever they read for tells them when to stop."""
+    if not hasattr(signal, "pthread_sigmask"):  # threads and processes inherit it
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_parent(index: int, count: int) -> None:
+    """In a worker: grain's would wait for ever for a process that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def image_batches(

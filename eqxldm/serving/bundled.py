@@ -30,6 +30,16 @@ PREDICTIONS: dict[str, Any] = {
 }
 
 
+_NUMBERS = {  # of a bundle's record, and their ranges
+    "steps": (1, 1000),
+    "guidance": (0, 1e6),
+    "shift": (1e-6, 1e6),
+    "channels": (1, 4),
+    "pad": (0, 2**16),
+    "stream": (0, 2**32 - 1),
+}
+
+
 def from_bundle(path: str | Path) -> Generator:
     """The bundle of a finished run, as `make export` writes it, as a `Generator`.
 
@@ -41,6 +51,7 @@ def from_bundle(path: str | Path) -> Generator:
     bundle = load_bundle(path)
     said = bundle.settings
     try:
+        _check(bundle)
         prediction = PREDICTIONS[said["prediction"]]
         prediction = LearnedRange(prediction) if said["learned_range"] else prediction
         diffusion = Diffusion(PATHS[said["path"]](), prediction)
@@ -75,11 +86,27 @@ def from_bundle(path: str | Path) -> Generator:
             channels=int(said["channels"]),
             stream=lambda key: jax.random.fold_in(key, number),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise BundleError(
-            f"{path} does not say what it is of ({type(error).__name__}: {error}). Write it with "
-            "`make export RUN=folder`."
+            f"{path} does not say what it is of ({type(error).__name__}: {str(error)[:500]}). "
+            "Write it with `make export RUN=folder`."
         ) from error
+
+
+def _check(bundle: Bundle) -> None:
+    """Refuses settings that nobody could draw by, or that are not those of the functions."""
+    said = bundle.settings
+    for name, (low, high) in _NUMBERS.items():
+        if not isinstance(said[name], (int, float)) or not low <= said[name] <= high:
+            raise ValueError(f"{name} is {said[name]!r}")
+    channels, height, width = bundle.programs["decoder"].out_avals[0].shape[1:]
+    size = [height - 2 * said["pad"], width - 2 * said["pad"]]
+    if (said["channels"], said["size"]) != (channels, size) or min(size) < 1:
+        raise ValueError(f"its pictures are not {said['channels']} x {said['size']!r}")
+    if said["null"] is not None and np.shape(said["null"]) != tuple(said["cond"][1:]):
+        raise ValueError(f"null is {said['null']!r}")
+    if not all(isinstance(name, str) for name in said["condition"].get("names", [])):
+        raise ValueError("the classes have names that are no text")
 
 
 def _table_times(steps: int) -> Any:

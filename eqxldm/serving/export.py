@@ -5,6 +5,7 @@ for several platforms), the weights that are their first argument, and a record 
 alone loads it, as the page "Smaller and faster" shows; `load_bundle` does so in one call.
 """
 
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -198,6 +199,10 @@ class Bundle:
 def load_bundle(path: str | Path) -> Bundle:
     """The bundle in a file, its weights on the default device.
 
+    A bundle is a program: run one of people whom you trust. Damage is found by the CRC-32 that a
+    zip archive has of each entry, and weights and settings of another bundle by what the functions
+    take.
+
     **Raises** `FileNotFoundError`; `BundleError` if it is no bundle, is damaged, or was not lowered
     for this platform.
     """
@@ -206,25 +211,26 @@ def load_bundle(path: str | Path) -> Bundle:
         raise FileNotFoundError(f"load_bundle: there is no file {path}.")
     try:
         with zipfile.ZipFile(path) as file:
-            settings = json.loads(file.read(SETTINGS))
+            settings = json.loads(_entry(file, SETTINGS))
             if settings["format"] != FORMAT:
                 raise BundleError(
-                    f"{path} is a bundle of format {settings['format']}, not {FORMAT}."
+                    f"{path} is a bundle of format {settings['format']!r:.100}, not {FORMAT}."
                 )
             programs = {
-                name: export.deserialize(bytearray(file.read(f"{name}.bin"))) for name in FUNCTIONS
+                name: export.deserialize(bytearray(_entry(file, f"{name}.bin")))
+                for name in FUNCTIONS
             }
             weights = []
             for i, dtype in enumerate(settings["weights"]):
-                with file.open(WEIGHTS.format(i)) as entry:
-                    host = np.load(entry, allow_pickle=False)
+                host = np.load(io.BytesIO(_entry(file, WEIGHTS.format(i))), allow_pickle=False)
                 weights.append(jnp.asarray(host.view(jnp.dtype(dtype))))
+        _check(settings, programs, weights)
     except BundleError:
         raise
     except Exception as error:  # zipfile, json, NumPy and jax.export raise their own kinds
         raise BundleError(
-            f"{path} is damaged or no bundle ({type(error).__name__}: {error}). `make export` "
-            "writes one."
+            f"{path} is damaged or no bundle ({type(error).__name__}: {str(error)[:500]}). `make "
+            "export` writes one."
         ) from error
     here = jax.default_backend()
     known = {"gpu": ("cuda", "rocm")}.get(here, (here,))
@@ -234,6 +240,27 @@ def load_bundle(path: str | Path) -> Bundle:
             f"{here}. Export it again for that: platforms=."
         )
     return Bundle(settings, programs, weights)
+
+
+def _entry(file: zipfile.ZipFile, name: str) -> bytes:
+    """An entry of a bundle, whose checksum has been compared; no larger than the file."""
+    if file.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return file.read(name)
+
+
+def _check(settings: dict[str, Any], programs: dict[str, Any], weights: list[Any]) -> None:
+    """Refuses weights and settings that are not those of the functions."""
+    given = [(a.shape, a.dtype) for a in weights]
+    for name, program in programs.items():
+        (params, *inputs), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+        if [(a.shape, a.dtype) for a in params] != given:
+            raise ValueError(f"the weights are not those that {name} takes")
+        if name != "sampler" and list(inputs[0].shape[1:]) != settings["shape"]:
+            raise ValueError(f"{name} is not for a shape of {settings['shape']}")
+    cond = jax.tree.map(lambda a: [str(a.dtype), *a.shape[1:]], inputs[1])
+    if cond != settings["cond"]:
+        raise ValueError(f"the functions take {cond}, not {settings['cond']}")
 
 
 class Program:

@@ -109,7 +109,8 @@ def serve(
         def hang_up(*_):
             server.should_exit = True
 
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as below `nohup`
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

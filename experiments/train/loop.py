@@ -21,7 +21,7 @@ from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 from .hooks import Checkpoint, Log, Stop
 from .run import RunFolder
 from .telemetry import Telemetry
-from .terminal import Signals, StageBar, UserError, say
+from .terminal import Interrupted, Signals, StageBar, UserError, say
 
 Step = Callable[..., tuple[Any, dict[str, Any]]]
 IN_FLIGHT = 2  # steps dispatched ahead of the one that has finished
@@ -164,6 +164,8 @@ def run_stage(
                     state = train(state, step, ahead, every_hook, steps=steps, last=total)
             except ReadingFailed as failed:
                 checkpoint.save(failed.step, failed.state)
+                if signals.pending is not None:  # which may have ended the readers, too
+                    raise Interrupted(signals.pending) from None
                 reason = failed.__cause__
                 if isinstance(reason, DataError | OSError):
                     raise reason from None

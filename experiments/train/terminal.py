@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -26,6 +27,7 @@ DISK = (
     errno.ENFILE,
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK = 0.4  # seconds between two looks at whether what a signal raised is still on its way
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
 
 
@@ -58,14 +60,16 @@ class Signals:
 
     Inside `deferred()` the first signal only sets `pending`, so that the loop can save and leave;
     a second one is raised. What is raised where Python drops exceptions, in a callback of its
-    garbage collector say, is sent again.
+    garbage collector say, or where somebody else catches it, is sent again. A hangup that was to be
+    ignored, as below `nohup`, is.
     """
 
     def __init__(self):
         self.pending: int | None = None
         self._deferred = False
         for signum in SIGNALS:
-            signal.signal(signum, self._handle)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._handle)
         _send_again_what_is_dropped()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -74,9 +78,22 @@ class Signals:
             return
         again, self.pending = self.pending is not None, signum
         if not self._deferred or again:
-            raise Interrupted(signum)  # should someone drop it, the next training loop stops
+            if _running:
+                _thread.start_new_thread(self._watch, (signum, _running[-1]))
+            raise Interrupted(signum)
         with contextlib.suppress(RuntimeError):  # it came in the middle of a line that is printed
             say(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping ...")
+
+    def _watch(self, signum: int, run: object) -> None:
+        """Sends a signal again whose `Interrupted` is on its way to `run_main` no longer: some
+        library has caught it. A training loop needs no second one, it stops at the first."""
+        missed = 0
+        while missed < 3:  # between two handlers it is nowhere, for an instant
+            time.sleep(LOOK)
+            missed = 0 if _is_on_its_way() else missed + 1
+            if run not in _running or (self._deferred and self.pending):
+                return
+        os.kill(os.getpid(), signum)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -121,6 +138,18 @@ def _send_later(signum: int) -> None:
     _thread.start_new_thread(send, ())
 
 
+def _is_on_its_way() -> bool:
+    """Whether the main thread is at something that `Interrupted` has come by, such as saving."""
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident)
+    error = found[1] if isinstance(found, tuple) else found  # before Python 3.12 a tuple
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error is not None
+
+
+_running: list[object] = []  # the calls of `run_main` that have not ended
+
+
 def say(text: str) -> None:
     """Prints a line, on process 0. That it cannot be written (a full disk) stops nothing."""
     with contextlib.suppress(OSError):
@@ -139,8 +168,12 @@ def run_main(main: Callable[[], None]) -> int:
 
 
 def _exit_code(main: Callable[[], None]) -> int:
+    _running.append(call := object())
     try:
-        main()
+        try:
+            main()
+        finally:
+            _running.remove(call)
     except (UserError, DataError, CheckpointError) as error:
         return _failed(str(error))
     except OSError as error:
