@@ -138,6 +138,15 @@ def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys, monkeypatc
         shown = capsys.readouterr().err
         assert message in shown and shown.count("error:") == 1
 
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eqxldm.serving.command.from_bundle", stopped)
+    monkeypatch.setattr(sys, "argv", ["serving", "--bundle", str(path)])
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_module("eqxldm.serving", run_name="__main__")
+    assert capsys.readouterr().err == "stopped by SIGINT.\n"
+
 
 ALONE = """
 import json, sys, zipfile

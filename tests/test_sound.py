@@ -1,5 +1,6 @@
 """Sound: spectra and back, onsets, the common clock, and objectives and samplers of two parts."""
 
+import time
 from typing import Any
 
 import equinox as eqx
@@ -103,6 +104,13 @@ def test_wav_files_come_back_at_any_rate(tmp_path):
     (tmp_path / "c.wav").write_bytes(wav_bytes(wave, 8000)[:-501])
     with pytest.raises(ValueError, match="needed is a whole WAV file"):
         read_wav(tmp_path / "c.wav", 8000)
+    (tmp_path / "d.wav").write_bytes(wav_bytes(np.zeros(10**5), 1))  # a day long
+    with pytest.raises(ValueError, match="1 samples a second, .* 1000 to 768000 samples"):
+        read_wav(tmp_path / "d.wav", 8000)
+    (tmp_path / "e.wav").write_bytes(wav_bytes(np.zeros(10**5), 767_957))  # a prime number
+    begin = time.perf_counter()
+    assert abs(len(read_wav(tmp_path / "e.wav", 8000)) / 8000 - 10**5 / 767_957) < 2e-3
+    assert time.perf_counter() - begin < 1
 
 
 def test_a_latent_of_sound_sees_no_later_frame():

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -148,6 +149,7 @@ def _away_from_the_terminal() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # threads and processes inherit it
         yield
         return
+    resource_tracker.ensure_running()  # which would let SIGINT in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
