@@ -163,28 +163,26 @@ for line in sys.stdin:
 
 def test_workers_are_told_by_their_parent_alone_when_to_end():
     """A terminal sends Ctrl-C and its own end to all of them; a parent may be killed."""
-    parent = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", READER],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert parent.stdin and parent.stdout and parent.stderr
+    ) as parent:  # fmt: skip
+        assert parent.stdin and parent.stdout and parent.stderr
 
-    def worker():
-        print(file=parent.stdin, flush=True)
-        return int(parent.stdout.readline())
+        def worker():
+            print(file=parent.stdin, flush=True)
+            return int(parent.stdout.readline())
 
-    first = worker()
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        os.kill(first, signum)
-    assert {worker() for _ in range(6)} == {first}  # of which some had been read before
-    parent.kill()
-    assert parent.wait(10) == -signal.SIGKILL
-    stat = Path(f"/proc/{first}/stat")
-    deadline = time.monotonic() + 10
-    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert time.monotonic() < deadline
-    assert "Traceback" not in parent.stderr.read()
+        first = worker()
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            os.kill(first, signum)
+        assert {worker() for _ in range(6)} == {first}  # of which some had been read before
+        parent.kill()
+        stat, deadline = Path(f"/proc/{first}/stat"), time.monotonic() + 10
+        while stat.exists() and stat.read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert "Traceback" not in parent.stderr.read()
 
 
 def test_checkpoints_hold_the_position(tmp_path):
