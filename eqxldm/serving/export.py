@@ -252,13 +252,15 @@ def _entry(file: zipfile.ZipFile, name: str) -> bytes:
 def _check(settings: dict[str, Any], programs: dict[str, Any], weights: list[Any]) -> None:
     """Refuses weights and settings that are not those of the functions."""
     given = [(a.shape, a.dtype) for a in weights]
+    takes = lambda program: jax.tree.unflatten(program.in_tree, program.in_avals)[0]
     for name, program in programs.items():
-        (params, *inputs), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+        params, first = takes(program)[:2]
         if [(a.shape, a.dtype) for a in params] != given:
             raise ValueError(f"the weights are not those that {name} takes")
-        if name != "sampler" and list(inputs[0].shape[1:]) != settings["shape"]:
+        if name != "sampler" and list(first.shape[1:]) != settings["shape"]:
             raise ValueError(f"{name} is not for a shape of {settings['shape']}")
-    cond = jax.tree.map(lambda a: [str(a.dtype), *a.shape[1:]], inputs[1])
+    *_, example = takes(programs["denoiser"])
+    cond = jax.tree.map(lambda a: [str(a.dtype), *a.shape[1:]], example)
     if cond != settings["cond"]:
         raise ValueError(f"the functions take {cond}, not {settings['cond']}")
 

@@ -140,7 +140,7 @@ def _send_later(signum: int) -> None:
 
 def _is_on_its_way() -> bool:
     """Whether the main thread is at something that `Interrupted` has come by, such as saving."""
-    found: Any = sys._current_exceptions().get(threading.main_thread().ident)
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
     error = found[1] if isinstance(found, tuple) else found  # before Python 3.12 a tuple
     while error is not None and not isinstance(error, Interrupted):
         error = error.__context__
