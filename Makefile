@@ -45,7 +45,8 @@ PICTURES = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-image
 ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
 WITH = $(WHICH) $(PICTURES) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
-	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(if $(FROM),--start-from "$(FROM)") $(ARGS)
+	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(if $(FROM),--start-from "$(FROM)") \
+	$(if $(TEXT_ENCODER),--text.tokens frozen --text-encoder "$(TEXT_ENCODER)") $(ARGS)
 HOW = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) $(if $(GUIDANCE),--guidance $(GUIDANCE)) \
 	$(if $(SOLVER),--solver $(SOLVER))
 SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
@@ -133,7 +134,7 @@ sample-cifar10: $(RUNTIME) ## as sample-mnist
 evaluate-cifar10: $(RUNTIME) ## as evaluate-mnist
 	$(JOB) evaluate --preset cifar10 $(EVALUATE)
 
-train-text: $(WITH_TEXT) ## emoji in three styles from their captions (152 MB are fetched)
+train-text: $(WITH_TEXT) ## emoji in three styles from their captions (152 MB are fetched): TEXT_ENCODER=folder of a frozen one
 	$(JOB) train --preset text $(WITH)
 
 sample-text: $(WITH_TEXT) ## PROMPT="noto red apple", or twemoji or fluent; N=16 STEPS=25 GUIDANCE=2.5 SEED=0
@@ -183,8 +184,9 @@ compare-guidance: $(RUNTIME) ## a fixed guidance scale beside three that change 
 		$(JOB) evaluate --preset fashion-mnist $(if $(RUN),--run-dir "$(RUN)") \
 		--guidance-schedule $$schedule $(EVALUATE) || exit; done
 
-compare-text: $(WITH_TEXT) ## captions as joint tokens and by cross-attention, for as many multiply-adds
-	.venv/bin/python -m experiments.train.compare --preset text $(ARGS)
+compare-text: $(WITH_TEXT) ## captions as joint tokens, by cross-attention and (TEXT_ENCODER=folder) by a frozen encoder
+	.venv/bin/python -m experiments.train.compare --preset text \
+		$(if $(TEXT_ENCODER),--text-encoder "$(TEXT_ENCODER)") $(ARGS)
 
 compare-modern: $(RUNTIME) ## each newer addition to DiT, alone and together, on CIFAR-10's latents: IMAGES=folder TEST_IMAGES=folder
 	$(TABLES) modern $(PICTURES) $(ARGS)

@@ -185,10 +185,11 @@ def test_accuracy_of_both_parts_of_a_class():
 
 def test_both_ways_to_look_at_a_caption_get_as_many_multiply_adds():
     config = preset("text").config
-    joint, cross = (variant(config) for variant in VARIANTS["text"].values())
+    joint, cross, frozen = (variant(config) for variant in VARIANTS["text"].values())
     assert not joint.text.cross_attention and cross.text.cross_attention
     budgets = [each.diffusion.steps * step_cost(each) for each in (joint, cross)]
     assert budgets[0] == pytest.approx(budgets[1], rel=1e-3)
+    assert frozen.text.tokens == "frozen" and frozen.diffusion == cross.diffusion
 
 
 def test_the_tokens_of_a_caption(monkeypatch):

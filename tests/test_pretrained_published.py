@@ -69,6 +69,12 @@ PUBLISHED = {
         "umt5_xxl",
         5_680_910_336,
     ),
+    "minilm_l6": Published(
+        lambda key: models.minilm_l6(key=key),
+        pretrained.bert.transformers_layout,
+        "minilm_l6",
+        22_713_216,
+    ),
     "clip_bigg": Published(
         lambda key: models.clip_text_bigg(key=key),
         pretrained.clip_text.transformers_layout,

@@ -196,6 +196,11 @@ def shipped():
         "t5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9),
         "umt5": partial(models.T5Encoder, 8, 2, 2, 12, vocabulary=9, shared_bias=False),
         "clip": partial(models.CLIPText, 8, 2, 2, projection=4, vocabulary=9, length=5),
+        "bert": partial(models.BERT, 8, 2, 2, vocabulary=9, length=5),
+        "sentences": partial(
+            models.SentenceEncoder, models.BERTConfig(8, 2, 2, vocabulary=9, length=5), longest=5
+        ),
+        "encoded captions": partial(models.EncodedCaption, 5, 8),
         "tokens": partial(models.TokenTransformer, 5, **words),
         "timed tokens": partial(
             models.TokenTransformer, 5, **words, block=models.AdaptiveTokenBlock,

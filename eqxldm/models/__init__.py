@@ -9,10 +9,20 @@ from .autoencoder import (
     kl_f8 as kl_f8,
     kl_f16 as kl_f16,
 )
+from .bert import (
+    BERT as BERT,
+    BERTBlock as BERTBlock,
+    BERTConfig as BERTConfig,
+    BERTOutput as BERTOutput,
+    bert_base as bert_base,
+    minilm_l6 as minilm_l6,
+)
 from .byte_text import ByteTextConfig as ByteTextConfig, ByteTextEncoder as ByteTextEncoder
 from .caption_encoder import (
     CaptionEncoder as CaptionEncoder,
     CaptionEncoderConfig as CaptionEncoderConfig,
+    EncodedCaption as EncodedCaption,
+    EncodedCaptionConfig as EncodedCaptionConfig,
 )
 from .clip_text import (
     CLIPOutput as CLIPOutput,
@@ -98,6 +108,13 @@ from .mmdit import (
     mmdit_sd3_medium as mmdit_sd3_medium,
     mmdit_sd35_large as mmdit_sd35_large,
     mmdit_sd35_medium as mmdit_sd35_medium,
+)
+from .sentence_encoder import (
+    SentenceEncoder as SentenceEncoder,
+    SentenceEncoderConfig as SentenceEncoderConfig,
+    SentenceOutput as SentenceOutput,
+    first_token as first_token,
+    mean_token as mean_token,
 )
 from .sound_autoencoder import (
     SoundAutoencoder as SoundAutoencoder,

@@ -1,5 +1,6 @@
-"""A small CLIP text encoder, trained along with the network that it conditions."""
+"""Captions for a network: by a small CLIP text encoder that is trained along, or a frozen one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -9,6 +10,7 @@ from jaxtyping import Array, Int
 
 from ..nn.conditioning import Conditioning
 from ..nn.linear import Linear
+from ..nn.norms import layer_norm
 from .clip_text import VOCABULARY, CLIPText
 from .config import arguments, make_record
 
@@ -82,3 +84,53 @@ class CaptionEncoder(eqx.Module):
         out = self.clip(ids, layer=-1)
         end = jnp.argmax(ids == self.config.vocabulary - 1)
         return Conditioning(self.pooled(out.pooled), out.last, jnp.arange(len(ids)) <= end)
+
+
+@dataclass(frozen=True)
+class EncodedCaptionConfig:
+    """How an `EncodedCaption` was made: the arguments of its constructor.
+
+    >>> EncodedCaptionConfig(8, 16).build(key=jax.random.key(0)).config.width
+    16
+    """
+
+    size: int
+    width: int
+
+    def build(self, *, key) -> "EncodedCaption":
+        """The layers, with random weights."""
+        return EncodedCaption(**arguments(self), key=key)
+
+
+class EncodedCaption(eqx.Module):
+    """What a frozen encoder says of a text, to `nn.Conditioning`: all that is trained of it.
+
+        tokens = W1 norm(tokens) + b1,  vector = W2 norm(vector) + b2
+
+    with layer norms without parameters. `caption` is a mapping of `tokens`, `(n, size)`, the states
+    of the text's tokens; `mask`, `(n,)`, false on padding; and `vector`, `(size,)`, the whole.
+
+    **Arguments**: `size` is that of the encoder, `width` that of the network whose `embed_cond`
+    this is. `config` is its `EncodedCaptionConfig`.
+
+    >>> embed = EncodedCaption(8, 16, key=jax.random.key(0))
+    >>> caption = {"tokens": jnp.ones((4, 8)), "mask": jnp.arange(4) < 3, "vector": jnp.ones(8)}
+    >>> text = embed(caption)
+    >>> text.vector.shape, text.tokens.shape, text.mask.tolist()
+    ((16,), (4, 16), [True, True, True, False])
+    """
+
+    project: Linear
+    pooled: Linear
+    config: EncodedCaptionConfig = eqx.field(static=True)
+
+    def __init__(self, size: int, width: int, *, key):
+        sizes = dict(size=size, width=width)
+        self.config = make_record(EncodedCaptionConfig, "EncodedCaption", sizes)
+        k1, k2 = jax.random.split(key)
+        self.project, self.pooled = Linear(size, width, key=k1), Linear(size, width, key=k2)
+
+    def __call__(self, caption: Mapping[str, Array]) -> Conditioning:
+        dtype = self.project.weight.dtype  # files have the states in half precision
+        tokens, vector = (layer_norm(caption[name].astype(dtype)) for name in ("tokens", "vector"))
+        return Conditioning(self.pooled(vector), self.project(tokens), caption["mask"])

@@ -2,6 +2,7 @@
 
 from . import (
     autoencoder as autoencoder,
+    bert as bert,
     clip_text as clip_text,
     dit as dit,
     flux as flux,
@@ -11,6 +12,7 @@ from . import (
     lora as lora,
     lpips as lpips,
     mmdit as mmdit,
+    sentence_encoder as sentence_encoder,
     t5 as t5,
     tiny_autoencoder as tiny_autoencoder,
     unet as unet,
@@ -36,4 +38,8 @@ from .layout import Layout as Layout, Part as Part, WeightsError as WeightsError
 from .llada import load_llada as load_llada
 from .lora import merge_lora as merge_lora
 from .lpips import load_lpips as load_lpips, load_lpips_package as load_lpips_package
+from .sentence_encoder import (
+    export_sentence_encoder as export_sentence_encoder,
+    load_sentence_encoder as load_sentence_encoder,
+)
 from .tiny_autoencoder import load_tiny_autoencoder as load_tiny_autoencoder

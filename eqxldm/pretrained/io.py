@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..models import (
+    BERT,
     LPIPS,
     AlexLPIPS,
     AutoencoderKL,
@@ -22,10 +23,12 @@ from ..models import (
     CLIPText,
     DINOv2,
     DiT,
+    EncodedCaption,
     Flux,
     Inception,
     MMDiT,
     PatchDiscriminator,
+    SentenceEncoder,
     SoundAutoencoder,
     T5Encoder,
     TinyAutoencoder,
@@ -36,6 +39,7 @@ from ..models import (
 )
 from . import (
     autoencoder,
+    bert,
     clip_text,
     dit,
     flux,
@@ -97,6 +101,7 @@ class Diffusers(NamedTuple):
 LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     AlexLPIPS: (lpips.alex_layout, lpips.package_layout),
     AutoencoderKL: (autoencoder.diffusers_layout,),
+    BERT: (bert.transformers_layout,),
     ByteTextEncoder: (),
     CaptionEncoder: (),
     CausalVideoAutoencoder: (
@@ -107,11 +112,13 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     CLIPImage: (image_encoders.clip_layout,),
     DINOv2: (image_encoders.dinov2_layout, image_encoders.dinov2_original_layout),
     DiT: (dit.official_layout, dit.diffusers_layout),
+    EncodedCaption: (),
     Flux: (flux.original_layout, flux.diffusers_layout),
     Inception: (inception.published_layout,),
     LPIPS: (lpips.published_layout, lpips.package_layout),
     MMDiT: (mmdit.original_layout, mmdit.diffusers_layout),
     PatchDiscriminator: (),
+    SentenceEncoder: (),
     SoundAutoencoder: (),
     T5Encoder: (t5.transformers_layout,),
     TinyAutoencoder: (tiny_autoencoder.original_layout, tiny_autoencoder.diffusers_layout),
@@ -123,6 +130,13 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
 DIFFUSERS: dict[type, Diffusers] = {
     AutoencoderKL: Diffusers(
         autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
+    ),
+    BERT: Diffusers(
+        bert.transformers_config,
+        bert.from_transformers,
+        bert.transformers_layout,
+        bert.with_pooler,
+        TRANSFORMERS,
     ),
     CausalVideoAutoencoder: Diffusers(
         video_autoencoder.diffusers_config,
@@ -174,6 +188,7 @@ CLASS_NAMES: dict[str, type] = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderKLWan": CausalVideoAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
+    "BertModel": BERT,
     "CLIPTextModel": CLIPText,
     "CLIPVisionModelWithProjection": CLIPImage,
     "Dinov2Model": DINOv2,

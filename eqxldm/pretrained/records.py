@@ -14,6 +14,7 @@ CONFIGS: dict[str, type] = {
     for kind in (
         models.AlexLPIPSConfig,
         models.AutoencoderConfig,
+        models.BERTConfig,
         models.ByteTextConfig,
         models.CaptionEncoderConfig,
         models.CausalVideoAutoencoderConfig,
@@ -22,10 +23,12 @@ CONFIGS: dict[str, type] = {
         models.CLIPImageConfig,
         models.DINOv2Config,
         models.DiTConfig,
+        models.EncodedCaptionConfig,
         models.FluxConfig,
         models.InceptionConfig,
         models.LPIPSConfig,
         models.MMDiTConfig,
+        models.SentenceEncoderConfig,
         models.SoundAutoencoderConfig,
         models.T5Config,
         models.TinyAutoencoderConfig,
@@ -51,6 +54,7 @@ def functions() -> dict[str, Any]:
     known += (nn.gelu, nn.gelu_tanh, nn.quick_gelu)
     known += (models.DiTBlock, models.CrossAttentionDiTBlock, eqx.nn.Identity)
     known += (models.LlamaBlock, models.AdaptiveTokenBlock)
+    known += (models.mean_token, models.first_token)
     named = {function.__name__: function for function in known}
     return vars(jax.checkpoint_policies) | named | {"save_narrow": nn.save_narrow}
 

@@ -1,8 +1,10 @@
-"""Texts to the ids of published text encoders: CLIP's byte pairs and T5's sentence pieces.
+"""Texts to the ids of published text encoders: CLIP's byte pairs, T5's sentence pieces and
+BERT's word pieces.
 
 Needs the extra `text`: `pip install 'eqxldm[text]'`.
 """
 
+from .bert import bert_tokenizer as bert_tokenizer
 from .byte_pairs import (
     MERGES as MERGES,
     byte_pairs as byte_pairs,

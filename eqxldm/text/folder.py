@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import read_file
+from .bert import LONGEST as BERT_LONGEST, bert_tokenizer
 from .clip import END, LONGEST, clip_tokenizer
 from .errors import TokenizerError
 from .t5 import LONGEST as T5_LONGEST, t5_tokenizer
@@ -16,20 +17,26 @@ CLASSES = {
     "CLIPTokenizerFast": "clip",
     "T5Tokenizer": "t5",
     "T5TokenizerFast": "t5",
+    "BertTokenizer": "bert",
+    "BertTokenizerFast": "bert",
 }
 CONFIG = "tokenizer_config.json"
+SENTENCES = "sentence_bert_config.json"  # of sentence-transformers, which may cut texts earlier
+MODELS = {"Unigram": "t5", "WordPiece": "bert"}  # of a tokenizer.json; all others are CLIP's
 # `tokenizer_config.json` says int(1e30), rounded or not, of a tokenizer without an end. Rows are
 # made as long as it says, so that nothing near that is taken for a length.
 _NO_LIMIT = 10**6
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder: CLIP's or T5's, whichever it is.
+    """The tokenizer of a folder: CLIP's, T5's or BERT's, whichever it is.
 
     CLIP's from `vocab.json` with `merges.txt`, or from `tokenizer.json`; T5's from
-    `tokenizer.json`, or from `spiece.model`. `tokenizer_config.json` may name the class, the
-    padding token, the longest row and added tokens (older folders have `special_tokens_map.json`
-    and `added_tokens.json`); without it a folder with merges is CLIP's, padded with its end token.
+    `tokenizer.json`, or from `spiece.model`; BERT's from `tokenizer.json`, its rows as long as
+    `sentence_bert_config.json` says, if there is one. `tokenizer_config.json` may name the
+    class, the padding token, the longest row and added tokens (older folders have
+    `special_tokens_map.json` and `added_tokens.json`); without it a folder with merges is CLIP's,
+    padded with its end token.
 
     **Raises** `FileNotFoundError` for no folder; `TokenizerError` if it holds no tokenizer, one of
     another class, or damaged files.
@@ -46,7 +53,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     kind = _kind(folder, config)
     longest = config.get("model_max_length")
     if not isinstance(longest, int | float) or not 2 < longest < _NO_LIMIT:
-        longest = LONGEST if kind == "clip" else T5_LONGEST
+        longest = {"clip": LONGEST, "t5": T5_LONGEST, "bert": BERT_LONGEST}[kind]
+    if kind == "bert":
+        cut = _read(folder / SENTENCES, {}).get("max_seq_length")
+        if isinstance(cut, int) and 2 < cut < longest:
+            longest = cut
+        if not (folder / "tokenizer.json").exists():
+            raise TokenizerError(
+                f"{folder} is of a BERT tokenizer, and has no tokenizer.json. AutoTokenizer of "
+                "transformers writes one of a vocab.txt."
+            )
+        return bert_tokenizer(folder / "tokenizer.json", longest=int(longest))
     if kind == "t5":
         forms = [folder / name for name in ("tokenizer.json", "spiece.model")]
         there = [path for path in forms if path.exists()]
@@ -68,7 +85,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _kind(folder: Path, config: Mapping[str, Any]) -> str:
-    """`clip` or `t5`, by the class that the folder names, or else by its files."""
+    """`clip`, `t5` or `bert`, by the class that the folder names, or else by its files."""
     name = config.get("tokenizer_class")
     if isinstance(name, str) and name in CLASSES:
         return CLASSES[name]
@@ -82,7 +99,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
         return "clip"
     if (folder / "tokenizer.json").exists():
         model = _read(folder / "tokenizer.json").get("model")
-        return "t5" if isinstance(model, dict) and model.get("type") == "Unigram" else "clip"
+        return MODELS.get(str(model.get("type")), "clip") if isinstance(model, dict) else "clip"
     inside = sorted(
         path.name for path in folder.glob("tokenizer*") if path.is_dir() and any(path.iterdir())
     )

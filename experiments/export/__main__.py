@@ -24,7 +24,7 @@ from ..serve.generators import Decoder
 from ..train.__main__ import chosen_preset
 from ..train.checks import check_writable
 from ..train.commands import Which, finished_config, run_folder
-from ..train.conditions import Captions, Labels
+from ..train.conditions import Captions, FrozenCaptions, Labels
 from ..train.config import Config, SamplingConfig
 from ..train.diffusion import load_finished
 from ..train.job import read_data
@@ -66,6 +66,11 @@ def export(command: Export) -> list[Path]:
             raise UserError(f"--quantize {command.quantize}: --format onnx has int8 alone.")
     folder, path = command.out or run.path, command.out or run.file("model.bundle")
     condition, about = read_data(run, config)
+    if isinstance(condition, FrozenCaptions):
+        raise UserError(
+            f"{run.path}: its captions are read by a frozen encoder (--text.tokens frozen), which "
+            "a file does not hold. `make serve` serves the run itself."
+        )
     trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
     # From the mesh to one device.
     trained = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)) if eqx.is_array(a) else a, trained)

@@ -23,7 +23,7 @@ from .checks import (
     mesh_of,
 )
 from .classifier import train_classifier
-from .conditions import Captions, Labels, Wanted, choose_condition
+from .conditions import Captions, FrozenCaptions, Labels, Wanted, choose_condition
 from .config import (
     Config,
     DenoiserName,
@@ -38,6 +38,7 @@ from .diffusion import load_finished, load_start, train_diffusion
 from .evaluate import Measuring, Reference, describe, summary, write_curves
 from .few_steps import FEW_STEP
 from .figures import image_grid, read_png, save_png
+from .frozen_text import CAPTIONS, ENCODER, find_encoder, keep_encoder, write_captions
 from .job import Compute, Inputs, Job, describe_data, read_data
 from .latents import cache_latents, check_cache
 from .methods import DTYPES, check_sampling, make_method
@@ -143,6 +144,7 @@ def train(command: Train) -> None:
 def run_stages(command: Train, job: Job, reference: Reference) -> None:
     """What is left to do of the run, stage by stage."""
     config, run = job.config, job.run
+    encode_captions(job)
     measuring = Measuring(job, command.sampling, reference, train_classifier(job))
     space, latents, measured = Pixels(config.pictures.channels), None, {}
     if config.space == "latent":
@@ -209,7 +211,8 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         vae = load_vae(inputs.vae, config.pictures.channels) if inputs.vae is not None else None
         lpips = load_lpips(inputs.lpips) if inputs.lpips is not None else None
         source = open_source(config, command.images)
-        condition = choose_condition(config, source)
+        encoder = chosen_encoder(config, run, inputs, anew=command.overwrite)
+        condition = choose_condition(config, source, run.path, encoder)
         test = open_test(config, command.images, inputs.test_images, source)
         left_out = {"autoencoder"} if vae is not None or config.space == "pixel" else set()
         check_batches(config, source, mesh, compute, tuple(s for s in trained if s not in left_out))
@@ -231,6 +234,31 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         if config.space == "latent" and not alone:
             check_cache(job, own=False, overwrite=command.overwrite)
     return job, reference
+
+
+def chosen_encoder(config: Config, run: RunFolder, inputs: Inputs, *, anew: bool) -> Path | None:
+    """The folder of the frozen encoder of captions; None where one is trained along."""
+    if config.text.tokens == "frozen":
+        return find_encoder(run.path, inputs.text_encoder, config.text.max_length, anew=anew)
+    if inputs.text_encoder is not None:
+        raise UserError("--text-encoder: is for --text.tokens frozen; leave one of them out.")
+    return None
+
+
+def encode_captions(job: Job) -> None:
+    """All captions by the frozen encoder, once; it and they stay in the run folder."""
+    condition, run = job.condition, job.run
+    if not isinstance(condition, FrozenCaptions):
+        return
+    if run.primary:
+        run.file(f"{ENCODER}.part")
+        folder = keep_encoder(condition.folder, run.file(ENCODER))
+        sources = [job.source] if job.test is None else [job.source, job.test]
+        texts = (source[i].caption for source in sources for i in range(len(source)))
+        run.file(CAPTIONS)
+        reader = replace(condition, folder=folder).read
+        write_captions(reader, (text for text in texts if text is not None))
+    barrier("captions")
 
 
 def start_inputs(config: Config, inputs: Inputs) -> Inputs:

@@ -1,8 +1,9 @@
 """`python -m experiments.train.compare`: what the networks of two presets are compared with.
 
 With `--preset mnist` the variants behind the defaults of MNIST's DiT, with `--preset text` the two
-ways in which its DiT can look at a caption. Takes the classifier, the autoencoder and its latents
-of a finished run, trains the DiT anew for each variant with a share of the run's steps, samples,
+ways in which its DiT can look at a caption, and, with `--text-encoder`, a frozen encoder in place
+of the one that is trained along. Takes the classifier, the autoencoder and its latents of a
+finished run, trains the DiT anew for each variant with a share of the run's steps, samples,
 measures, and prints a table. Every variant is a run folder of its own, so that the comparison
 resumes like any run.
 """
@@ -61,6 +62,15 @@ def looking(cross_attention: bool) -> Variant:
     return variant
 
 
+def frozen(config: Config) -> Config:
+    """Captions by a published encoder and cross-attention: as many steps as with one's own.
+
+    The DiT is the same. What its own encoder costs a step is not made up for.
+    """
+    config = looking(True)(config)
+    return replace(config, text=replace(config.text, tokens="frozen"))
+
+
 def step_cost(config: Config) -> int:
     """Multiply-adds of the DiT of captions, of one example, without the encoder of captions."""
     condition = make_condition(config, "text", 0)
@@ -69,6 +79,7 @@ def step_cost(config: Config) -> int:
     return multiply_adds(network, config.text.max_length)
 
 
+FROZEN = "frozen encoder"
 VARIANTS: dict[str, dict[str, Variant]] = {
     "mnist": {
         "default": other(),
@@ -80,9 +91,15 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "time_mean 0.5": other(time_mean=0.5),
         "192 wide": wider,
     },
-    "text": {"joint tokens": looking(False), "cross-attention": looking(True)},
+    "text": {
+        "joint tokens": looking(False),
+        "cross-attention": looking(True),
+        FROZEN: frozen,
+    },
 }
-COLUMNS = ("fd", "accuracy", "accuracy_known", "precision", "recall")
+COLUMNS = (
+    "fd", "accuracy", "accuracy_known", "accuracy_part_1", "accuracy_part_2", "precision", "recall",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class Compare:
     # A folder for the variants' run folders; by default in runs/, with the preset's name.
     out: Path | None = None
     images: Path | None = None  # As in training.
+    # A folder with a published sentence encoder, for the variant "frozen encoder" of text.
+    text_encoder: Path | None = None
     share: Annotated[float, Range(0, 1, "(]")] = 0.25  # Of the default run's steps.
     samples: Samples = 2000  # Of each variant.
     only: tuple[str, ...] = ()  # The variants to run; by default all.
@@ -108,7 +127,10 @@ def compare(options: Compare) -> None:
     out = options.out or Path("runs") / f"compare-{options.preset}"
     base, rows = finished_config(RunFolder(finished)), []
     base = replace(base, diffusion=start.diffusion)
-    for name in options.only or variants:
+    left_out = {FROZEN} if options.text_encoder is None else set()
+    if left_out & set(options.only):
+        raise UserError(f"--only {FROZEN!r}: needs --text-encoder, a folder of one.")
+    for name in options.only or [name for name in variants if name not in left_out]:
         if name not in variants:
             raise UserError(f"--only {name!r}: known are {', '.join(map(repr, variants))}.")
         config = variants[name](base)
@@ -122,6 +144,8 @@ def compare(options: Compare) -> None:
             write_json(run.file(CONFIG), as_dict(config))
         say(f"--- {name}")
         inputs = Inputs(vae=finished, latents=finished / "latents")
+        if name == FROZEN:  # whose conditions stand in a cache of its own
+            inputs = Inputs(vae=finished, text_encoder=options.text_encoder)
         settings = {field: getattr(config, field) for field in config.__dataclass_fields__}
         train(
             replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ from eqxldm.data import ImageSource, caption_bytes, label_condition, no_conditio
 
 from .captions import CaptionTokens
 from .config import Config
+from .frozen_text import CAPTIONS, ENCODER, FrozenText, load_encoder
 from .terminal import UserError
 
 KindName = Literal["label", "text", "none"]
@@ -90,6 +92,34 @@ class Captions:
 
 
 @dataclass(frozen=True)
+class FrozenCaptions(Captions):
+    """What a frozen encoder says of the caption: `tokens`, their `mask`, and a `vector`.
+
+    `folder` is that of the encoder, `table` the file of the run's captions.
+    """
+
+    folder: Path = Path()
+    table: Path = Path()
+
+    @property
+    def size(self) -> int:
+        """Numbers in a token."""
+        return load_encoder(self.folder).size
+
+    @property
+    def read(self) -> Any:
+        return FrozenText(self.folder, self.max_length, self.table)
+
+    def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
+        """As `Captions`."""
+        at = np.arange(count) % len(texts)
+        said = self.read.all(texts)
+        cond = {name: np.stack([said[i][name] for i in at]) for name in said[0]}
+        chosen = tuple(texts[i] for i in at.tolist())
+        return Wanted(count, cond, None if labels is None else np.asarray(labels)[at], chosen)
+
+
+@dataclass(frozen=True)
 class Nothing:
     """No condition."""
 
@@ -104,10 +134,18 @@ class Nothing:
 Condition = Labels | Captions | Nothing
 
 
-def make_condition(config: Config, kind: KindName, classes: int) -> Condition:
-    """The condition of a kind, for images of so many classes."""
+def make_condition(
+    config: Config, kind: KindName, classes: int, run: Path = Path(), encoder: Path | None = None
+) -> Condition:
+    """The condition of a kind, for images of so many classes.
+
+    A frozen encoder is that of the `run` folder, unless another one is given.
+    """
     if kind == "text":
         text = config.text
+        if text.tokens == "frozen":
+            folder = encoder or run / ENCODER
+            return FrozenCaptions(text.max_length, None, folder=folder, table=run / CAPTIONS)
         return Captions(text.max_length, text.merges if text.tokens == "clip" else None)
     if kind == "none":
         return Nothing()
@@ -119,8 +157,13 @@ def make_condition(config: Config, kind: KindName, classes: int) -> Condition:
     return Labels(labels, classes)
 
 
-def choose_condition(config: Config, source: ImageSource) -> Condition:
-    """The condition asked for, or with "auto" the first of text and label that the images have."""
+def choose_condition(
+    config: Config, source: ImageSource, run: Path = Path(), encoder: Path | None = None
+) -> Condition:
+    """The condition asked for, or with "auto" the first of text and label that the images have.
+
+    `run` and `encoder` as in `make_condition`.
+    """
     kind, classes = config.pictures.condition, len(source.class_names)
     if kind == "auto":
         kind = "text" if source.has_captions else "label" if classes else "none"
@@ -139,4 +182,4 @@ def choose_condition(config: Config, source: ImageSource) -> Condition:
             "--denoiser unet: it takes classes or no condition. Captions need --denoiser dit, or "
             "give --condition label or none."
         )
-    return make_condition(config, kind, classes)
+    return make_condition(config, kind, classes, run, encoder)

@@ -28,7 +28,7 @@ PresetName = Literal["mnist", "fashion-mnist", "cifar10", "text", "imagenet256",
 DataName = Literal["images", "mnist", "fashion-mnist", "emoji", "shapes"]
 SpaceName = Literal["latent", "pixel"]
 DenoiserName = Literal["dit", "unet"]
-TokenName = Literal["bytes", "clip"]
+TokenName = Literal["bytes", "clip", "frozen"]
 ConditionName = Literal["auto", "label", "text", "none"]
 ObjectiveName = Literal["denoising", "flow", "meanflow", "imf", "shortcut", "scm"]
 FormName = Literal["published", "modern", "jit"]
@@ -176,9 +176,10 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The encoder of captions, which is trained along: a small transformer over their tokens."""
+    """The encoder of captions: a small transformer that is trained along, or a frozen one."""
 
-    # What a caption is cut into: its bytes, or byte pairs as CLIP does (the extra "text").
+    # What a caption is cut into: its bytes, or byte pairs as CLIP does (the extra "text"); frozen:
+    # a published encoder, --text-encoder, encodes all captions once, and is not trained.
     tokens: TokenName = "bytes"
     # Of CLIP's list of byte pairs, the commonest first: fewer cut rare words into more tokens.
     merges: Annotated[int, Range(0, MERGES)] = MERGES

@@ -39,6 +39,9 @@ class Inputs:
     start_from: Path | None = None
     # The latent cache, which runs can share; by default latents in the run folder.
     latents: Path | None = None
+    # A folder with a published sentence encoder, for --text.tokens frozen: config.json,
+    # model.safetensors, tokenizer.json. It is copied into the run folder.
+    text_encoder: Path | None = None
     strict: bool = False  # Stop at an unreadable image. By default it is left out and listed.
 
 
@@ -164,4 +167,5 @@ def read_data(run: RunFolder, config: Config) -> tuple[Condition, dict[str, Any]
         about = read_json(run.path / DATA, kinds, repair="Train again with --overwrite.")
     except FileNotFoundError:
         raise UserError(f"the run in {run.path} is not finished: no {DATA}.") from None
-    return make_condition(config, about["condition"], len(about["class_names"])), about
+    classes = len(about["class_names"])
+    return make_condition(config, about["condition"], classes, run.path), about

@@ -13,7 +13,7 @@ from eqxldm import models, nn
 from eqxldm.models import AutoencoderKL, DiT, PatchDiscriminator, Posterior, TinyAutoencoder, UNet
 from eqxldm.text import vocabulary_size
 
-from .conditions import Captions, Condition, Labels
+from .conditions import Captions, Condition, FrozenCaptions, Labels
 from .config import AttentionName, Config, RematName
 from .few_steps import TWO_TIMES, UNSCALED
 from .streams import stream_key
@@ -147,7 +147,9 @@ def make_denoiser(
         text = config.text
         size = text.width or sizes["width"], text.depth, text.num_heads, text.max_length
         encoder: Any = models.ByteTextEncoder
-        if condition.merges is not None:
+        if isinstance(condition, FrozenCaptions):
+            encoder, size = models.EncodedCaption, (condition.size, sizes["width"])
+        elif condition.merges is not None:
             encoder = partial(models.CaptionEncoder, vocabulary=vocabulary_size(condition.merges))
         options |= dict(
             embed_cond=encoder(*size, key=text_key),

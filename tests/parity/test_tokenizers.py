@@ -1,4 +1,4 @@
-"""Tokenizers against transformers: CLIP's real vocabulary, sentence pieces trained here."""
+"""Tokenizers against transformers: CLIP's real vocabulary, pieces of two kinds trained here."""
 
 import gzip
 import importlib.util
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from transformers import CLIPTokenizer, T5Tokenizer
+import tokenizers
+from transformers import BertTokenizerFast, CLIPTokenizer, T5Tokenizer
 
 from eqxldm.text import load_tokenizer
 
@@ -198,3 +199,16 @@ def test_t5_by_spiece_model(pieces):
     theirs = T5Tokenizer.from_pretrained(pieces[0])
     wrong = [t for t in differing(theirs, ours, 128) if not any(s in t for s in special)]
     assert len(wrong) < 0.02 * COUNT
+
+
+def test_bert(tmp_path):
+    """Of word pieces trained here; the folder is what transformers writes."""
+    core = tokenizers.BertWordPieceTokenizer(lowercase=True)
+    core.train_from_iterator(texts(), vocab_size=600, show_progress=False)
+    core.save_model(str(tmp_path))
+    made = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), model_max_length=64)
+    made.save_pretrained(tmp_path)
+    theirs, ours = BertTokenizerFast.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.longest == 64 and ours.vocabulary == len(theirs) > 500
+    assert differing(theirs, ours, 64) == []
+    assert differing(theirs, ours, 16) == []

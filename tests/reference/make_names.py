@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -63,6 +65,11 @@ NETWORKS = {
     "clip_h": lambda: clip(CLIPTextModel, 1024, 23, 16),
     "t5_xxl": lambda: T5EncoderModel(T5Config(**XXL)),
     "umt5_xxl": lambda: UMT5EncoderModel(UMT5Config(**XXL, vocab_size=256384)),
+    "minilm_l6": lambda: BertModel(
+        BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        )
+    ),
     "clip_bigg": lambda: clip(CLIPTextModelWithProjection, 1280, 32, 20),
 }
 
