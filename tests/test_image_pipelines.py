@@ -156,7 +156,7 @@ from eqxldm.data import Batches
 
 batches = Batches(10, 4, lambda indices, epochs: ({"x": indices}, {}), seed=0, workers=1)
 for line in sys.stdin:
-    next(batches)
+    batch = next(batches)
     print(multiprocessing.active_children()[0].pid, flush=True)
 """
 
@@ -183,6 +183,15 @@ def test_workers_are_told_by_their_parent_alone_when_to_end():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert "Traceback" not in parent.stderr.read()
+
+
+def test_what_ends_at_once_leaves_no_shared_memory_behind():
+    """Python's tracker of it would complain."""
+    script = f"{READER}\nfrom eqxldm._leaving import leave\nbatches.close()\nleave(3)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], input="\n" * 5, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_checkpoints_hold_the_position(tmp_path):

@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Bool, Int
@@ -100,6 +101,8 @@ class Batches(grain.DatasetIterator):
         # The first batch starts the workers, in threads of grain.
         with contextlib.nullcontext() if self._begun else _away_from_the_terminal():
             batch, skipped = next(self._running)
+        if self._workers:  # out of shared memory, which a process that ends would leave behind
+            batch = jax.tree.map(np.array, batch)
         self._begun = True
         self._taken += 1
         self.skipped.update(skipped)
