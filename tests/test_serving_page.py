@@ -151,3 +151,20 @@ def test_pictures_for_the_documentation(browser):
     browser.size(390, 1100, dark=True)
     browser.run("document.querySelector('h1').scrollIntoView()")
     (images / "serve-phone.png").write_bytes(browser.png())
+
+
+def test_a_picture_of_text_for_the_documentation(browser):
+    """Of a server with a trained run of words: EQXLDM_TEXT_PAGE=http://127.0.0.1:8000."""
+    where = os.environ.get("EQXLDM_TEXT_PAGE")
+    if where is None:
+        pytest.skip("EQXLDM_TEXT_PAGE names no server")
+    browser.size(1100, 700)
+    browser.open(where)
+    browser.wait(f"{ID}('status').textContent === 'Ready.'")
+    browser.run(f"{ID}('prompt').value = 'in the '; {ID}('n').value = 2; {ID}('seed').value = 0")
+    browser.run(f"{ID}('temperature').value = 0.7; showSliders(pairs)")
+    browser.run(f"{ID}('go').click()")
+    browser.wait(DONE, 100)
+    browser.run(f"{ID}('scrub').value = 32; {ID}('scrub').dispatchEvent(new Event('input'))")
+    images = Path(__file__).parents[1] / "docs" / "images"
+    (images / "serve-text.png").write_bytes(browser.png())

@@ -44,6 +44,8 @@ def make_app(
 
     def failed(status: int, message: str, field: str | None = None, after: int | None = None):
         headers = {} if after is None else {"Retry-After": str(after)}
+        if status in (408, 413):  # the rest of the body is not waited for
+            headers["Connection"] = "close"
         return JSONResponse(error_body(status, message, field), status, headers)
 
     async def unknown(request: Request, error: Exception):

@@ -27,7 +27,7 @@ from experiments.train.streams import stream_key
 from experiments.train.terminal import UserError, run_main
 
 import tiny_pipelines
-from helpers import filled
+from helpers import filled, llada_folder
 
 
 def write_run(folder, monkeypatch, objective="denoising"):
@@ -133,6 +133,23 @@ def test_a_run_of_words_writes_what_make_generate_text_writes(tmp_path, capsys):
         "--sampler", "margin", "--temperature", "0.8", "--seed", str(2**40 + 1),
     ])  # fmt: skip
     assert capsys.readouterr().out.splitlines()[:2] == [text for text, _ in found]
+
+
+def test_a_folder_of_llada_is_served_as_text(tmp_path):
+    from eqxldm import models
+
+    tokenizers = pytest.importorskip("tokenizers")
+    known = {word: i for i, word in enumerate("a b c d [MASK]".split())}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    sizes = dict(depth=1, width=16, num_heads=2, hidden=24, max_length=8, rope_theta=5e5)
+    network = filled(lambda: models.TokenTransformer(5, **sizes, key=jax.random.key(0)))
+    llada_folder(tmp_path, network, mask_token_id=4)
+    generator = load(Serve(model=tmp_path, length=6, dtype="bfloat16"))
+    assert (generator.length, generator.vocabulary, generator.mask_id) == (6, 5, 4)
+    assert generator.network.token_table.dtype == "bfloat16"
+    assert generator.decode(generator.encode("b c")) == "b c"
 
 
 def test_bad_input_is_one_message(tmp_path, capsys):
