@@ -74,6 +74,12 @@ def test_texts_of_a_prompt_and_of_a_list(client, engine):
     ended = client.post(URL, json=body | {"temperature": 0.5, "stop": [ours[0][4], "zz"]}).json()
     cut = ended["choices"][0]
     assert cut["text"] == ours[0][2:4].split(ours[0][4])[0] and cut["finish_reason"] == "stop"
+    # In blocks the first is done when the others have not begun: they are not written.
+    blocks = {"seed": 1, "sampler": "blocks", "block_size": 4, "calls": 16}
+    (all_,) = client.post(URL, json=blocks).json()["choices"]
+    (early,) = client.post(URL, json=blocks | {"stop": all_["text"][1:4]}).json()["choices"]
+    assert all_["calls"] == 16 and early["calls"] == 4
+    assert early["text"] == all_["text"][:1] and early["finish_reason"] == "stop"
 
 
 def test_a_stream_adds_up_and_shows_the_text_appearing(client):

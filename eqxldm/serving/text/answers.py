@@ -8,7 +8,7 @@ from typing import Any
 from ..events import Failure
 from ..exchange import BEAT_SECONDS, Gone, error_body, sse
 from ..requests import RequestError
-from .canvas import Canvas
+from .canvas import Canvas, cut
 from .engine import Progress, TextEngine, TextJob, Written
 from .requests import TextAnswer, TextRequest, parse_text
 
@@ -136,7 +136,7 @@ class Choice:
     ):
         request = job.request
         self._index, self._answer, self._decode, self._sent = index, answer, decode, ""
-        number = index // request.n
+        self._stop, number = request.stop, index // request.n
         self._canvas: Canvas = job.canvases[number]
         echoed = answer.echo and not request.infill  # which has the prompt in it
         self._head = request.prompts[number] if echoed else ""
@@ -147,16 +147,16 @@ class Choice:
 
     def shown(self, event: Progress) -> dict[str, Any]:
         """As it stands after a step."""
-        first, is_cut = cut(self._canvas.first(event.tokens, self._decode), self._answer.stop)
-        if not is_cut and self._answer.stop:  # the beginning of a stop may stand at the end
-            first = first[: max(0, len(first) + 1 - max(map(len, self._answer.stop)))]
+        first, is_cut = cut(self._canvas.first(event.tokens, self._decode), self._stop)
+        if not is_cut and self._stop:  # the beginning of a stop may stand at the end
+            first = first[: max(0, len(first) + 1 - max(map(len, self._stop)))]
         more = self._more(self._head + first)
         found = self._choice(more, None, self._shown(event.tokens))
         return found | {"step": event.step, "of": event.of, "calls": event.calls}
 
     def finished(self, event: Written) -> dict[str, Any]:
         """The text, or what of it was not sent."""
-        text, is_cut = cut(self._canvas.shown(event.tokens, self._decode), self._answer.stop)
+        text, is_cut = cut(self._canvas.shown(event.tokens, self._decode), self._stop)
         more = self._more(self._head + text)
         shown = self._head + text if self._answer.stream else None
         found = self._choice(more, "stop" if is_cut else "length", shown)
@@ -175,16 +175,6 @@ class Choice:
     def _choice(self, text, reason, shown):
         found = {"index": self._index, "text": text, "logprobs": None, "finish_reason": reason}
         return found if shown is None else found | {"shown": shown}
-
-
-def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """A text up to the first of the stops in it, and whether there was one.
-
-    >>> cut("one. two", (".", "two"))
-    ('one', True)
-    """
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
 
 
 def usage(job: TextJob) -> dict[str, int]:

@@ -51,6 +51,16 @@ class Canvas:
         return decode(tokens[self.begin : end])
 
 
+def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """A text up to the first of the stops in it, and whether there was one.
+
+    >>> cut("one. two", (".", "two"))
+    ('one', True)
+    """
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
 def lay_out(request: TextRequest, prompt: str, generator: TextGenerator) -> Canvas:
     """The window of one prompt of a request.
 

@@ -13,7 +13,7 @@ from ..events import Job, Send, seed_words
 from ..programs import fitting
 from ..queueing import AbstractEngine
 from ..requests import Limits, RequestError
-from .canvas import Canvas, lay_out
+from .canvas import Canvas, cut, lay_out
 from .generator import TextGenerator
 from .programs import TextPrograms, blank_plan
 from .requests import TextRequest
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A finished text: its tokens, and the network's calls."""
+    """A finished text: its tokens, and the network's calls. After a stop some may be [MASK]."""
 
     index: int
     calls: int
@@ -234,6 +234,11 @@ class TextEngine(AbstractEngine):
         text.done += 1
         step = text.done
         text.skip()
+        if job.request.stop and not text.known and text.left:
+            # What comes after a stop is not needed.
+            first = text.canvas.first(tokens, self.generator.decode)
+            if cut(first, job.request.stop)[1]:
+                text.done = text.steps
         if job.ended:
             return
         if not text.left:

@@ -25,7 +25,7 @@ class TextRequest:
 
     `live`: every step is told. `calls` None is one for two tokens, `max_tokens` None is all that
     the window has. With `infill` each "_" in a prompt is one token that is to be written; `suffix`
-    is what comes after the text.
+    is what comes after the text. A text ends before the first `stop` in it.
 
     >>> TextRequest(("in the",), "random", seed=3).texts
     1
@@ -43,6 +43,7 @@ class TextRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     guidance: float = 1.0
+    stop: tuple[str, ...] = ()
     live: bool = False
 
     @property
@@ -55,12 +56,11 @@ class TextRequest:
 class TextAnswer:
     """How the client wants the answer.
 
-    >>> TextAnswer(stop=(".",)).stream
+    >>> TextAnswer(echo=True).stream
     False
     """
 
     stream: bool = False
-    stop: tuple[str, ...] = ()
     echo: bool = False
     usage: bool = False
 
@@ -96,6 +96,7 @@ def parse_text(
         temperature=number("temperature", LARGEST_TEMPERATURE, usual.temperature),
         top_p=_or(top_p, usual.top_p),
         guidance=number("guidance", limits.guidance, usual.guidance),
+        stop=_stops(fields),
         live=stream,
     )
     if request.texts > limits.images:
@@ -107,7 +108,7 @@ def parse_text(
         )
     if request.infill and request.suffix:
         raise RequestError(400, "give infill, or suffix, and not both.", "suffix")
-    answer = TextAnswer(stream, _stops(fields), fields.flag("echo"), _usage(fields, stream))
+    answer = TextAnswer(stream, fields.flag("echo"), _usage(fields, stream))
     for name, values in NEUTRAL.items():
         value = fields.value(name)
         if value is not None and (isinstance(value, bool) or value not in values):
