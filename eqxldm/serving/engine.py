@@ -97,6 +97,11 @@ class Engine(AbstractEngine):
             raise RequestError(400, str(error)) from error
         return plan, jax.tree.map(np.asarray, cond)
 
+    def is_quick(self, request: Request) -> bool:
+        # No text to encode, and a plan that is made.
+        known = self.programs.plans.has(request.solver, request.steps)
+        return known and not self.generator.takes_text
+
     def submit(self, request: Request, send: Send) -> ImageJob:
         """Queues a request.
 

@@ -32,7 +32,8 @@ class Events:
         while True:
             step = 0.25 if seconds is None else min(seconds, 0.25)
             try:
-                return await asyncio.wait_for(self._queue.get(), step)
+                async with asyncio.timeout(step):  # in Python 3.11 wait_for makes a task
+                    return await self._queue.get()
             except TimeoutError:
                 if await request.is_disconnected():
                     raise Gone from None
@@ -70,7 +71,8 @@ async def read_json(request: Any, most: int):
                 raise too_long
 
     try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
+        async with asyncio.timeout(BODY_SECONDS):
+            await read()
     except TimeoutError:
         raise RequestError(408, f"the body did not come within {BODY_SECONDS:g} s.") from None
     try:

@@ -6,8 +6,9 @@ vector with the same layout for all: the numbers that all have, then a part for 
 is 0 for the others.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from ..sampling import check_combination
 from ..solvers import AbstractSolver
 from ..times import check_times
 from .generator import MAP, Generator
+
+KEPT = 256  # plans
 
 
 class Plan(NamedTuple):
@@ -110,11 +113,25 @@ class Plans:
     def __init__(self, generator: Generator):
         self._generator = generator
         self.packing = Packing(generator.diffusion, generator.solvers)
-        self._plan = lru_cache(maxsize=256)(self._make)
+        self._kept: OrderedDict[tuple[str, int], Plan] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, solver: str, steps: int) -> Plan:
         """The plan of a solver and a number of steps; `ValueError` where there is none."""
-        return self._plan(solver, steps)
+        with self._lock:
+            if (plan := self._kept.get((solver, steps))) is not None:
+                self._kept.move_to_end((solver, steps))
+                return plan
+        plan = self._make(solver, steps)  # milliseconds
+        with self._lock:
+            self._kept[solver, steps] = plan
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return plan
+
+    def has(self, solver: str, steps: int) -> bool:
+        """Whether that plan is made already."""
+        return (solver, steps) in self._kept
 
     def _make(self, solver, steps):
         generator = self._generator

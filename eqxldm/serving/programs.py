@@ -62,22 +62,21 @@ class Programs:
         sizes: tuple[int, ...] | None = None,
         decodes: tuple[int, ...] | None = None,
     ):
-        most = slots * (2 if generator.guided and generator.solvers else 1)
+        each = 2 if generator.guided and generator.solvers else 1  # a flow map is not guided
+        most = slots * each
         self.generator, self.slots = generator, slots
         self.sizes = powers_of_two(most) if sizes is None else tuple(sorted(sizes))
         self.decodes = powers_of_two(slots) if decodes is None else tuple(sorted(decodes))
-        if self.sizes[-1] < (2 if generator.guided else 1):
+        if self.sizes[-1] < each:
             raise ValueError(f"Programs: sizes {self.sizes} do not hold an image with guidance.")
         self.plans = Plans(generator)
         self.solvers = {name: i for i, name in enumerate(generator.solvers)}
-        parts = generator.network, generator.null, generator.decoder
-        arrays, self._static = eqx.partition(parts, eqx.is_array)
-        map_arrays, self._map = eqx.partition(generator.flow_map, eqx.is_array)
-        self._arrays = jax.tree.map(placed, arrays)
-        self._map_arrays = jax.tree.map(placed, map_arrays)
+        self._network, self._network_of = separate((generator.network, generator.null))
+        self._map, self._map_of = separate(generator.flow_map)
+        self._decoder, self._decoder_of = separate(generator.decoder)
         self._begin = jax.jit(self._begin_state)
         donating = partial(jax.jit, donate_argnums=1)
-        self._admit = donating(self._admitted)
+        self._admit = jax.jit(self._admitted, donate_argnums=0)
         self._advance = donating(self._advanced)
         self._follow = donating(self._followed)
         self._decode = jax.jit(self._decoded)
@@ -94,7 +93,7 @@ class Programs:
     def admit(self, mask, words, index, std, cond) -> None:
         """Starts images in the slots of `mask`: noise of the seed's `words` and of the image's
         `index` in its request, times `std`, and its condition."""
-        self.state = self._admit(self._arrays, self.state, mask, words, index, std, cond)
+        self.state = self._admit(self.state, mask, words, index, std, cond)
 
     def advance(self, numbers, counts, rows) -> Any:
         """One network call; returns which slots are finite still.
@@ -104,22 +103,22 @@ class Programs:
         output under the slot's condition and under none. `rows`, `(size, 2)`: the slot of each,
         and whether its condition is none.
         """
-        self.state, finite = self._advance(self._arrays, self.state, numbers, counts, rows)
+        self.state, finite = self._advance(self._network, self.state, numbers, counts, rows)
         return finite
 
     def follow(self, numbers, counts, rows) -> Any:
         """As `advance`, by the flow map."""
-        self.state, finite = self._follow(self._map_arrays, self.state, numbers, counts, rows)
+        self.state, finite = self._follow(self._map, self.state, numbers, counts, rows)
         return finite
 
     def decode(self, rows) -> Any:
         """Pictures, uint8 `(rows, h, w, c)`: of each row's slot its state, or its estimate (1)."""
-        return self._decode(self._arrays, self.state, rows)
+        return self._decode(self._decoder, self.state, rows)
 
     def noise(self, slot, words, index, alpha, sigma) -> Any:
         """`FRAMES` pictures of the forward process from what is in a slot, to the noise that it
         came from: `alpha x0 + sigma eps`."""
-        return self._noise(self._arrays, self.state, slot, words, index, alpha, sigma)
+        return self._noise(self._decoder, self.state, slot, words, index, alpha, sigma)
 
     def warm_up(self, progress: Any = None) -> None:
         """Runs every program until none is compiled any more; the slots stay empty."""
@@ -172,14 +171,14 @@ class Programs:
         noise = jax.random.normal(noise_key, self.generator.shape, jnp.float32)
         return noise, jax.random.key_data(solver_key)
 
-    def _admitted(self, arrays, state, mask, words, index, std, cond):
+    def _admitted(self, state, mask, words, index, std, cond):
         noise, keys = jax.vmap(self._start)(words, index)
         x = jax.vmap(jnp.multiply)(std, noise)
         new = State(x, x, jax.vmap(self._init)(x), cond, keys)
         return jax.tree.map(partial(_where, mask), new, state)
 
     def _advanced(self, arrays, state, numbers, counts, rows):
-        network, null, _ = eqx.combine(arrays, self._static)
+        network, null = self._network_of(arrays)
         times = numbers[:, 1]
 
         def call(row):
@@ -222,7 +221,7 @@ class Programs:
         return State(x, x0, carries, state.cond, state.keys), _finite(x)
 
     def _followed(self, arrays, state, numbers, counts, rows):
-        flow_map = eqx.combine(arrays, self._map)
+        flow_map = self._map_of(arrays)
         slots = rows[:, 0]
 
         def call(slot):
@@ -250,8 +249,7 @@ class Programs:
         return jax.lax.map(lambda c: self._picture(arrays, c[0] * x0 + c[1] * eps), (alpha, sigma))
 
     def _picture(self, arrays, z):
-        decoder = eqx.combine(arrays, self._static)[2]
-        return to_uint8(decoder(z)[None], pad=self.generator.pad)[0]
+        return to_uint8(self._decoder_of(arrays)(z)[None], pad=self.generator.pad)[0]
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:
@@ -288,6 +286,18 @@ def compile_all(run: Callable[[], None]) -> None:
                 break
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def separate(part: Any) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """The arrays of a model on the device, and what makes the model of them again.
+
+    They are a plain tuple, which a call takes apart in C++: an Equinox module's own way is in
+    Python, module by module, and at each call.
+    """
+    arrays, static = eqx.partition(part, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    whole = lambda leaves: eqx.combine(jax.tree.unflatten(structure, leaves), static)
+    return tuple(map(placed, leaves)), whole
 
 
 def placed(a: Any) -> Any:

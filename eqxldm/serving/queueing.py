@@ -57,6 +57,10 @@ class AbstractEngine(abc.ABC):
         """Pieces of work that have a slot."""
         return len(self._active)
 
+    def is_quick(self, request: Any) -> bool:
+        """Whether `submit` takes microseconds: an event loop then leaves it to no thread."""
+        return False
+
     @abc.abstractmethod
     def submit(self, request: Any, send: Callable[[Any], None]) -> Job:
         """Queues a request; what it leads to is given to `send`.

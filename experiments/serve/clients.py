@@ -2,10 +2,10 @@
 
 import base64
 import contextlib
-import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +37,12 @@ class Server:
         text = Path(f"/proc/{self.process.pid}/statm").read_text()
         return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def cpu_seconds(self) -> float:
+        """Of all cores, that the process has used."""
+        text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        user, system = text.rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def metric(self, name: str) -> float:
         """A number of /metrics."""
         status, _, body = Client(self.address).get("/metrics")
@@ -46,10 +52,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(module: str, arguments: Sequence[str]) -> Iterator[Server]:
+def started(
+    module: str, arguments: Sequence[str], python: str = sys.executable
+) -> Iterator[Server]:
     """`python -m module arguments` on a free port, until the end of the block."""
     begun = time.monotonic()
-    command = [sys.executable, "-m", module, *arguments]
+    command = [python, "-m", module, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield Server(_address(process), process, time.monotonic() - begun)
@@ -80,30 +88,59 @@ def _drain(stream):
 
 
 class Client:
-    """One client, whose connection stays open."""
+    """One client, whose connection stays open.
+
+    It reads what these servers answer, a length and a body, and no more of HTTP: in a measurement
+    on one machine the cores are for the server.
+    """
 
     def __init__(self, address: str, timeout: float = 120.0):
         where = urlsplit(address)
-        self._connection = http.client.HTTPConnection(
-            where.hostname or "", where.port, timeout=timeout
+        self._place, self._timeout = (where.hostname or "", where.port or 80), timeout
+        self._socket: socket.socket | None = None
+
+    def get(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        return self._answer(f"GET {path}", b"")
+
+    def ask(self, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (their names in small letters) and body of a request for images."""
+        return self._answer(f"POST {PATH}", json.dumps(body).encode())
+
+    def _answer(self, what, body):
+        host, port = self._place
+        if self._socket is None:
+            self._socket = socket.create_connection(self._place, self._timeout)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = (
+            f"{what} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
         )
+        self._socket.sendall(head.encode() + body)
+        data = self._until(b"", lambda data: b"\r\n\r\n" in data)
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        pairs = (line.partition(":") for line in lines)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        length = int(headers.get("content-length", 0))
+        data = self._until(data, lambda data: len(data) >= length)
+        if headers.get("connection") == "close":
+            self.close()
+        return int(first.split()[1]), headers, data
 
-    def get(self, path: str) -> tuple[int, Any, bytes]:
-        self._connection.request("GET", path)
-        return self._read()
-
-    def ask(self, body: dict[str, Any]) -> tuple[int, Any, bytes]:
-        """Status, headers and body of a request for images."""
-        headers = {"Content-Type": "application/json"}
-        self._connection.request("POST", PATH, json.dumps(body), headers)
-        return self._read()
-
-    def _read(self):
-        answer = self._connection.getresponse()
-        return answer.status, answer.headers, answer.read()
+    def _until(self, data, complete):
+        assert self._socket is not None
+        while not complete(data):
+            more = self._socket.recv(1 << 16)
+            if not more:
+                self.close()
+                raise ConnectionError("the server closed the connection.")
+            data += more
+        return data
 
     def close(self) -> None:
-        self._connection.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def picture(body: bytes) -> bytes:
@@ -118,6 +155,7 @@ class Load:
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     wall: float = 0.0
+    cpu_seconds: float = 0.0  # of the clients themselves
 
     def percentile(self, share: float) -> float:
         """In milliseconds."""
@@ -137,6 +175,7 @@ def load(
     `body(i)` is request `i`, at most `most` of them; `seen(i, answer)` gets what came for it.
     """
     found, lock, begun = Load(), threading.Lock(), time.monotonic()
+    cpu = time.process_time()
     numbers = iter(range(most))
 
     def client():
@@ -168,5 +207,5 @@ def load(
         thread.start()
     for thread in threads:
         thread.join()
-    found.wall = time.monotonic() - begun
+    found.wall, found.cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
     return found

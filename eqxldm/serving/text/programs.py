@@ -10,13 +10,12 @@ and a step. What has to be compiled depends on the number of network rows alone.
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...discrete import TokenPlan, draw_tokens_at, log_probabilities, step_keys
-from ..programs import compile_all, placed, powers_of_two
+from ..programs import compile_all, powers_of_two, separate
 from .generator import TextGenerator
 
 
@@ -37,8 +36,7 @@ class TextPrograms:
             raise ValueError(f"TextPrograms: sizes {self.sizes} do not hold a text with guidance.")
         self.numbers = {name: i for i, name in enumerate(generator.sampler_names)}
         self._samplers = [generator.sampler(name) for name in generator.sampler_names]
-        arrays, self._static = eqx.partition(generator.network, eqx.is_array)
-        self._arrays = jax.tree.map(placed, arrays)
+        self._arrays, self._network_of = separate(generator.network)
         self._ask = jax.jit(self._asked, donate_argnums=1)
         self._step = jax.jit(self._stepped)
         shape = slots, generator.length, generator.vocabulary
@@ -82,7 +80,7 @@ class TextPrograms:
     # The functions that are compiled.
 
     def _asked(self, arrays, log_p, x, prompt, lengths, scale, rows, pairs):
-        network, mask_id = eqx.combine(arrays, self._static), self.generator.mask_id
+        network, mask_id = self._network_of(arrays), self.generator.mask_id
         place = jnp.arange(x.shape[1])
 
         def call(row):
