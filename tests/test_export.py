@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving import drawn, request, running
+from serving import SHAPE, Network, drawn, request, running
 
 import eqxldm as ex
 from eqxldm.data.pixels import to_uint8
@@ -116,6 +116,60 @@ def test_the_server_draws_with_it(model, path):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 11), 0)
     whole = eqx.filter_jit(expected)(model, key, 1, jnp.array(2.0))
     assert np.max(np.abs(np.asarray(whole, int)[..., 0] - picture.astype(int))) <= 1
+
+
+TRIG = ex.Diffusion(ex.CosineVP(), ex.predict_v)
+
+
+def consistency(network):
+    return ex.renoise(ex.consistency_function(network, TRIG), TRIG.path)
+
+
+def few_steps(make, diffusion):
+    """A model that is sampled by its map, in two steps."""
+    network = Network(jax.random.key(1))
+    return Exportable(
+        network, Gain(jnp.array(0.5)), diffusion, None, ex.uniform_times(2), SHAPE, np.int32(0),
+        flow_map=make,
+    )  # fmt: skip
+
+
+def by_map(model, key, label):
+    noise_key, key = jax.random.split(key)
+    x = jax.random.normal(noise_key, SHAPE)
+    z = ex.sample_map(model.flow_map(model.network), model.times, x, jnp.int32(label), key=key)
+    return np.asarray(to_uint8(model.decoder(z)[None])[0], int)
+
+
+def test_a_flow_map_draws_from_its_bundle(tmp_path):
+    """The map of a network of two times; its network goes on being one for solvers."""
+    model = few_steps(ex.average_velocity_map, FLOW)
+    save_bundle(model, tmp_path / "a", platforms=["cpu"])
+    bundle = load_bundle(tmp_path / "a")
+    drawn = np.asarray(bundle.draw([7, 8], jnp.array([1, 2])), int)
+    assert np.abs(drawn[0] - by_map(model, jax.random.key(7), 1)).max() <= 1
+    assert np.ptp(drawn) > 50 and np.any(drawn[0] != drawn[1])
+    x, t, s = jax.random.normal(jax.random.key(0), (2, *SHAPE)), jnp.array([1.0, 0.7]), jnp.zeros(2)
+    want = jax.vmap(model.flow_map(model.network))(x, t, s, jnp.array([0, 1]))
+    assert relative_error(jax.vmap(bundle.flow_map)(x, t, s, jnp.array([0, 1])), want) < 1e-5
+    out = jax.vmap(lambda x, t: model.network(x, t, 1, h=0.0))(x, t)
+    assert relative_error(bundle.denoiser(x, t, jnp.array([1, 1])), out) < 1e-5
+    with pytest.raises(ValueError, match="neither a solver nor a flow map"):
+        save_bundle(model._replace(flow_map=None), tmp_path / "b")
+
+
+def test_the_server_draws_with_a_flow_map(tmp_path):
+    """One that draws noise on the way, from the picture's own key."""
+    model = few_steps(consistency, TRIG)
+    said = SAID | {"path": "cosine", "prediction": "v", "solver": "map", "steps": 2, "null": 3}
+    said |= {"map_alone": True, "guidance": 1.0, "size": [4, 4]}
+    save_bundle(model, tmp_path / "a", said, platforms=["cpu"])
+    generator = from_bundle(tmp_path / "a")
+    assert generator.solver_names == ("map",) and generator.defaults.steps == 2
+    with running(generator, slots=1) as engine:
+        (picture,) = drawn(engine, request("map", 2, 1.0, seed=5, label=1))[0]
+    want = by_map(model, jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 11), 0), 1)
+    assert np.abs(want[..., 0] - picture.astype(int)).max() <= 1 and np.ptp(want) > 50
 
 
 def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys, monkeypatch):

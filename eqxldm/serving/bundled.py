@@ -44,7 +44,8 @@ def from_bundle(path: str | Path) -> Generator:
     """The bundle of a finished run, as `make export` writes it, as a `Generator`.
 
     Its network is the exported one, so every solver that fits its diffusion can be asked for, with
-    any number of steps.
+    any number of steps; a flow map, too, if the bundle has one. A consistency function has its map
+    alone.
 
     **Raises** as `load_bundle`, and `BundleError` for a bundle that does not say what it is of.
     """
@@ -75,13 +76,14 @@ def from_bundle(path: str | Path) -> Generator:
             bundle.shape,
             bundle.picture,
             (int(said["size"][0]), int(said["size"][1])),
-            solvers_that_fit(diffusion, times(3), OTHERS),
+            {} if said.get("map_alone") else solvers_that_fit(diffusion, times(3), OTHERS),
             times,
             usual,
             _reader(bundle),
             None if null is None else np.asarray(null, about[0]),
             labels=labels,
             takes_text=condition["kind"] == "text",
+            flow_map=bundle.flow_map,
             pad=int(said["pad"]),
             channels=int(said["channels"]),
             stream=lambda key: jax.random.fold_in(key, number),

@@ -8,7 +8,7 @@ alone loads it, as the page "Smaller and faster" shows; `load_bundle` does so in
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from ..data.pixels import to_uint8
 from ..diffusion import Diffusion
 from ..durable import replacing
+from ..flow_maps import FlowMap, sample_map
 from ..guidance import guide
 from ..sampling import sample
 from ..solvers import AbstractSolver
@@ -30,6 +31,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT = 1  # of the archive's record
 SETTINGS, WEIGHTS = "settings.json", "weights/{:05d}.npy"
 FUNCTIONS = ("denoiser", "decoder", "sampler")
+FLOW_MAP = "flow_map"  # a fourth function, of networks that were trained for few calls
 
 
 class BundleError(ValueError):
@@ -43,18 +45,23 @@ class Exportable(NamedTuple):
     [-1, 1] of its `x0`, of which a border of `pad` pixels is cut off; `cond` is an example of a
     condition, and `null` the one for "none", if there is guidance, for t in `interval`. Both are
     arrays, or dicts, lists or tuples of arrays, or None.
+
+    Of a network that was trained for few calls `flow_map` makes its map, `network -> FlowMap`
+    (`flow_maps`). With `solver` None the sampler goes over `times` by it, as `sample_map` does, and
+    has no use for a guidance scale.
     """
 
     network: Any
     decoder: Any
     diffusion: Diffusion
-    solver: AbstractSolver
+    solver: AbstractSolver | None
     times: Any
     shape: tuple[int, ...]
     cond: PyTree = None
     null: PyTree = None
     interval: tuple[float, float] = (0.0, 1.0)
     pad: int = 0
+    flow_map: Callable[[Any], FlowMap] | None = None
 
 
 def save_bundle(
@@ -72,10 +79,14 @@ def save_bundle(
     - `decoder(w, z) -> pictures (b, c, h, w)` in about [-1, 1],
     - `sampler(w, keys, cond, scale) -> pictures (b, h, w, c)` in uint8: the noise of `keys (b, 2)`,
       uint32, sampled over the model's grid in one scan with the guidance scale `scale (b,)`, and
-      decoded.
+      decoded,
+    - where the model has a flow map, `flow_map(w, x_t, t, s, cond, keys) -> x_s`; `keys (b, 2)` are
+      of the noise that some maps draw.
 
     **Arguments**: `settings` are kept beside what the bundle says of itself, and must be JSON.
     `platforms`, of `jax.export`: what the functions are lowered for.
+
+    **Raises** `ValueError` for a model with neither a solver nor a flow map.
 
     >>> import tempfile
     >>> from eqxldm import DDIM, LinearFlow, predict_x0, uniform_times
@@ -87,6 +98,8 @@ def save_bundle(
     >>> load_bundle(path).draw([1, 2, 3]).shape
     (3, 2, 2, 1)
     """
+    if model.solver is None and model.flow_map is None:
+        raise ValueError("save_bundle: the model has neither a solver nor a flow map.")
     params, static = eqx.partition((model.network, model.decoder), eqx.is_array)
     weights, treedef = jax.tree.flatten(params)
     parts = lambda w: eqx.combine(jax.tree.unflatten(treedef, w), static)
@@ -101,8 +114,11 @@ def save_bundle(
         network, decode = parts(w)
 
         def one(words: Array, cond: Any, scale: Array) -> Array:
-            noise_key, key = jax.random.split(jax.random.wrap_key_data(words, impl="threefry2x32"))
+            noise_key, key = jax.random.split(_key(words))
             x = model.diffusion.sample_prior(model.shape, key=noise_key)
+            if model.solver is None:
+                assert model.flow_map is not None
+                return decode(sample_map(model.flow_map(network), model.times, x, cond, key=key))
             guided = network
             if model.null is not None:
                 guided = guide(network, model.null, scale, interval=model.interval)
@@ -111,27 +127,33 @@ def save_bundle(
 
         return to_uint8(jax.vmap(one)(keys, cond, scale), pad=model.pad)
 
+    def flow_map(w: Any, x_t: Array, t: Array, s: Array, cond: Any, keys: Array) -> Array:
+        assert model.flow_map is not None
+        goes = model.flow_map(parts(w)[0])
+        one = lambda x_t, t, s, cond, words: goes(x_t, t, s, cond, key=_key(words))
+        return jax.vmap(one)(x_t, t, s, cond, keys)
+
     shape = lambda a, *batch: jax.ShapeDtypeStruct((*batch, *a.shape), a.dtype)
     given = [shape(a) for a in weights]
     (b,) = export.symbolic_shape("b")
     example = jax.tree.map(jnp.asarray, model.cond)
     cond = jax.tree.map(lambda a: shape(a, b), example)
     floats = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    x = floats(b, *model.shape)
-    arguments = {
+    x, keys = floats(b, *model.shape), jax.ShapeDtypeStruct((b, 2), jnp.uint32)
+    arguments: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "denoiser": (denoiser, (given, x, floats(b), cond)),
         "decoder": (decoder, (given, x)),
-        "sampler": (
-            sampler,
-            (given, jax.ShapeDtypeStruct((b, 2), jnp.uint32), cond, floats(b)),
-        ),
+        "sampler": (sampler, (given, keys, cond, floats(b))),
     }
+    if model.flow_map is not None:
+        arguments[FLOW_MAP] = flow_map, (given, x, floats(b), floats(b), cond, keys)
     about = {
         "format": FORMAT,
         "shape": list(model.shape),
         "pad": model.pad,
         "interval": list(model.interval),
         "guided": model.null is not None,
+        FLOW_MAP: model.flow_map is not None,
         "null": jax.tree.map(lambda a: np.asarray(a).tolist(), model.null),
         "cond": jax.tree.map(lambda a: [str(a.dtype), *a.shape], example),
         "weights": [str(a.dtype) for a in weights],
@@ -191,6 +213,13 @@ class Bundle:
         return BundleNetwork(self.weights, Program(self.programs["denoiser"]))
 
     @property
+    def flow_map(self) -> "BundleFlowMap | None":
+        """The flow map as `eqxldm.sample_map` takes one, of one example; None without one."""
+        if FLOW_MAP not in self.programs:
+            return None
+        return BundleFlowMap(self.weights, Program(self.programs[FLOW_MAP]))
+
+    @property
     def picture(self) -> "BundleDecoder":
         """The decoder of one example, likewise."""
         return BundleDecoder(self.weights, Program(self.programs["decoder"]))
@@ -216,9 +245,10 @@ def load_bundle(path: str | Path) -> Bundle:
                 raise BundleError(
                     f"{path} is a bundle of format {settings['format']!r:.100}, not {FORMAT}."
                 )
+            # Files of before flow maps do not speak of them.
+            names = [*FUNCTIONS, *([FLOW_MAP] if settings.get(FLOW_MAP) else [])]
             programs = {
-                name: export.deserialize(bytearray(_entry(file, f"{name}.bin")))
-                for name in FUNCTIONS
+                name: export.deserialize(bytearray(_entry(file, f"{name}.bin"))) for name in names
             }
             weights = []
             for i, dtype in enumerate(settings["weights"]):
@@ -287,6 +317,21 @@ class BundleNetwork(eqx.Module):
         return call(self.weights, (one(x_t), one(t), jax.tree.map(one, cond)))[0]
 
 
+class BundleFlowMap(eqx.Module):
+    """A bundle's flow map for one example, likewise; without a key its noise is that of key 0."""
+
+    weights: list[Array]
+    program: Program = eqx.field(static=True)
+
+    def __call__(
+        self, x_t: Array, t: Array, s: Array, cond: PyTree = None, *, key: Any = None
+    ) -> Array:
+        words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
+        one = lambda a: jnp.asarray(a)[None]
+        given = one(x_t), one(t), one(s), jax.tree.map(one, cond), one(words)
+        return _batched(self.program.call)(self.weights, given)[0]
+
+
 class BundleDecoder(eqx.Module):
     """A bundle's decoder for one example, likewise."""
 
@@ -295,6 +340,10 @@ class BundleDecoder(eqx.Module):
 
     def __call__(self, z: Array) -> Array:
         return _batched(self.program.call)(self.weights, (z[None],))[0]
+
+
+def _key(words: Array) -> Array:
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def _batched(call: Any) -> Any:

@@ -4,6 +4,7 @@
 denoiser and the decoder as ONNX.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from eqxldm import uniform_times
 from eqxldm.quantization import quantize
-from eqxldm.serving.export import Exportable, save_bundle
+from eqxldm.serving.export import PLATFORMS, Exportable, save_bundle
 from eqxldm.sharding import make_mesh
 
 from ..serve.generators import Decoder
-from ..train.__main__ import chosen_preset
+from ..train.__main__ import chosen_preset, given
 from ..train.checks import check_writable
 from ..train.commands import Which, finished_config, run_folder
 from ..train.conditions import Captions, FrozenCaptions, Labels
@@ -31,6 +33,7 @@ from ..train.job import read_data
 from ..train.methods import Method, check_sampling, make_method, make_solver, make_times
 from ..train.options import check
 from ..train.processes import exit_with
+from ..train.run import RunFolder
 from ..train.streams import stream_number
 from ..train.terminal import Signals, UserError, run_main, say
 from .onnx import DENOISER, check_packages, quantize_onnx, save_onnx
@@ -59,7 +62,7 @@ def export(command: Export) -> list[Path]:
     config = finished_config(run)
     method = make_method(config)
     check_sampling(method, sampling, prefix="")
-    check_exportable(method, config, sampling)
+    check_exportable(method, config, sampling, command.format)
     if command.format == "onnx":
         check_packages()
         if command.quantize not in (None, "int8"):
@@ -86,29 +89,37 @@ def export(command: Export) -> list[Path]:
     if command.quantize is not None:
         network = quantize(network, command.quantize)
     guided = trained.null is not None and sampling.guidance != 1
+    by_map = sampling.solver == "map"
     model = Exportable(
         network,
         Decoder(trained.space),
         method.diffusion,
-        make_solver(method, sampling),
-        make_times(method, sampling),
+        None if by_map else make_solver(method, sampling),
+        uniform_times(sampling.steps) if by_map else make_times(method, sampling),
         trained.shape,
         example(condition),
         trained.null if guided else None,
         sampling.guidance_interval,
         config.pictures.pad,
+        method.flow_map,
     )
-    save_bundle(model, path, settings(command, config, condition, about))
+    said = settings(command, config, condition, about)
+    save_bundle(model, path, said, platforms=PLATFORMS)
     say(f"{path}: {path.stat().st_size:,} bytes")
     return [path]
 
 
-def check_exportable(method: Method, config: Config, sampling: SamplingConfig) -> None:
-    """A file holds a network of one time, a solver and a fixed guidance scale."""
-    if config.objective == "scm" or sampling.solver == "map":
+def check_exportable(method: Method, config: Config, sampling: SamplingConfig, form: str) -> None:
+    """A file holds a network of one time or a flow map, and a fixed guidance scale."""
+    if form == "onnx" and (config.objective == "scm" or sampling.solver == "map"):
         raise UserError(
-            "a flow map has no file: one holds a network and a solver. Give another --solver, or "
-            "a run that was not trained with --objective scm."
+            "--format onnx: a flow map has no file of ONNX, which holds a network of one time. "
+            "Give --format jax, or another --solver; --objective scm has the map alone."
+        )
+    if config.objective == "scm" and sampling.solver != "map":
+        raise UserError(
+            f"--solver {sampling.solver}: a consistency function is sampled by its map. Give "
+            "--solver map, or --objective scm, whose default it is."
         )
     if method.conditioned:
         raise UserError("--few.conditioned: a network whose condition is guidance has no file.")
@@ -146,6 +157,7 @@ def settings(command: Export, config: Config, condition: Any, about: dict) -> di
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "shift": sampling.shift,
+        "map_alone": config.objective == "scm",
         "condition": said,
         "null": None if condition.null is None else np.asarray(condition.null).tolist(),
         "stream": stream_number("samples"),
@@ -153,8 +165,18 @@ def settings(command: Export, config: Config, condition: Any, about: dict) -> di
     }
 
 
+def with_objective(args: Sequence[str]) -> Sequence[str]:
+    """The arguments with the objective of the run that they name, whose usual solver it brings."""
+    folder = given(args, "--run-dir")
+    if not folder or given(args, "--objective"):
+        return args
+    with contextlib.suppress(UserError):  # which comes again when the run is read
+        return [*args, "--objective", finished_config(RunFolder(Path(folder[0]))).objective]
+    return args
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    args = sys.argv[1:] if args is None else args
+    args = with_objective(sys.argv[1:] if args is None else args)
     found = chosen_preset(args)
     names = ("preset", "space", "denoiser", "objective", "sampling")
     default = Export(**{name: getattr(found, name) for name in names})

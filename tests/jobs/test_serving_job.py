@@ -9,7 +9,7 @@ import pytest
 from serving import drawn, make_generator, pixels, running, written
 from test_serving_http import served
 
-from eqxldm.serving import Request, RequestError
+from eqxldm.serving import Request, RequestError, load_bundle
 from eqxldm.serving.text import TextRequest
 from experiments.serve import clients, generators
 from experiments.serve.__main__ import main
@@ -82,6 +82,28 @@ def test_a_run_of_few_steps_is_served_by_its_map(tmp_path, monkeypatch):
         (found,) = drawn(engine, Request("map", 1, 1.0, (0.0, 1.0), 7, n=2, label=2))
     want = by_the_job(config, *about, 2, 7, SamplingConfig("map", 1, 1.0))
     assert np.abs(np.stack(found).astype(int)[..., None] - want).max() <= 1
+
+
+def test_a_run_of_few_steps_is_exported_with_its_map(tmp_path, monkeypatch):
+    """The run says what its objective is: by default one call of the map draws."""
+    from experiments.export import __main__ as exporting
+
+    config, *about = write_run(tmp_path / "a", monkeypatch, "imf")
+    monkeypatch.setattr(exporting, "load_finished", lambda *_: about[0])
+    monkeypatch.setattr(exporting, "PLATFORMS", ["cpu"])
+    exporting.main(["--preset", "mnist", "--run-dir", str(tmp_path / "a")])
+    bundle = load_bundle(tmp_path / "a" / "model.bundle")
+    said = bundle.settings
+    assert (said["solver"], said["steps"], said["guidance"]) == ("map", 1, 1.0)
+    keys = [jax.random.fold_in(stream_key(7, "samples"), i) for i in range(2)]
+    words = (jax.random.key_data(key).tolist() for key in keys)
+    seeds = [high << 32 | low for high, low in words]
+    found = np.asarray(bundle.draw(seeds, np.array([2, 2], np.int32)), int)
+    want = by_the_job(config, *about, 2, 7, SamplingConfig("map", 1, 1.0))
+    assert np.abs(found - want).max() <= 1 and np.ptp(want) > 20
+    arguments = ["--preset", "mnist", "--run-dir", str(tmp_path / "a"), "--format", "onnx"]
+    with pytest.raises(UserError, match="a flow map has no file of ONNX"):
+        exporting.main(arguments)
 
 
 def test_a_folder_draws_what_make_generate_draws(tmp_path):
