@@ -185,6 +185,39 @@ def test_workers_are_told_by_their_parent_alone_when_to_end():
         assert "Traceback" not in parent.stderr.read()
 
 
+KILLED = """
+import multiprocessing, threading
+import numpy as np
+from eqxldm.data import Batches
+
+x = np.zeros(10**6)  # more than a pipe holds
+batches = Batches(10, 4, lambda indices, epochs: ({"x": x[indices]}, {}), seed=0, workers=1)
+
+def kill():
+    while not (started := multiprocessing.active_children()):
+        pass
+    started[0].kill()
+
+threading.Thread(target=kill).start()
+try:
+    next(batches)
+except RuntimeError as error:
+    print(error)
+batches.close()
+"""
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_an_error(tmp_path):
+    """Python would wait for ever for it to read what it begins with."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED], capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("Worker process was terminated unexpectedly")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_ends_at_once_leaves_no_shared_memory_behind():
     """Python's tracker of it would complain."""
     script = f"{READER}\nfrom eqxldm._leaving import leave\nbatches.close()\nleave(3)"

@@ -1,16 +1,19 @@
 """Shuffled, endless batches whose position can be saved and restored."""
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import Any
 
+import cloudpickle
 import grain
 import jax
 import numpy as np
@@ -77,7 +80,7 @@ class Batches(grain.DatasetIterator):
     ):
         super().__init__()
         self._running: grain.DatasetIterator | None = None
-        self._begun = False
+        self._came, self._file = 0, None  # batches of `_running`; what its workers begin with
         if not 1 <= batch_size <= length:
             raise ValueError(f"batch_size must lie in 1 .. {length}, got {batch_size}.")
         own = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -86,8 +89,8 @@ class Batches(grain.DatasetIterator):
                 f"rows must be some of 0 .. {batch_size - 1} in ascending order, "
                 f"got {own.tolist()}."
             )
-        order = grain.MapDataset.range(length).seed(seed).shuffle().repeat().batch(batch_size)
-        self._batches = order.map_with_index(_Part(read, own, batch_size, length))
+        self._shuffled = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+        self._part = _Part(read, own, batch_size, length)
         self._order = {"records": length, "batch_size": batch_size, "seed": seed}
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._workers = workers
@@ -99,11 +102,13 @@ class Batches(grain.DatasetIterator):
         self.start_prefetch()
         assert self._running is not None
         # The first batch starts the workers, in threads of grain.
-        with contextlib.nullcontext() if self._begun else _away_from_the_terminal():
+        with contextlib.nullcontext() if self._came else _away_from_the_terminal():
             batch, skipped = next(self._running)
+        self._came += 1
         if self._workers:  # out of shared memory, which a process that ends would leave behind
             batch = jax.tree.map(np.array, batch)
-        self._begun = True
+        if self._came == self._workers:  # one of each of them, which have read it
+            self._remove_file()
         self._taken += 1
         self.skipped.update(skipped)
         return batch
@@ -125,15 +130,22 @@ class Batches(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         if self._running is None:
+            part = replace(self._part, read=_handed_over) if self._workers else self._part
+            batches = self._shuffled.batch(part.batch_size).map_with_index(part)
             # A fresh pipeline over the rest, because the position of grain's own iterators depends
             # on the number of workers.
-            rest = self._batches.slice(slice(self._taken, None)).to_iter_dataset(self._options)
+            rest = batches.slice(slice(self._taken, None)).to_iter_dataset(self._options)
             if self._workers:
                 if not flags.FLAGS.is_parsed():  # grain asks for flags that absl programs parse
                     flags.FLAGS.mark_as_parsed()
+                # In a file, because Python waits for ever for one that is killed before it has read
+                # more than a pipe holds of what it is told at its start.
+                handle, self._file = tempfile.mkstemp(prefix="eqxldm-reader-")
+                with open(handle, "wb") as file:
+                    cloudpickle.dump(self._part.read, file)
                 options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-                rest = rest.mp_prefetch(options, _end_with_the_parent)
-            self._running, self._begun = iter(rest), not self._workers
+                rest = rest.mp_prefetch(options, functools.partial(_begin_worker, self._file))
+            self._running, self._came = iter(rest), 0
 
     def close(self) -> None:
         self._closed = True
@@ -143,6 +155,13 @@ class Batches(grain.DatasetIterator):
         if self._running is not None:
             self._running.close()
             self._running = None
+        self._remove_file()
+
+    def _remove_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file)
+            self._file = None
 
 
 @contextlib.contextmanager
@@ -160,8 +179,20 @@ def _away_from_the_terminal() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_the_parent(index: int, count: int) -> None:
-    """In a worker: grain's would wait for ever for a process that was killed."""
+_read: Read | None = None  # of this worker
+
+
+def _handed_over(indices: np.ndarray, epochs: np.ndarray) -> tuple[Batch, dict[str, str]]:
+    assert _read is not None
+    return _read(indices, epochs)
+
+
+def _begin_worker(path: str, index: int, count: int) -> None:
+    """Takes what it is to read with. grain's workers would wait for ever for a process that was
+    killed: this one ends with it."""
+    global _read
+    with open(path, "rb") as file:
+        _read = cloudpickle.load(file)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

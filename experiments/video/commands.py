@@ -167,6 +167,12 @@ def check_network(config: Config) -> None:
             "--autoencoder.crop must be a multiple of 8 and --autoencoder.crop-frames 4 k + 1, got "
             f"{config.autoencoder.crop} and {config.autoencoder.crop_frames}."
         )
+    shares = config.sound.given, config.sound.alone, config.sound.apart
+    if sum(shares) > 1:
+        raise UserError(
+            "--sound.given, --sound.alone and --sound.apart are shares of the clips: together at "
+            f"most 1, got {' + '.join(map(str, shares))}."
+        )
 
 
 def train_all(job: Job) -> tuple[Trained, Measure]:
@@ -338,7 +344,8 @@ def sample(command: Sample) -> None:
     out = command.out
     if out is not None:
         check_ending(out)
-        check_writable(out, "--out")
+        for file in (out, strip_of(out)):
+            check_writable(file, "--out")
     wanted = [command.prompt] if command.prompt is not None else texts
     wanted = [wanted[i % len(wanted)] for i in range(command.n)]
     first = None if command.first is None else read_first(command, trained.config)
@@ -351,10 +358,15 @@ def sample(command: Sample) -> None:
     else:
         found = drawing.long(wanted, key, frames, overlap=command.overlap, first=first)
     save_animation(path, grid_frames(found, min(4, command.n)), clips.fps or FPS)
-    save_filmstrip(path.with_name(f"{path.stem}-strip.png"), found)
+    save_filmstrip(strip_of(path), found)
     if trained.captioned and command.prompt is None:
         say("row by row: " + "; ".join(wanted))
     say(f"wrote {path} and a filmstrip beside it")
+
+
+def strip_of(path: Path) -> Path:
+    """Where the filmstrip of an animation is."""
+    return path.with_name(f"{path.stem}-strip.png")
 
 
 def read_first(command: Sample, config: Config) -> Any:

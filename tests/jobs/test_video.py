@@ -125,8 +125,10 @@ def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
         check_network(replace(train.config, diffusion=replace(train.diffusion, width=64)))
     with pytest.raises(UserError, match="crop must be"):
         check_network(replace(train.config, autoencoder=replace(train.autoencoder, crop=12)))
-    for path in (tmp_path / "a.png" / "b.png", tmp_path / "d.png", tmp_path / ("x" * 300 + ".gif")):
-        (tmp_path / "d.png").mkdir(exist_ok=True)
+    for folder in ("d.png", "e-strip.png"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png/b.png", "d.png", "e.gif", "x" * 300 + ".gif"):
+        path = tmp_path / name
         (tmp_path / "a.png").write_text("")
         with pytest.raises(UserError, match="--out"):
             ask(out=path, overlap=1)

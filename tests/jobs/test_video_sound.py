@@ -18,7 +18,7 @@ from eqxldm.models import SoundAutoencoder
 from experiments.train.run import RunFolder, as_dict, write_json
 from experiments.train.terminal import UserError
 from experiments.video.__main__ import main
-from experiments.video.commands import load_trained, summary
+from experiments.video.commands import check_network, load_trained, summary
 from experiments.video.config import Sample, Train, check_clips
 from experiments.video.data import WithSound, open_clips_of, spectrogram_of
 from experiments.video.drawing import Drawn
@@ -126,6 +126,8 @@ def test_what_a_run_cannot_sound_like_is_said_at_once(run, tmp_path):
         check_sound(Sample(run_dir=run, wav=some), plain)
     with pytest.raises(UserError, match=r"--clip, --wav: .*No such file"):
         main(["sample", "--run-dir", str(run), "--wav", str(some)])
+    with pytest.raises(UserError, match=r"together at most 1, got 0\.9 \+ 0\.9 \+ 0\.1"):
+        check_network(replace(CONFIG, sound=replace(CONFIG.sound, given=0.9, alone=0.9)))
     assert "divide 1000" in (check_clips(replace(CLIPS, fps=7.0)) or "")
     with pytest.raises(UserError, match="of moving digits"):
         open_clips_of(replace(DEFAULT, clips=CLIPS, videos=tmp_path), RunFolder(tmp_path))
