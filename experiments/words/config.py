@@ -56,7 +56,7 @@ class Measure:
 
     windows: Count = 256  # Windows of the held-out text whose likelihood is bounded.
     draws: Count = 16  # Masks drawn for each of them.
-    samples: Count = 64  # Texts that each sampler writes.
+    samples: Count = 32  # Texts that each sampler writes.
     samplers: tuple[SamplerName, ...] = SAMPLERS  # Those that are compared.
     # Network calls of the samplers.
     calls: tuple[Annotated[int, Range(1, 10**5)], ...] = (4, 8, 16, 32, 64, 128, 256)
