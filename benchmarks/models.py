@@ -7,6 +7,7 @@ benchmarks/results/models.json.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -75,8 +76,8 @@ CASES = [
 class Worker:
     """One side in a process of its own."""
 
-    def __init__(self, side):
-        command = [sys.executable, __file__, "--side", side]
+    def __init__(self, side, python):
+        command = [python, __file__, "--side", side]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, **pipes)
 
@@ -123,16 +124,22 @@ def work(side):
             answer = statistics.median(times)
         elif question["do"] == "drop":
             runs.clear()
+        elif question["do"] == "version":
+            answer = importlib.metadata.version("jax")
         else:
             answer = ours.compile_seconds(question["depth"])
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def versions():
-    from importlib.metadata import version
-
-    found = {name: version(name) for name in ("jax", "equinox", "torch", "diffusers")}
-    return found | {"python": platform.python_version(), "cpus": len(os.sched_getaffinity(0))}
+    version = importlib.metadata.version
+    found = {name: version(name) for name in ("equinox", "torch", "diffusers")}
+    jax_version = workers()["ours"].ask(do="version")
+    return found | {
+        "jax": jax_version,
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+    }
 
 
 def measure(name, kind, case, libraries, rounds, seconds):
@@ -158,10 +165,10 @@ def measure(name, kind, case, libraries, rounds, seconds):
 ALIVE = {}
 
 
-def workers():
-    for side in ("ours", "peers"):
+def workers(ours=sys.executable):
+    for side, python in (("ours", ours), ("peers", sys.executable)):
         ALIVE.setdefault(side, None)
-        ALIVE[side] = ALIVE[side] or Worker(side)
+        ALIVE[side] = ALIVE[side] or Worker(side, python)
     return ALIVE
 
 
@@ -171,6 +178,7 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    parser.add_argument("--ours", default=sys.executable, help="the Python that runs our side")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compile times")
     options = parser.parse_args()
     if options.side:
@@ -178,6 +186,8 @@ def main():
     # A compilation cache would hide what compiling costs.
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax_version = workers(options.ours)["ours"].ask(do="version")
+    print(f"jax {jax_version}\n")
     print("| case | ours | diffusers | torch | ours against the faster | goal |")
     print("|---|---|---|---|---|---|")
     rows = []
