@@ -184,42 +184,47 @@ class TextEngine(AbstractEngine):
 
     def advance(self) -> None:
         texts = list(self._active)
+        if not texts:
+            return
         self._ask([text for text in texts if not text.known])
-        counts, plan = np.full((self.slots, 3), -1, np.int32), blank_plan(self.slots)
-        for text in texts:
+        size = fitting(self.programs.steps, len(texts))
+        slots = np.zeros(size, np.int32)
+        slots[: len(texts)] = [text.slot for text in texts]
+        counts, plan = np.full((size, 3), -1, np.int32), blank_plan(size)
+        for i, text in enumerate(texts):
             sampler = self.programs.numbers[text.job.request.sampler]
-            counts[text.slot] = sampler, text.done, text.number
-            for column, value in zip(
-                jax.tree.leaves(plan), jax.tree.leaves(text.row()), strict=True
-            ):
-                column[text.slot] = value
-        given = self._x.copy(), plan, counts, self._words.copy(), self._drawing.copy()
-        x, are_numbers = self.programs.step(*given)
+            counts[i] = sampler, text.done, text.number
+            entries = jax.tree.leaves(text.row())
+            for column, value in zip(jax.tree.leaves(plan), entries, strict=True):
+                column[i] = value
+        given = self._x[slots], plan, counts, self._words[slots], self._drawing[slots]
+        x, are_numbers = self.programs.step(slots, *given)
         self.keep_time()
-        for text in texts:
-            self._follow(text, x[text.slot, : len(text.tokens)].copy(), are_numbers[text.slot])
+        for text, tokens, is_number in zip(texts, x, are_numbers, strict=False):
+            self._follow(text, tokens[: len(text.tokens)].copy(), is_number)
         self.release([text for text in texts if not text.left])
 
     def _ask(self, texts):
         """Calls the network for texts that have changed, in as few calls as the largest size
         allows."""
-        most = self.programs.sizes[-1]
+        most, none = self.programs.sizes[-1], self.slots
         while texts:
-            rows, pairs, taken = [], np.full((self.slots, 2), -1, np.int32), []
+            rows, targets, taken = [], [], []
             for text in texts:
                 guided = text.job.request.guidance != 1
                 if len(rows) + 1 + guided > most:
                     break
-                pairs[text.slot] = len(rows), len(rows) + guided
+                targets += [(text.slot, len(rows) + guided), (none, 0)][: 1 + guided]
                 rows += [(text.slot, 0), (text.slot, 1)][: 1 + guided]
                 taken.append(text)
                 text.calls += 1
             size = fitting(self.programs.sizes, len(rows))
-            padded = np.zeros((size, 2), np.int32)
-            padded[: len(rows)] = rows
-            given = self._x.copy(), self._prompt.copy(), self._lengths.copy(), self._scale.copy()
-            self.programs.ask(*given, padded, pairs)
-            self.observe("rows", len(rows))
+            padding = size - len(rows)
+            rows = np.array(rows + [(0, 0)] * padding, np.int32)
+            targets = np.array(targets + [(none, 0)] * padding, np.int32)
+            given = self._x.copy(), self._prompt.copy(), self._lengths.copy()
+            self.programs.ask(*given, rows, targets, self._scale[rows[:, 0]])
+            self.observe("rows", size - padding)
             self.observe("size", size)
             texts = texts[len(taken) :]
 

@@ -4,7 +4,7 @@ Each slot has a window of as many tokens as the model's context; a shorter text 
 tokens do not see what comes after. Tokens are few and lie on the host; what the network says of
 each slot stays on the device until its text has changed. Plans, samplers, temperatures, top-p,
 guidance and seeds are numbers in small arrays, so requests that differ in all of them share a call
-and a step. What has to be compiled depends on the number of network rows alone.
+and a step. What has to be compiled depends on the number of network rows, and of texts, alone.
 """
 
 from functools import partial
@@ -25,6 +25,8 @@ class TextPrograms:
     - `slots`: texts that can be on their way at once.
     - `sizes`: the numbers of network rows that are compiled; a call is padded to the next one.
       With one size only, every text is computed in calls of one shape, whoever else is there.
+
+    `steps` are the numbers of texts that a step is compiled for.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class TextPrograms:
     ):
         self.generator, self.slots = generator, slots
         self.sizes = powers_of_two(2 * slots) if sizes is None else tuple(sorted(sizes))
+        self.steps = powers_of_two(slots) if sizes is None else (slots,)
         if self.sizes[-1] < 2:
             raise ValueError(f"TextPrograms: sizes {self.sizes} do not hold a text with guidance.")
         self.numbers = {name: i for i, name in enumerate(generator.sampler_names)}
@@ -42,24 +45,25 @@ class TextPrograms:
         shape = slots, generator.length, generator.vocabulary
         self._log_p = jax.jit(lambda: jnp.zeros(shape, jnp.float32))()
 
-    def ask(self, x, prompt, lengths, scale, rows, pairs) -> None:
+    def ask(self, x, prompt, lengths, rows, targets, scale) -> None:
         """One network call, whose answers are kept.
 
         `x`, `(slots, n)`: the tokens, of which `lengths` are a slot's text; `prompt` is true where
         something was known. `rows`, `(size, 2)`: the slot of each, and whether it sees no prompt.
-        `pairs`, `(slots, 2)`: which rows hold a slot's answers with and without one, -1 where it
-        has none; they are mixed by `scale`, as in `discrete.guide_prompt`.
+        `targets`, `(size, 2)`: whose answer a row is, no slot's if it is `slots`; and the row of
+        the same text without its prompt. They are mixed by `scale`, `(size,)`, as in
+        `discrete.guide_prompt`.
         """
-        self._log_p = self._ask(self._arrays, self._log_p, x, prompt, lengths, scale, rows, pairs)
+        self._log_p = self._ask(self._arrays, self._log_p, x, prompt, lengths, rows, targets, scale)
 
-    def step(self, x, plan, counts, words, drawing) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens after a step of each slot, and which slots' answers are numbers.
+    def step(self, slots, x, plan, counts, words, drawing) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens after a step of the texts in some slots, and whose answers are numbers.
 
-        `plan`: a `TokenPlan` with an entry for each slot. `counts`, `(slots, 3)`: the sampler's
-        number (-1: the slot rests), the step's, and which text of its seed it is. `words`, `(slots,
-        2)`: the seed's; `drawing`, `(slots, 2)`: temperature and top-p.
+        `slots`, `(size,)`, and for each its `x`, `(size, n)`, and its entry of a `plan`. `counts`,
+        `(size, 3)`: the sampler's number (-1: nothing is done), the step's, and which text of its
+        seed it is. `words`, `(size, 2)`: the seed's; `drawing`, `(size, 2)`: temperature and top-p.
         """
-        return jax.device_get(self._step(self._log_p, x, plan, counts, words, drawing))
+        return jax.device_get(self._step(self._log_p, slots, x, plan, counts, words, drawing))
 
     def warm_up(self, progress: Any = None) -> None:
         """Runs every program until none is compiled any more."""
@@ -67,19 +71,20 @@ class TextPrograms:
 
     def _run_all(self, tell):
         s, n = self.slots, self.generator.length
-        x, none = np.zeros((s, n), np.int32), np.full((s, 2), -1, np.int32)
+        x, whole = np.zeros((s, n), np.int32), np.full(s, n, np.int32)
         for size in self.sizes:
             tell(f"{size} rows")
-            rows = np.zeros((size, 2), np.int32)
-            lengths, scale = np.full(s, n, np.int32), np.ones(s, np.float32)
-            self.ask(x, np.zeros((s, n), bool), lengths, scale, rows, none)
-        tell("step")
-        counts, words = np.full((s, 3), -1, np.int32), np.zeros((s, 2), np.uint32)
-        self.step(x, blank_plan(s), counts, words, np.ones((s, 2), np.float32))
+            rows, targets = np.zeros((size, 2), np.int32), np.full((size, 2), [s, 0], np.int32)
+            self.ask(x, x > 0, whole, rows, targets, np.ones(size, np.float32))
+        for size in self.steps:
+            tell(f"{size} texts")
+            counts, words = np.full((size, 3), -1, np.int32), np.zeros((size, 2), np.uint32)
+            given = blank_plan(size), counts, words, np.ones((size, 2), np.float32)
+            self.step(np.zeros(size, np.int32), x[:size], *given)
 
     # The functions that are compiled.
 
-    def _asked(self, arrays, log_p, x, prompt, lengths, scale, rows, pairs):
+    def _asked(self, arrays, log_p, x, prompt, lengths, rows, targets, scale):
         network, mask_id = self._network_of(arrays), self.generator.mask_id
         place = jnp.arange(x.shape[1])
 
@@ -90,15 +95,16 @@ class TextPrograms:
 
         outs = jax.vmap(call)(rows)
 
-        def mix(pair, scale):
-            out, without = outs[pair[0]], outs[pair[1]]
+        def mix(out, other, scale):
+            without = outs[other]
             mixed = without + scale.astype(out.dtype) * (out - without)
             return log_probabilities(mixed, mask_id)
 
-        return jnp.where((pairs[:, 0] >= 0)[:, None, None], jax.vmap(mix)(pairs, scale), log_p)
+        answers = jax.vmap(mix)(outs, targets[:, 1], scale)
+        return log_p.at[targets[:, 0]].set(answers, mode="drop")
 
-    def _stepped(self, log_p, x, plan, counts, words, drawing):
-        chosen, path = counts[:, 0], self.generator.path
+    def _stepped(self, log_p, slots, x, plan, counts, words, drawing):
+        chosen, path, log_p = counts[:, 0], self.generator.path, log_p[slots]
 
         def keys_of(words, counts):
             key = jax.random.wrap_key_data(words, impl="threefry2x32")
@@ -123,12 +129,12 @@ class TextPrograms:
         return x, ~jnp.any(jnp.isnan(log_p), axis=(1, 2))
 
 
-def blank_plan(slots: int) -> TokenPlan:
-    """A plan's entries for slots that rest, to be filled in.
+def blank_plan(size: int) -> TokenPlan:
+    """Entries of plans for which there is nothing to do, to be filled in.
 
     >>> blank_plan(2).left.tolist()
     [1, 1]
     """
-    whole = lambda value: np.full(slots, value, np.int32)
-    return TokenPlan(np.ones(slots, np.float32), np.zeros(slots, np.float32), whole(1), whole(0),
+    whole = lambda value: np.full(size, value, np.int32)
+    return TokenPlan(np.ones(size, np.float32), np.zeros(size, np.float32), whole(1), whole(0),
                      whole(0))  # fmt: skip
