@@ -80,6 +80,17 @@ def test_numbers_of_a_compiled_program_draw_as_constants_do():
             assert (at(log_p, jnp.float32(temperature), None, key=key) == want).all()
 
 
+def test_a_nucleus_is_the_same_set_in_programs_of_any_size():
+    """XLA rounds otherwise in a program for one; it takes optimisations to see that."""
+    logits = 2 * jax.random.normal(jax.random.key(5), (4, 128, 28))
+    kept = jax.jit(jax.vmap(lambda x: dd.nucleus(jax.nn.log_softmax(x / 0.7), 0.9)))
+    p = np.exp(np.asarray(logits, np.float64) / 0.7)
+    p = -np.sort(-p / p.sum(-1, keepdims=True))
+    sizes = np.sum(np.cumsum(p, -1) - p < 0.9, -1)
+    for found in (kept(logits), jnp.concatenate([kept(logits[i : i + 1]) for i in range(4)])):
+        assert (np.isfinite(found).sum(-1) == sizes).all()
+
+
 def test_a_text_does_not_depend_on_how_many_there_are(generator):
     x = jnp.full((3, 8), MASK)
     write = lambda b: (

@@ -66,11 +66,13 @@ def nucleus(log_p: Float[Array, "n v"], top_p: Any) -> Float[Array, "n v"]:
     >>> jnp.exp(nucleus(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6)).round(2).tolist()[0][2]
     0.0
     """
-    order = jnp.sort(log_p, axis=-1, descending=True)
-    before = jnp.cumsum(jnp.exp(order), axis=-1) - jnp.exp(order)
-    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-    least = jnp.take_along_axis(order, jnp.maximum(last, 0), axis=-1)
-    return jnp.where(log_p >= least, log_p, -jnp.inf)
+    # By places and not by comparing with the last one's value: XLA may compute `log_p` twice, with
+    # other rounding, and then the last token of the set would not be in it.
+    order = jnp.argsort(log_p, axis=-1, descending=True)
+    p = jnp.exp(jnp.take_along_axis(log_p, order, axis=-1))
+    count = jnp.sum(jnp.cumsum(p, axis=-1) - p < top_p, axis=-1, keepdims=True)
+    place = jnp.argsort(order, axis=-1)
+    return jnp.where(place < jnp.maximum(count, 1), log_p, -jnp.inf)
 
 
 def check_drawing(name: str, temperature: Any, top_p: Any) -> None:
