@@ -228,8 +228,10 @@ bench: $(PARITY) ## ours beside PyTorch: training, sampling, compile time (15 mi
 bench-accelerator: $(RUNTIME) ## training and sampling on a GPU or TPU in many variants; small on a CPU
 	.venv/bin/python benchmarks/accelerator.py $(ARGS)
 
-bench-serve: $(SERVE) ## the server over loopback, beside the bare jitted call: RUN=runs/mnist (2 minutes)
-	.venv/bin/python -m experiments.serve bench --run "$(or $(RUN),runs/mnist)" \
+bench-serve: $(SERVE) $(if $(WITH_DIFFUSERS),$(PARITY)) ## the server over loopback, beside the bare jitted call: RUN=runs/mnist or MODEL=folder; WITH_DIFFUSERS=1 (2 minutes)
+	.venv/bin/python -m experiments.serve bench $(if $(MODEL),--model "$(MODEL)", \
+		$(if $(RUN),--run "$(RUN)",$(if $(WITH_DIFFUSERS),,--run runs/mnist))) \
+		$(if $(WITH_DIFFUSERS),--diffusers .venv-parity/bin/python) \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SOLVER),--solver $(SOLVER)) $(ARGS)
 
 bench-quantized: $(RUNTIME) ## one layer with weights in 8 bits beside bfloat16's: times and errors
@@ -332,7 +334,7 @@ $(DOCS): $(RUNTIME)
 # so has no hash here. Of open-clip-torch only the vocabulary file of CLIP is read, of torch-fidelity
 # its statistics and networks are run: what they depend on besides is not installed.
 $(PARITY): .venv-parity/bin/python pyproject.toml $(CONSTRAINTS) constraints/parity.txt
-	$(call INSTALL,.venv-parity,text onnx)
+	$(call INSTALL,.venv-parity,text onnx serve)
 	.venv-parity/bin/python constraints/pins.py versions $(CONSTRAINTS) > .venv-parity/versions.txt
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .venv-parity/versions.txt --constraint constraints/parity.txt \

@@ -18,6 +18,7 @@ from .generators import from_folder, from_run
 from .texts import from_words, is_text
 
 TOKEN = "EQXLDM_TOKEN"  # the environment's: a command line can be seen by others
+WHICH = "what is to be served? RUN=runs/mnist, or MODEL=folder."
 LARGE = 256 * 256  # pixels of a picture from which they are decoded one by one
 
 
@@ -45,7 +46,7 @@ class Serve:
 def load(options: Serve) -> Generator | TextGenerator:
     """The model that the options name."""
     if (options.run is None) == (options.model is None):
-        raise UserError("what is to be served? RUN=runs/mnist, or MODEL=folder.")
+        raise UserError(WHICH)
     folder = options.run or options.model
     assert folder is not None
     if is_text(folder):

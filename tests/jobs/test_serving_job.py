@@ -11,7 +11,7 @@ from test_serving_http import served
 
 from eqxldm.serving import Request, RequestError, load_bundle
 from eqxldm.serving.text import TextRequest
-from experiments.serve import clients, generators
+from experiments.serve import clients, folders, generators
 from experiments.serve.__main__ import main
 from experiments.serve.clients import picture
 from experiments.serve.options import Serve, load, make_engine
@@ -190,12 +190,20 @@ def test_bad_input_is_one_message(tmp_path, capsys):
             ("serve", "--run", "a", "--slots", "0"): "--slots must lie in",
             ("serve", "--run", "a", "--port", port): "Take another PORT",
             ("bench", "--run", str(unfinished)): "is a run of words",
-            ("bench",): "which run?",
+            ("bench",): "what is to be served?",
+            ("bench", "--run", "a", "--diffusers", "b"): "--diffusers reads no run",
+            ("bench", "--model", "a", "--diffusers", "none"): "there is no such program",
             ("soak",): "which run?",
         }.items():
             assert run_main(lambda args=args: main(args)) == 2
             shown = capsys.readouterr().err
             assert shown.count("error:") == 1 and text in shown, (args, shown)
+
+
+def test_a_folder_with_random_weights_can_be_measured(tmp_path):
+    folders.write_dit(tmp_path / "dit")
+    generator = generators.from_folder(tmp_path / "dit", None, "float32")
+    assert generator.size == (32, 32) and generator.guided and len(generator.labels) == 1000
 
 
 def test_the_load_generator_counts_answers():
