@@ -27,7 +27,9 @@ from .programs import FRAMES, Programs, fitting
 from .queueing import AbstractEngine
 from .requests import Limits, Request, RequestError
 
-AHEAD = 2  # network calls that are dispatched before the first of them must be done
+# Network calls that are dispatched before the first of them must be done: as many as fill these
+# seconds, for which a new request may wait, in the range.
+AHEAD_SECONDS, AHEAD = 0.02, (2, 8)
 BACKLOG = 16  # decoded batches that wait to be delivered, before drawing waits for them
 
 
@@ -198,8 +200,11 @@ class Engine(AbstractEngine):
             draws = draws[len(taken) :]
 
     def _keep_pace(self):
-        """Waits for the call before the last: a new request joins soon, and the device is busy."""
-        if len(self._flights) >= AHEAD:
+        """Waits for a call that was dispatched before: a new request joins soon, and the device is
+        busy, however late this thread wakes up."""
+        low, high = AHEAD
+        ahead = min(max(low, 1 + int(AHEAD_SECONDS / max(self._step_seconds, 1e-6))), high)
+        while len(self._flights) >= ahead:
             self._flights.popleft().block_until_ready()
         self.keep_time()
 
