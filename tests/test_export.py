@@ -1,5 +1,6 @@
 """What is made of a finished run: bundles that JAX alone runs, and the tables of `compare`."""
 
+import io
 import json
 import runpy
 import subprocess
@@ -173,13 +174,7 @@ def test_the_server_draws_with_a_flow_map(tmp_path):
 
 
 def test_what_cannot_be_served_is_one_message(path, tmp_path, capsys, monkeypatch):
-    other = tmp_path / "other"
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
-        for entry in old.namelist():
-            data = old.read(entry)
-            if entry == "settings.json":
-                data = json.dumps(json.loads(data) | {"prediction": "odd"})
-            new.writestr(entry, data)
+    other = rewritten(path, tmp_path / "other", other_settings(prediction="odd"))
     monkeypatch.setattr("eqxldm._leaving.leave", sys.exit)  # which would end the tests
     for args, message in (
         (["--bundle", str(tmp_path / "none")], "there is no file"),
@@ -231,6 +226,41 @@ def test_jax_alone_runs_a_bundle(path):
     assert np.max(np.abs(np.array(json.loads(done.stdout)) - drawn)) <= 1
 
 
+def rewritten(path, other, change, compression=zipfile.ZIP_STORED):
+    """The bundle with other entries: `change(name, bytes)` gives each."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w", compression) as new:
+        for entry in old.namelist():
+            new.writestr(entry, change(entry, old.read(entry)))
+    return other
+
+
+def other_settings(**changes):
+    def change(name, data):
+        return json.dumps(json.loads(data) | changes) if name == "settings.json" else data
+
+    return change
+
+
+def test_weights_and_settings_of_another_bundle_are_refused(path, tmp_path):
+    other = tmp_path / "other"
+    for changes in ({"shape": [2, 4, 8]}, {"cond": ["float32"]}, {"weights": []}):
+        with pytest.raises(BundleError, match="damaged or no bundle"):
+            load_bundle(rewritten(path, other, other_settings(**changes)))
+    npy = io.BytesIO()
+    np.save(npy, np.zeros((2, 3), np.float32))
+    given = lambda name, data: npy.getvalue() if name == "weights/00000.npy" else data
+    with pytest.raises(BundleError, match="the weights are not those that denoiser takes"):
+        load_bundle(rewritten(path, other, given))
+    with pytest.raises(BundleError, match="is compressed"):
+        load_bundle(rewritten(path, other, other_settings(), zipfile.ZIP_DEFLATED))
+    for changes in (
+        {"steps": 0}, {"guidance": float("nan")}, {"shift": -1.0}, {"size": [4, 4]}, {"pad": 2},
+        {"null": [1, 2]}, {"stream": 2**32}, {"condition": {"kind": "label", "names": [1]}},
+    ):  # fmt: skip
+        with pytest.raises(BundleError, match="does not say what it is of"):
+            from_bundle(rewritten(path, other, other_settings(**changes)))
+
+
 def test_what_is_no_bundle_is_refused(path, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         load_bundle(tmp_path / "none")
@@ -239,14 +269,8 @@ def test_what_is_no_bundle_is_refused(path, tmp_path, monkeypatch):
     cut.write_bytes(path.read_bytes()[:-1000])
     other = tmp_path / "other"
     for name, changed in (("format", 2), ("weights", ["int3"])):
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
-            for entry in old.namelist():
-                data = old.read(entry)
-                if entry == "settings.json":
-                    data = json.dumps(json.loads(data) | {name: changed})
-                new.writestr(entry, data)
         with pytest.raises(BundleError, match=r"format 2, not 1|damaged or no bundle"):
-            load_bundle(other)
+            load_bundle(rewritten(path, other, other_settings(**{name: changed})))
     for damaged in ("text", "cut"):
         with pytest.raises(BundleError, match="damaged or no bundle"):
             load_bundle(tmp_path / damaged)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -198,3 +199,24 @@ def test_what_ends_keeps_its_exit_code_and_is_not_taken_apart():
     assert (late.code, late.err) == (2, "error: the end\n")
     assert late.out.splitlines() == ["a thread that ends", "registered for the end"]
     assert early.code == 129 and early.err.startswith("stopped by SIGHUP;")
+
+
+LEFT = """
+from experiments.train import processes
+
+def main():
+    from multiprocessing import shared_memory
+    print(shared_memory.SharedMemory(create=True, size=9).name)
+    return 2
+
+processes.exit_with(main)
+"""
+
+
+def test_what_is_left_in_shared_memory_is_removed_without_a_word():
+    (ended,) = run_together(["-c", LEFT], devices=1)
+    assert (ended.code, ended.err) == (2, "")
+    left, deadline = Path("/dev/shm", ended.out.strip().lstrip("/")), time.monotonic() + 10
+    while left.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left.exists()

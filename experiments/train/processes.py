@@ -60,6 +60,9 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     waits ten seconds: the others may be waiting for it in a step, and learn that it is gone when it
     is.
     """
+    # What a killed worker leaves in shared memory is removed by Python's tracker of it, which is
+    # told this when it starts: it is no news beside the error.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     try:
         Signals()  # a command has its own later
         code = main()
