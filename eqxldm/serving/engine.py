@@ -131,9 +131,11 @@ class Engine(AbstractEngine):
                 self._step(draws, follows)
         self._show()
 
-    def rest(self) -> None:
-        super().rest()
-        self._flights.clear()
+    def gather(self) -> None:
+        # Nothing is under way that must go on: who begins now shares a call with all that come
+        # until the device has done those before. It goes on with what is to be decoded meanwhile.
+        while self._flights and not self._active and len(self._waiting) < self.slots:
+            self._flights.popleft().block_until_ready()
 
     def more_threads(self) -> list[threading.Thread]:
         return [threading.Thread(target=self._deliver, name="engine-delivery", daemon=True)]

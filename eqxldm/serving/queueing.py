@@ -130,6 +130,9 @@ class AbstractEngine(abc.ABC):
     def advance(self) -> None:
         """One network call of everything in `_active`, and what follows from it."""
 
+    def gather(self) -> None:  # noqa: B027
+        """Before waiting pieces get slots: may let more of them come."""
+
     def rest(self) -> None:
         """There is nothing to do for now."""
         self._last_step = None
@@ -176,6 +179,7 @@ class AbstractEngine(abc.ABC):
             self.warm_up(tell)
             self.ready.set()
             while self._await_work():
+                self.gather()
                 self._drop_ended()
                 self._admit()
                 self.advance()
