@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eqxldm import nn
+from eqxldm.nn import attention
 
 from helpers import filled, relative_error, tree_error
 
@@ -64,6 +65,25 @@ def test_masked_keys_have_no_gradient_and_change_nothing():
     other = lambda a: a.at[4:].set(100.0)
     np.testing.assert_array_equal(nn.attend(Q, other(K), other(V), mask), nn.attend(Q, K, V, mask))
     np.testing.assert_allclose(nn.attend(Q, K, V, mask), nn.attend(Q, K[:4], V[:4]), atol=1e-6)
+
+
+def test_many_scores_are_made_in_parts_on_cpus(monkeypatch):
+    """The same numbers and gradients, under masks and biases of every shape."""
+    q, rows = normal(6, 2, 4), normal(2, 6, 7, seed=3) > 0
+    masks, biases = (None, rows[0, 0], rows[0], rows), (None, normal(6, 7, seed=4))
+
+    def all_of(q):
+        attend = attention._attend_on_cpu
+        outs = [attend(q, K, V, a, b) for a in masks for b in biases]
+        return jnp.stack(outs), jax.grad(lambda q: jnp.sum(attend(q, K, V, rows, None) ** 2))(q)
+
+    whole = jax.jit(all_of)(q)
+    monkeypatch.setattr(attention, "CPU_SCORES", 6 * 2 * 7)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 2)
+    parts = jax.jit(lambda q: all_of(q))
+    assert "while" in parts.lower(q).as_text()
+    np.testing.assert_allclose(parts(q)[0], whole[0], atol=2e-6)
+    np.testing.assert_allclose(parts(q)[1], whole[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 5, 7), (2, 1, 1)])

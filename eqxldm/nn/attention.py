@@ -22,6 +22,9 @@ Attention = Callable[..., Any]
 
 # A score that gets no weight beside any other. Finite: differences of infinities are NaN.
 LOWEST = -1e30
+# On CPUs so many scores of an example, or more, are made in parts of so many queries. From jax 0.12
+# on XLA does as well by itself (docs/benchmarks.md).
+CPU_SCORES, CPU_BLOCK = 2**21 if jax.__version_info__ < (0, 12) else 2**62, 128
 
 
 def attend(
@@ -96,8 +99,27 @@ def _attend_on_cpu(
     query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
 ) -> Array:
     """Without the barriers XLA:CPU moves the transposes into the matmuls, which then take two to
-    three times as long."""
-    return attend_plainly(query, key, value, mask, bias, jax.lax.optimization_barrier)
+    three times as long. Scores that no cache holds are made in parts, of some queries each."""
+    n, heads, _ = query.shape
+    if n % CPU_BLOCK or n * heads * len(key) < CPU_SCORES:
+        return attend_plainly(query, key, value, mask, bias, jax.lax.optimization_barrier)
+
+    def parts(x: Array | None) -> Array | None:
+        """Of what has an axis of queries, the last but one; None for what all of them share."""
+        if x is None or x.ndim < 2 or x.shape[-2] != n:
+            return None
+        split = x.reshape(*x.shape[:-2], n // CPU_BLOCK, CPU_BLOCK, x.shape[-1])
+        return jnp.moveaxis(split, -3, 0)
+
+    @jax.checkpoint
+    def one(part: Any) -> Array:
+        q, *own = part
+        given = [a if b is None else b for a, b in zip((mask, bias), own, strict=True)]
+        return attend_plainly(q, key, value, *given, jax.lax.optimization_barrier)
+
+    queries = query.reshape(n // CPU_BLOCK, CPU_BLOCK, *query.shape[1:])
+    out = jax.lax.map(one, (queries, parts(mask), parts(bias)))
+    return out.reshape(n, *out.shape[2:])
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
