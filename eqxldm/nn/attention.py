@@ -113,9 +113,9 @@ def _attend_on_cpu(
 
     @jax.checkpoint
     def one(part: Any) -> Array:
-        q, *own = part
-        given = [a if b is None else b for a, b in zip((mask, bias), own, strict=True)]
-        return attend_plainly(q, key, value, *given, jax.lax.optimization_barrier)
+        q, seen, added = part
+        seen, added = mask if seen is None else seen, bias if added is None else added
+        return attend_plainly(q, key, value, seen, added, jax.lax.optimization_barrier)
 
     queries = query.reshape(n // CPU_BLOCK, CPU_BLOCK, *query.shape[1:])
     out = jax.lax.map(one, (queries, parts(mask), parts(bias)))
