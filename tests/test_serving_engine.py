@@ -1,5 +1,6 @@
 """The engine: shared network calls, and each image what it would be alone."""
 
+import threading
 import time
 from queue import Queue
 
@@ -174,6 +175,32 @@ def test_a_flow_map_shares_a_server_with_the_ode(generator):
 
             want = np.asarray(to_uint8(generator.decoder(z)[None])[0]).astype(int)
             assert np.abs(picture.astype(int) - want).max() <= 1
+
+
+def test_images_that_come_while_the_device_is_busy_share_a_call(generator):
+    class Busy:
+        done = threading.Event()
+
+        def block_until_ready(self):
+            self.done.wait(30)
+
+    flow = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
+    served = generator.replace(
+        diffusion=flow, flow_map=ex.average_velocity_map(generator.network), solvers={},
+        defaults=generator.defaults.__class__("map", 1),
+    )  # fmt: skip
+    seen, queues = [], [Queue() for _ in range(3)]
+    observe = lambda name, value: seen.append(value) if name == "rows" else None
+    with running(served, slots=4, sizes=(4,), decodes=(4,), observe=observe) as engine:
+        engine._flights.append(Busy())
+        for i, queue in enumerate(queues):
+            engine.submit(request("map", 1, 1.0, seed=i), queue.put)
+            time.sleep(0.1)  # in which the engine's thread sees it
+        assert not seen
+        Busy.done.set()
+        for queue in queues:
+            pictures_of(queue, 1)
+    assert seen == [3]
 
 
 def test_what_ends_badly_is_one_failure(generator):
