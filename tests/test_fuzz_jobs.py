@@ -36,7 +36,6 @@ from experiments.generate.pictures import read_settings, write_picture
 from experiments.train.options import check
 from experiments.train.run import write_json
 from experiments.words.commands import NETWORK, VOCABULARY, load_network, vocabulary_json
-from experiments.words.config import Generate as Write
 from experiments.words.corpus import Vocabulary, open_corpus
 
 from fuzzing import (
@@ -170,7 +169,7 @@ def llada(folder):
 
 
 def read_words(path):
-    _, vocabulary = load_network(Write(model=path.parent), make_mesh())
+    _, vocabulary = load_network(path.parent, make_mesh())
     vocabulary.decode(vocabulary.encode("a"))
 
 

@@ -1,19 +1,11 @@
 """The site's own extensions: formulas as MathML, and pages whose code is executed."""
 
 import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-EXTENSIONS = ROOT / "docs" / "_extensions"
+from pages import EXTENSIONS, run_blocks
 
 
 def extension(name):
@@ -69,18 +61,6 @@ def test_a_formula_that_cannot_be_read_stops_the_build(latex):
         rendered(f"${latex}$")
 
 
-def run_blocks(tmp_path, *blocks):
-    out = tmp_path / "out.json"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", EXTENSIONS / "run_blocks.py", "page.md", out],
-        input=json.dumps(blocks),
-        text=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
-    )
-    return done, json.loads(out.read_text()) if out.exists() else None
-
-
 def test_blocks_share_names_and_give_what_they_print_and_draw(tmp_path):
     done, results = run_blocks(
         tmp_path,
@@ -98,14 +78,3 @@ def test_a_block_that_fails_leaves_no_result(tmp_path):
     done, results = run_blocks(tmp_path, "a = 3\n", "raise RuntimeError('no data')\n")
     assert done.returncode != 0 and results is None
     assert "page.md, block 2" in done.stderr and "no data" in done.stderr
-
-
-def test_the_recipes_run(tmp_path):
-    """All on one page, from first to last, as the build of the site runs them."""
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    done, results = run_blocks(tmp_path, *re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    assert done.returncode == 0, done.stderr
-    printed = "".join(result["printed"] for result in results)
-    bits = [float(number) for number in re.findall(r"([\d.]+) bits", printed)]
-    assert 0 < bits[0] < bits[1]  # what the network knows costs less
-    assert sum(len(result["figures"]) for result in results) >= 7

@@ -149,8 +149,8 @@ def test_prompts_and_lengths_that_make_no_sense(tmp_path, prompts, length, messa
         (lambda p: clip_folder(p, vocabulary={"a</w>": 0}, merges=[]), r"lacks <\|startoftext"),
         (lambda p: clip_folder(p, config={"pad_token": "<none>"}), "no padding token '<none>'"),
         (
-            lambda p: clip_folder(p, config={"tokenizer_class": "BertTokenizer"}),
-            "unknown tokenizer 'BertTokenizer'; known are CLIPTokenizer",
+            lambda p: clip_folder(p, config={"tokenizer_class": "XLNetTokenizer"}),
+            "unknown tokenizer 'XLNetTokenizer'; known are CLIPTokenizer",
         ),
         (
             lambda p: clip_folder(p, config={"tokenizer_class": "T5Tokenizer"}),

@@ -133,7 +133,7 @@ def test_pictures_for_the_documentation(browser):
     if where is None:
         pytest.skip("EQXLDM_PAGE names no server")
     assert httpx.get(f"{where}/readyz").status_code == 200
-    images = Path(__file__).parents[1] / "docs" / "images"
+    images = Path(__file__).parents[2] / "docs" / "images"
     browser.size(1100, 780)
     browser.open(where)
     browser.wait(f"{ID}('status').textContent === 'Ready.'")
@@ -166,5 +166,5 @@ def test_a_picture_of_text_for_the_documentation(browser):
     browser.run(f"{ID}('go').click()")
     browser.wait(DONE, 100)
     browser.run(f"{ID}('scrub').value = 32; {ID}('scrub').dispatchEvent(new Event('input'))")
-    images = Path(__file__).parents[1] / "docs" / "images"
+    images = Path(__file__).parents[2] / "docs" / "images"
     (images / "serve-text.png").write_bytes(browser.png())
