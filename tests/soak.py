@@ -141,7 +141,9 @@ def soak_faults(base, expected, count, rng):
     report = base / "written"
     faults = {"LD_PRELOAD": str(library), "FAULT_REPORT": str(report)}
     finish(start(base / "counted", **faults, FAULT_DIR=str(base / "counted")))
-    written = int(report.read_text().split()[0])
+    written = int(report.read_text().split()[0]) if report.exists() else 0
+    if not written:
+        sys.exit("no write was seen: the library of the faulty disk was not heard")
     print(f"a run writes {written} bytes", flush=True)
     for k in range(count):
         run = base / f"faulty-{k}"
