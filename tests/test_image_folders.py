@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -215,6 +217,32 @@ def test_names_that_are_not_utf8(tmp_path):
     source = open_images(root)
     assert source[0].image == b"?" and os.fsencode(source[0].id) == b"\xff.png"
     assert len(source.digest()) == 64
+
+
+ASCII = """
+import sys
+from eqxldm.data import open_images
+
+for root in sys.argv[1:]:
+    source = open_images(root)
+    print(ascii([source[i].caption or source[i].image.decode() for i in range(len(source))]))
+    print(source.digest())
+"""
+
+
+def test_names_mean_the_same_in_every_locale(tmp_path):
+    plain, told = (folder_of(tmp_path / name, "é/中.png", "ü/b.png") for name in ("a", "b"))
+    captions = {"é/中.png": "one", "ü/b.png": "two"}
+    (told / "captions.json").write_text(json.dumps(captions))
+    strict = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", ASCII, plain, told], env=os.environ | locale,
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for locale in (strict, {"PYTHONUTF8": "1"})
+    ]  # fmt: skip
+    assert said[0] == said[1] and "['one', 'two']" in said[0]
 
 
 # Arrays

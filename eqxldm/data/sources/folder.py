@@ -89,16 +89,18 @@ class ImageFolder:
 
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
-        path = self.root / self._listing.names[i]
+        path = self._path(i)
         try:
             return self._listing.record(i, read_file(path))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
+    def _path(self, i: int) -> Path:
+        return self.root / os.fsdecode(self._listing.names[i].encode("utf-8", "surrogateescape"))
+
     def digest(self) -> str:
         """Over names, sizes, labels and captions; it asks for the size of every file."""
-        names = self._listing.names
-        sizes = ((self.root / names[i]).stat().st_size for i in range(len(self)))
+        sizes = (self._path(i).stat().st_size for i in range(len(self)))
         try:
             return self._listing.digest(sizes)
         except OSError as error:
@@ -129,7 +131,8 @@ class _Walk:
             name = self._linked_folders.pop(0)
             self._follow(name, os.path.realpath(root / name))
         self._add_linked_files()
-        self.names = {top: sorted(self.names[top], key=_order) for top in sorted(self.names)}
+        names = {_as_utf8(top): map(_as_utf8, names) for top, names in self.names.items()}
+        self.names = {top: sorted(names[top], key=_order) for top in sorted(names)}
 
     def _walk(self, name: str, real: str) -> None:
         stack = [(name, real)]
@@ -192,6 +195,11 @@ class _Walk:
                 )
             else:
                 _pass_over(self._root / name, self._root / first)
+
+
+def _as_utf8(name: str) -> str:
+    """A name that the system gave, the same in every locale."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _top(folder: str) -> str:
