@@ -1,6 +1,5 @@
 """`python -m experiments.evaluate --samples a.npz --reference b.npz`; `make evaluate` calls it."""
 
-import sys
 from collections.abc import Sequence
 
 import tyro
@@ -12,7 +11,6 @@ from .run import evaluate
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = sys.argv[1:] if args is None else args
     evaluate(tyro.cli(Evaluate, args=args, prog="python -m experiments.evaluate"))
 
 

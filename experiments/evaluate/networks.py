@@ -20,10 +20,9 @@ from eqxldm.sharding import batch_sharding
 from eqxldm.training import init_state
 
 from ..train.classifier import classifier_optimizer, classifier_size, make_classifier
-from ..train.commands import finished_config
-from ..train.job import read_data
+from ..train.finished import open_finished
 from ..train.run import RunFolder, file_digest
-from ..train.terminal import UserError
+from ..train.terminal import UserError, user_errors
 from .options import Evaluate
 
 SIDE = 224
@@ -85,10 +84,8 @@ def make_extractor(options: Evaluate) -> Any:
         "dinov2": _dinov2,
         "clip": _clip,
     }
-    try:
+    with user_errors(pretrained.WeightsError, OSError, ImportError, what="--weights"):
         return makes[options.features](options, options.weights)
-    except (pretrained.WeightsError, OSError, ImportError) as error:
-        raise UserError(f"--weights: {error}") from None
 
 
 def _about(options: Evaluate, model: Any, **more: Any) -> dict[str, Any]:
@@ -181,10 +178,9 @@ def _own(options: Evaluate, weights: Path) -> Any:
 
 def _classifier(options: Evaluate, folder: Path) -> Extractor:
     """The classifier of a finished run of the training job."""
-    run = RunFolder(folder)
-    config = finished_config(run)
-    condition, _ = read_data(run, config)
-    classes = getattr(condition, "classes", 0)
+    finished = open_finished(RunFolder(folder))
+    run, config = finished.run, finished.config
+    classes = getattr(finished.condition, "classes", 0)
     optimizer = classifier_optimizer(config.classifier)
     build = lambda: init_state(make_classifier(config, classes), optimizer, num_emas=1)
     like, static = eqx.filter_eval_shape(build)

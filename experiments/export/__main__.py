@@ -15,7 +15,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from eqxldm import uniform_times
 from eqxldm.quantization import quantize
@@ -23,15 +22,14 @@ from eqxldm.serving.export import PLATFORMS, Exportable, save_bundle
 from eqxldm.sharding import make_mesh
 
 from ..serve.generators import Decoder
-from ..train.__main__ import chosen_preset, given
+from ..train.__main__ import given, parsed
 from ..train.checks import check_writable
-from ..train.commands import Which, finished_config, run_folder
+from ..train.commands import Which, run_folder
 from ..train.conditions import Captions, FrozenCaptions, Labels
 from ..train.config import Config, SamplingConfig
-from ..train.diffusion import load_finished
-from ..train.job import read_data
-from ..train.methods import Method, check_sampling, make_method, make_solver, make_times
-from ..train.options import check
+from ..train.finished import Finished, open_finished
+from ..train.methods import Method, check_sampling, make_solver, make_times
+from ..train.options import check, read_options
 from ..train.processes import exit_with
 from ..train.run import RunFolder
 from ..train.streams import stream_number
@@ -58,9 +56,9 @@ def export(command: Export) -> list[Path]:
     if command.out is not None:
         onnx = command.format == "onnx"
         check_writable(command.out / DENOISER if onnx else command.out, "--out")
-    run, sampling = run_folder(command), command.sampling
-    config = finished_config(run)
-    method = make_method(config)
+    finished, sampling = open_finished(run_folder(command)), command.sampling
+    run, config, method = finished.run, finished.config, finished.method
+    condition = finished.condition
     check_sampling(method, sampling, prefix="")
     check_exportable(method, config, sampling, command.format)
     if command.format == "onnx":
@@ -68,13 +66,12 @@ def export(command: Export) -> list[Path]:
         if command.quantize not in (None, "int8"):
             raise UserError(f"--quantize {command.quantize}: --format onnx has int8 alone.")
     folder, path = command.out or run.path, command.out or run.file("model.bundle")
-    condition, about = read_data(run, config)
     if isinstance(condition, FrozenCaptions):
         raise UserError(
             f"{run.path}: its captions are read by a frozen encoder (--text.tokens frozen), which "
             "a file does not hold. `make serve` serves the run itself."
         )
-    trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
+    trained = finished.networks(make_mesh(), command.sigma_rel)
     # From the mesh to one device.
     trained = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)) if eqx.is_array(a) else a, trained)
     network = trained.denoiser
@@ -103,7 +100,7 @@ def export(command: Export) -> list[Path]:
         config.pictures.pad,
         method.flow_map,
     )
-    said = settings(command, config, condition, about)
+    said = settings(command, finished)
     save_bundle(model, path, said, platforms=PLATFORMS)
     say(f"{path}: {path.stat().st_size:,} bytes")
     return [path]
@@ -137,17 +134,17 @@ def example(condition: Any) -> Any:
     return np.asarray(condition.null, np.int32) if isinstance(condition, Captions) else None
 
 
-def settings(command: Export, config: Config, condition: Any, about: dict) -> dict[str, Any]:
+def settings(command: Export, finished: Finished) -> dict[str, Any]:
     """What a program needs to know of the run beside the functions."""
-    sampling = command.sampling
+    sampling, config, condition = command.sampling, finished.config, finished.condition
     said: dict[str, Any] = {"kind": condition.kind}
     if isinstance(condition, Labels):
-        names = about.get("class_names") or []
+        names = finished.about["class_names"]
         said |= {"classes": condition.classes, "names": list(map(str, names))}
     if isinstance(condition, Captions):
         said |= {"length": condition.max_length, "merges": condition.merges}
     return {
-        "name": run_folder(command).path.name,
+        "name": finished.run.path.name,
         "size": list(config.size),
         "channels": config.pictures.channels,
         "path": config.diffusion.path,
@@ -171,17 +168,14 @@ def with_objective(args: Sequence[str]) -> Sequence[str]:
     if not folder or given(args, "--objective"):
         return args
     with contextlib.suppress(UserError):  # which comes again when the run is read
-        return [*args, "--objective", finished_config(RunFolder(Path(folder[0]))).objective]
+        config = read_options(Config, RunFolder(Path(folder[0])))
+        return [*args, "--objective", config.objective]
     return args
 
 
 def main(args: Sequence[str] | None = None) -> None:
     args = with_objective(sys.argv[1:] if args is None else args)
-    found = chosen_preset(args)
-    names = ("preset", "space", "denoiser", "objective", "sampling")
-    default = Export(**{name: getattr(found, name) for name in names})
-    prog = "python -m experiments.export"
-    export(tyro.cli(Export, default=default, args=args, prog=prog, description=__doc__))
+    export(parsed(Export, args, prog="python -m experiments.export", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array
 from tyro.conf import OmitArgPrefixes
 
@@ -26,15 +25,14 @@ from eqxldm.data.pixels import to_float, to_uint8
 from eqxldm.quantization import quantize, weight_bytes
 from eqxldm.sharding import make_mesh
 
-from ..train.__main__ import chosen_preset
+from ..train.__main__ import parsed
 from ..train.classifier import train_classifier
-from ..train.commands import Which, finished_config, run_folder
+from ..train.commands import Which, run_folder
 from ..train.config import SamplingConfig
-from ..train.data import open_source, open_test
-from ..train.diffusion import load_finished
-from ..train.evaluate import Comparison, Reference, accuracy, frechet
-from ..train.job import Compute, Inputs, Job, read_data
-from ..train.methods import DTYPES, Method, check_sampling, make_method, make_solver, make_times
+from ..train.evaluate import Comparison, accuracy, frechet
+from ..train.finished import open_finished
+from ..train.job import Compute, Inputs
+from ..train.methods import DTYPES, Method, check_sampling, make_solver, make_times
 from ..train.options import Samples, check
 from ..train.processes import exit_with
 from ..train.sampling import Drawing, Sampler
@@ -134,24 +132,19 @@ class Cached(NamedTuple):
 def compare(command: Compare) -> list[dict[str, Any]]:
     """Prints the table; returns its rows."""
     check(command)
-    signals, run = Signals(), run_folder(command)
-    config = finished_config(run)
-    method = make_method(config)
+    signals, mesh = Signals(), make_mesh()
+    finished = open_finished(run_folder(command))
+    config, method, condition = finished.config, finished.method, finished.condition
     check_sampling(method, command.sampling, prefix="")
     variants = VARIANTS[command.what]
     if unknown := [name for name in command.only if name not in variants]:
         raise UserError(f"--only {unknown[0]!r}: known are {', '.join(map(repr, variants))}.")
     if command.what == "faster" and config.denoiser != "dit":
         raise UserError("--what faster: only the blocks of a DiT can be kept; this is a U-Net.")
-    condition, about = read_data(run, config)
-    images = command.images or (Path(about["path"]) if about.get("path") else None)
-    source = open_source(config, images)
-    test = open_test(config, images, command.inputs.test_images, source)
-    reference = Reference(config, source, test, condition, strict=command.inputs.strict)
-    mesh = make_mesh()
-    trained = load_finished(config, run, condition, mesh, command.sigma_rel)
-    job = Job(config, command.compute, command.inputs, source, condition, run, mesh, signals)
-    with run.locked():
+    about = command.images, command.inputs, command.compute
+    job, reference = finished.measured(*about, mesh, signals)
+    trained = finished.networks(mesh, command.sigma_rel)
+    with job.run.locked():
         features = train_classifier(job)
     real = reference.described(features)[0]
     wanted = condition.wanted(command.n, *reference.texts(command.n))
@@ -184,7 +177,7 @@ def compare(command: Compare) -> list[dict[str, Any]]:
         off = jnp.sqrt(jnp.mean((eps - first[1]) ** 2, axis=tuple(range(1, eps.ndim))))
         row |= {f"eps {t:g}": float(error) for t, error in zip(TIMES, off, strict=True)}
         row["pixels"] = float(np.mean(np.abs(drawn.astype(float) - first[0]))) / 255
-        compared = Comparison(real, features(drawn), wanted.labels, source.class_names)
+        compared = Comparison(real, features(drawn), wanted.labels, job.source.class_names)
         row |= frechet(compared) | accuracy(compared)
         for n in BATCHES:
             row[f"call of {n}, ms"] = 1e3 * noised.call_seconds(network, n)
@@ -240,11 +233,7 @@ def table(rows: list[dict[str, Any]], what: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    found = chosen_preset(args)
-    names = ("preset", "space", "denoiser", "objective", "sampling")
-    default = Compare(**{name: getattr(found, name) for name in names})
-    prog = "python -m experiments.export.compare"
-    compare(tyro.cli(Compare, default=default, args=args, prog=prog, description=__doc__))
+    compare(parsed(Compare, args, prog="python -m experiments.export.compare", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m experiments.generate --model FOLDER --prompt "..."`; `make generate` calls it."""
 
-import sys
 from collections.abc import Sequence
 
 import tyro
@@ -12,7 +11,6 @@ from .run import generate
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = sys.argv[1:] if args is None else args
     generate(tyro.cli(Generate, args=args, prog="python -m experiments.generate"))
 
 

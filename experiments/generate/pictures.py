@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from eqxldm.data import DataError, decode_image
 from eqxldm.durable import read_file, replacing
 
-from ..train.terminal import UserError
+from ..train.terminal import UserError, user_errors
 
 KEY = "eqxldm"
 
@@ -111,7 +111,5 @@ def _content(path: Path) -> bytes:
 
 
 def _pixels(path: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    try:
+    with user_errors(DataError, what="no picture that can be read"):
         return decode_image(_content(path), channels, name=str(path))
-    except DataError as error:
-        raise UserError(f"no picture that can be read: {error}") from error

@@ -1,8 +1,6 @@
 """`generate`: from options to pictures, with what was found and how far it is."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ from eqxldm.sharding import make_mesh, parse_mesh
 
 from ..train.checks import check_writable
 from ..train.options import check
-from ..train.terminal import Signals, StageBar, UserError, say
+from ..train.terminal import Signals, StageBar, UserError, say, user_errors
 from .clips import write_clip
 from .memory import available, check_fits, show, step_bytes
 from .options import SOLVERS, Generate, check_request, complete, to_json
@@ -69,7 +67,7 @@ def generate(options: Generate) -> list[Path]:
         raise UserError(f"OUT={out}: pictures are written as PNG, as a.png.")
     check_writable(paths_of(out, options.n or 1)[-1], "OUT")
     options = dataclasses.replace(options, out=out)
-    with _told():
+    with user_errors(PipelineError, pretrained.WeightsError, FileNotFoundError):
         folder = open_pipeline_folder(model)
         family = family_of(folder.class_name)
         takes_text, makes_clips = family.encode is not None, family.size is not None
@@ -81,22 +79,11 @@ def generate(options: Generate) -> list[Path]:
         return _generate(options, folder, family)
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a folder or a request is the user's to repair."""
-    try:
-        yield
-    except (PipelineError, pretrained.WeightsError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
 def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
     model, n = options.model, options.n
     assert model is not None and n is not None
-    try:
+    with user_errors(ValueError, what=f"MESH={options.mesh}"):
         mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
-    except ValueError as error:
-        raise UserError(f"MESH={options.mesh}: {error}") from error
     dtype = jnp.dtype(options.dtype or "float32")
     network, encoders = family.network, [e for _, e in family.texts if e in folder.parts]
     sizes = _announce(options, folder, dtype)
@@ -133,10 +120,8 @@ def _generate(options: Generate, folder: Any, family: Family) -> list[Path]:
         cond, null = pipe.encode([label]), pipe.null()
     inputs = _inputs(options, pipe, size, cond, null)
     solver = pipe.solver if options.solver is None else SOLVERS[options.solver]
-    try:
+    with user_errors(ValueError, what=f"SOLVER={options.solver}"):
         ex.check_combination(pipe.diffusion, solver, inputs.times)
-    except ValueError as error:
-        raise UserError(f"SOLVER={options.solver}: {error}") from error
     _check_batch(pipe, solver, inputs, sizes[network].bytes(dtype) // divided)
 
     out = options.out
@@ -222,12 +207,9 @@ def _grid(options: Generate, pipe: pipelines.Pipeline, size: tuple[int, int]) ->
     whole = pipe.times(options.steps, *size)
     if options.init is None:
         return whole, whole
-    try:
-        strength = options.strength or 1.0
-        part = pipelines.steps_of_strength(whole, strength, round_up=pipe.family.round_up)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return whole, part
+    strength = options.strength or 1.0
+    with user_errors(ValueError):
+        return whole, pipelines.steps_of_strength(whole, strength, round_up=pipe.family.round_up)
 
 
 def _conditions(options: Generate, pipe: pipelines.Pipeline, size: tuple[int, int]):

@@ -1,6 +1,5 @@
 """`python -m experiments.serve serve|bench|soak --run runs/mnist`; `make serve` calls it."""
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -20,7 +19,6 @@ COMMANDS = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = sys.argv[1:] if args is None else args
     command = tyro.cli(COMMANDS, args=args, prog="python -m experiments.serve", description=__doc__)
     run = {Serve: start, Bench: bench, Soak: soak}
     run[type(command)](command)

@@ -14,16 +14,14 @@ from eqxldm.serving import Defaults, Generator, from_pipeline
 from eqxldm.sharding import make_mesh
 from eqxldm.training import in_dtype
 
-from ..train.commands import finished_config
 from ..train.conditions import Captions, Condition, Labels
 from ..train.config import Config, SamplingConfig, SolverName
-from ..train.diffusion import load_finished
 from ..train.few_steps import FEW_STEP
-from ..train.job import read_data
-from ..train.methods import DTYPES, Method, make_method, make_solver, make_times
+from ..train.finished import open_finished
+from ..train.methods import DTYPES, Method, make_solver, make_times
 from ..train.run import RunFolder
 from ..train.streams import stream_number
-from ..train.terminal import UserError
+from ..train.terminal import user_errors
 
 MOST_STEPS = 250
 
@@ -59,11 +57,9 @@ class Decoder(eqx.Module):
 
 def from_run(path: Path) -> Generator:
     """A finished run; **raises** `UserError` where there is none."""
-    run = RunFolder(path)
-    config = finished_config(run)
-    method = make_method(config)
-    condition, about = read_data(run, config)
-    trained = load_finished(config, run, condition, make_mesh())
+    finished = open_finished(RunFolder(path))
+    run, config, method = finished.run, finished.config, finished.method
+    condition, trained = finished.condition, finished.networks(make_mesh())
     network = InDType(trained.denoiser, DTYPES[config.diffusion.dtype])
     table = method.timesteps
     sampling = usual_sampling(config, run)
@@ -80,7 +76,7 @@ def from_run(path: Path) -> Generator:
         Defaults(sampling.solver, sampling.steps, sampling.guidance, sampling.guidance_interval),
         reader(condition),
         trained.null,
-        labels=tuple(about["class_names"]) if isinstance(condition, Labels) else (),
+        labels=tuple(finished.about["class_names"]) if isinstance(condition, Labels) else (),
         takes_text=isinstance(condition, Captions),
         flow_map=None if method.flow_map is None else RunMap(network, method.flow_map),
         pad=config.pictures.pad,
@@ -141,8 +137,6 @@ def usual_sampling(config: Config, run: RunFolder) -> SamplingConfig:
 
 def from_folder(path: Path, size: tuple[int, int] | None, dtype: str) -> Generator:
     """A diffusers folder; **raises** `UserError` for what cannot be served."""
-    try:
+    with user_errors(pipelines.PipelineError, pretrained.WeightsError):
         pipe = pipelines.load(path, dtype=jnp.dtype(dtype))
         return from_pipeline(pipe, size=size)
-    except (pipelines.PipelineError, pretrained.WeightsError) as error:
-        raise UserError(str(error)) from error

@@ -13,7 +13,7 @@ from eqxldm.serving.text import TextEngine, TextGenerator
 
 from ..generate.options import Edge
 from ..train.options import Range, check
-from ..train.terminal import UserError, say
+from ..train.terminal import UserError, say, user_errors
 from .generators import from_folder, from_run
 from .texts import from_words, is_text
 
@@ -64,13 +64,11 @@ def make_engine(
     sizes = None if options.rows is None else (options.rows,)
     given: dict[str, Any] = dict(slots=options.slots, queue=options.queue, sizes=sizes)
     given |= dict(limits=limits, observe=observe)
-    try:
+    with user_errors(ValueError, what=f"--rows {options.rows}"):
         if isinstance(generator, TextGenerator):
             return TextEngine(generator, **given)
         height, width = generator.size
         return Engine(generator, decodes=(1,) if height * width > LARGE else None, **given)
-    except ValueError as error:
-        raise UserError(f"--rows {options.rows}: {error}") from error
 
 
 def start(options: Serve) -> None:

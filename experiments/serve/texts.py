@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eqxldm import discrete as dd, pretrained
+from eqxldm import discrete as dd
 from eqxldm.serving.text import TextGenerator
 from eqxldm.sharding import make_mesh
 
@@ -40,10 +40,7 @@ def from_words(folder: Path, length: int | None, dtype: str) -> TextGenerator:
 
     **Raises** `UserError` for what cannot be served, and a length beyond the network's context.
     """
-    try:
-        network, vocabulary = load_network(folder, make_mesh(), jnp.dtype(dtype))
-    except (FileNotFoundError, pretrained.WeightsError) as error:
-        raise UserError(str(error)) from None
+    network, vocabulary = load_network(folder, make_mesh(), jnp.dtype(dtype))
     most = network.config.max_length
     if length is not None and length > most:
         raise UserError(f"--length {length}: the network's context has {most} tokens.")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -20,6 +20,7 @@ from .commands import (
     Evaluate,
     Sample,
     Train,
+    Which,
     evaluate,
     sample,
     train,
@@ -31,6 +32,7 @@ from .presets import preset
 from .processes import exit_with
 from .terminal import run_main
 
+T = TypeVar("T", bound=Which)
 PRESETS: tuple[str, ...] = PresetName.__args__
 OBJECTIVES: tuple[str, ...] = ObjectiveName.__args__
 FORMS: tuple[str, ...] = FormName.__args__
@@ -95,6 +97,16 @@ def chosen_preset(args: Sequence[str]) -> Train:
         with contextlib.suppress(DataError):  # which it raises again when it is used
             options["count"] = len(open_folder(Path(images[0])))
     return preset(name, **options)
+
+
+def parsed(kind: type[T], args: Sequence[str], **options: Any) -> T:
+    """What the arguments say of a command on a finished run, with the defaults of its preset.
+
+    `options` are those of `tyro.cli`.
+    """
+    found = chosen_preset(args)
+    default = kind(**{name: getattr(found, name) for name in SAME})
+    return tyro.cli(kind, default=default, args=args, **options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from .methods import DTYPES, warmup_cosine
 from .networks import Autoencoder, GreyThroughColour, make_autoencoder, make_discriminator
 from .run import file_digest, read_json, write_json
 from .streams import stream_order
-from .terminal import UserError
+from .terminal import UserError, user_errors
 
 _HALF = re.compile(r"(?<=_)(en|de)coder\.(?=safetensors$|pth$)")  # in the names of TAESD
 AUTOENCODER, ABOUT = "autoencoder.safetensors", "autoencoder.json"
@@ -91,10 +91,8 @@ def _check_written(folder: Path) -> None:
 
 
 def load_lpips(folder: Path) -> LPIPS:
-    try:
+    with user_errors(pretrained.WeightsError, OSError, ImportError, what="--lpips"):
         return pretrained.load_lpips(folder)
-    except (pretrained.WeightsError, OSError, ImportError) as error:
-        raise UserError(f"--lpips: {error}") from None
 
 
 def identity(model: Autoencoder | LPIPS) -> str:

@@ -9,16 +9,14 @@ from jaxtyping import Int32
 from eqxldm.data import DataError, ImageRecord, fetch_clip_vocabulary
 from eqxldm.text import Tokenizer, TokenizerError, byte_pairs, clip_tokenizer
 
-from .terminal import UserError, say
+from .terminal import say, user_errors
 
 
 @functools.cache
 def caption_tokenizer(merges: int) -> Tokenizer:
     """CLIP's tokenizer with its commonest merges; the list of them is fetched at the first time."""
-    try:
+    with user_errors(TokenizerError, what="--text.tokens clip"):
         return clip_tokenizer(*byte_pairs(fetch_clip_vocabulary(log=say), merges))
-    except TokenizerError as error:
-        raise UserError(f"--text.tokens clip: {error}") from error
 
 
 @dataclass(frozen=True)

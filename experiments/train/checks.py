@@ -18,7 +18,7 @@ from .data import count_readable
 from .few_steps import DIFFERENTIATED, FEW_STEP
 from .figures import FORMAT_ERRORS, check_format
 from .job import Compute
-from .methods import DTYPES, check_sampling, make_decays, make_method
+from .methods import check_sampling, make_decays, make_method
 from .networks import (
     Autoencoder,
     Pixels,
@@ -30,16 +30,15 @@ from .networks import (
 )
 from .sampling import Sampler
 from .streams import stream_order
-from .terminal import UserError
+from .terminal import UserError, user_errors
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def mesh_of(compute: Compute) -> Mesh:
-    try:
-        return make_mesh(parse_mesh(compute.mesh))
-    except ValueError as error:
-        raise UserError(f"--mesh: {error}") from None
+def mesh_of(text: str) -> Mesh:
+    """The mesh that `--mesh` names."""
+    with user_errors(ValueError, what="--mesh"):
+        return make_mesh(parse_mesh(text))
 
 
 def check_out(path: Path, image: Any) -> None:
@@ -159,10 +158,8 @@ def check_batches(
             raise UserError(
                 f"--{stage}.batch-size {batch} is more than the {len(source)} training images."
             )
-        try:
+        with user_errors(ValueError, what=f"--{stage}.batch-size"):
             check_batch(batch, mesh, compute.grad_accum_steps if stage == "diffusion" else 1)
-        except ValueError as error:
-            raise UserError(f"--{stage}.batch-size: {error}") from None
 
 
 def check_networks(
@@ -176,8 +173,7 @@ def check_networks(
 ) -> None:
     """Refuses sizes that do not fit each other: the networks and the sampler, as shapes only."""
     h, w = config.padded
-    dtype = DTYPES[config.diffusion.dtype]
-    sampler = Sampler(make_method(config), sampling, config.pictures.pad, dtype)
+    sampler = Sampler.of(config, sampling)
     if config.space == "pixel" and vae is not None:
         raise UserError("--vae: --space pixel has no autoencoder; leave one of them out.")
     if config.space == "latent" and min(config.size) < 11:
@@ -202,13 +198,11 @@ def check_networks(
         return make_discriminator(config)(ae.decode(ae.encode(x)))
 
     border = f" with a border of {config.pictures.pad}" if config.pictures.pad else ""
-    try:
+    with user_errors(ValueError, what=f"{config.size[0]} x {config.size[1]} images{border}"):
         if diffusion:
             eqx.filter_eval_shape(draw)
         trained = config.space == "latent" and vae is None
         logits = eqx.filter_eval_shape(discriminate) if trained else None
-    except ValueError as error:
-        raise UserError(f"{config.size[0]} x {config.size[1]} images{border}: {error}") from None
     if logits is not None and 0 in logits.shape:
         raise UserError(
             f"--autoencoder.discriminator-layers {config.autoencoder.discriminator_layers} leave "

@@ -34,16 +34,17 @@ from .config import (
     SpaceName,
 )
 from .data import open_source, open_test
-from .diffusion import load_finished, load_start, train_diffusion
+from .diffusion import load_start, train_diffusion
 from .evaluate import Measuring, Reference, describe, summary, write_curves
 from .few_steps import FEW_STEP
 from .figures import image_grid, read_png, save_png
+from .finished import open_finished
 from .frozen_text import CAPTIONS, ENCODER, find_encoder, keep_encoder, write_captions
-from .job import Compute, Inputs, Job, describe_data, read_data
+from .job import Compute, Inputs, Job, describe_data
 from .latents import cache_latents, check_cache
-from .methods import DTYPES, check_sampling, make_method
+from .methods import check_sampling
 from .networks import Pixels
-from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check, read_options
+from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check
 from .processes import Processes, all_succeed, join
 from .run import METRICS, RunFolder, as_dict, write_json
 from .sampling import Drawing, Sampler
@@ -201,7 +202,7 @@ def prepare(command: Train, trained: tuple[str, ...]) -> tuple[Job, Reference]:
         check(command)
         check_options(config, command.sampling, compute)
         check_packages(command.log)
-        mesh, inputs = mesh_of(compute), command.inputs
+        mesh, inputs = mesh_of(compute.mesh), command.inputs
         start = None
         if inputs.start_from is not None and not alone:
             if config.objective not in FEW_STEP:
@@ -300,27 +301,21 @@ def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
     return RunFolder(path, primary=is_primary())
 
 
-def finished_config(run: RunFolder) -> Config:
-    return read_options(Config, run)
-
-
 def sample(command: Sample) -> None:
     check(command)
     Signals()
-    run, sampling = run_folder(command), command.sampling
-    config = finished_config(run)
-    method = make_method(config)
-    check_sampling(method, sampling, prefix="")
-    condition, _ = read_data(run, config)
-    wanted, columns = wanted_samples(command, condition)
+    finished = open_finished(run_folder(command))
+    run, config = finished.run, finished.config
+    check_sampling(finished.method, command.sampling, prefix="")
+    wanted, columns = wanted_samples(command, finished.condition)
     name = "sample.png" if command.label is None else f"sample-{command.label}.png"
     out = run.path / name if command.out is None else command.out
     scale = 4 if max(config.size) <= 32 else 2
     grid = lambda images: image_grid(images, columns, scale=scale)
     h, w = config.size
     check_out(out, grid(np.zeros((wanted.count, h, w, config.pictures.channels), np.uint8)))
-    trained = load_finished(config, run, condition, make_mesh(), command.sigma_rel)
-    sampler = Sampler(method, sampling, config.pictures.pad, DTYPES[config.diffusion.dtype])
+    trained = finished.networks(make_mesh(), command.sigma_rel)
+    sampler = Sampler.of(config, command.sampling)
     batch = min(command.sampling_batch, wanted.count)
     drawing = Drawing(sampler, trained.shape, trained.null, batch=batch)
     images = drawing(trained, wanted, stream_key(command.seed, "samples"))
@@ -355,22 +350,18 @@ def evaluate(command: Evaluate) -> None:
     signals, run = Signals(), run_folder(command)
     with all_succeed():
         check(command)
-        mesh, config = mesh_of(command.compute), finished_config(run)
-        check_options(config, command.sampling, command.compute, prefix="")
-        condition, about = read_data(run, config)
-        images = command.images or (Path(about["path"]) if about.get("path") else None)
-        source = open_source(config, images)
-        test = open_test(config, images, command.inputs.test_images, source)
+        mesh, finished = mesh_of(command.compute.mesh), open_finished(run)
+        check_options(finished.config, command.sampling, command.compute, prefix="")
         metrics = run.metrics()
-        reference = Reference(config, source, test, condition, strict=command.inputs.strict)
+        about = command.images, command.inputs, command.compute
+        job, reference = finished.measured(*about, mesh, signals)
     if metrics is None:
         raise UserError(f"the run in {run.path} is not finished: no {METRICS}. Train first.")
-    trained = load_finished(config, run, condition, mesh, command.sigma_rel)
-    job = Job(config, command.compute, command.inputs, source, condition, run, mesh, signals)
-    with in_folder(job, images):
+    trained = finished.networks(mesh, command.sigma_rel)
+    with in_folder(job, command.images):
         measuring = Measuring(job, command.sampling, reference, train_classifier(job))
         results = measuring.final(trained, command.n, sigma_rel=command.sigma_rel)
-        few = config.objective in FEW_STEP
+        few = finished.config.objective in FEW_STEP
         metrics |= measuring.few_steps(trained, command.n) if few else {}
         if not is_primary():
             return

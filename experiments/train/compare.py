@@ -20,12 +20,12 @@ import tyro
 
 from eqxldm.models import multiply_adds
 
-from .commands import finished_config, train
+from .commands import train
 from .conditions import make_condition
 from .config import Config
 from .job import Inputs
 from .networks import make_autoencoder, make_denoiser, space_shape
-from .options import Range, Samples, check
+from .options import Range, Samples, check, read_options
 from .presets import preset
 from .run import CONFIG, RunFolder, as_dict, write_json
 from .terminal import UserError, run_main, say
@@ -125,7 +125,7 @@ def compare(options: Compare) -> None:
     variants, start = VARIANTS[options.preset], preset(options.preset)
     finished = options.run_dir or Path("runs") / options.preset
     out = options.out or Path("runs") / f"compare-{options.preset}"
-    base, rows = finished_config(RunFolder(finished)), []
+    base, rows = read_options(Config, RunFolder(finished)), []
     base = replace(base, diffusion=start.diffusion)
     left_out = {FROZEN} if options.text_encoder is None else set()
     if left_out & set(options.only):

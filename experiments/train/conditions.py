@@ -86,9 +86,12 @@ class Captions:
     def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
         """These captions in turn, and the classes of what they say where they are known."""
         at = np.arange(count) % len(texts)
+        cond = jax.tree.map(lambda *rows: np.stack(rows)[at], *self._conditions(texts))
         chosen = tuple(texts[i] for i in at.tolist())
-        cond = np.stack([self.read.tokens(text) for text in chosen])
         return Wanted(count, cond, None if labels is None else np.asarray(labels)[at], chosen)
+
+    def _conditions(self, texts: Sequence[str]) -> list[Any]:
+        return [self.read.tokens(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,8 @@ class FrozenCaptions(Captions):
     def read(self) -> Any:
         return FrozenText(self.folder, self.max_length, self.table)
 
-    def wanted(self, count: int, texts: Sequence[str] = (), labels: Any = None) -> Wanted:
-        """As `Captions`."""
-        at = np.arange(count) % len(texts)
-        said = self.read.all(texts)
-        cond = {name: np.stack([said[i][name] for i in at]) for name in said[0]}
-        chosen = tuple(texts[i] for i in at.tolist())
-        return Wanted(count, cond, None if labels is None else np.asarray(labels)[at], chosen)
+    def _conditions(self, texts: Sequence[str]) -> list[Any]:
+        return self.read.all(texts)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ ModelName = Literal[
 DTypeName = Literal["float32", "bfloat16"]
 RematName = Literal["everything", "narrow", "matmuls", "nothing"]
 AttentionName = Literal["xla", "cudnn", "flash"]
+Time = Annotated[float, Range(0, 1)]
+Interval = tuple[Time, Time]
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,7 @@ class FewStepConfig:
     # The scale of guidance that the network learns to have in it; 1 for none.
     guidance: Annotated[float, Range(1, 100)] = 1.6
     # Learn it only for t between these two.
-    guidance_interval: tuple[
-        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
-    ] = (0.0, 0.8)  # fmt: skip
+    guidance_interval: Interval = (0.0, 0.8)
     # The share of examples with a step of 0, which learn the velocity.
     flow_share: Annotated[float, Range(0, 1)] = 0.5
     # Of the times, which are logit-normal; of scm that of log(sigma / alpha).
@@ -271,15 +271,11 @@ class SamplingConfig:
     # cosine; or that end's value where the two outputs are close, less where they are far apart.
     guidance_schedule: GuidanceScheduleName = "fixed"
     # Guide only for t between these two (0 is data); outside, the conditional network alone.
-    guidance_interval: tuple[
-        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
-    ] = (0.0, 0.8)  # fmt: skip
+    guidance_interval: Interval = (0.0, 0.8)
     # The scale of guidance by the auxiliary head of --diffusion.early; 1 for none.
     internal_guidance: Annotated[float, Range(0, 100)] = 1.0
     # Guide by it only for t between these two.
-    internal_interval: tuple[
-        Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]
-    ] = (0.3, 1.0)  # fmt: skip
+    internal_interval: Interval = (0.3, 1.0)
     # Moves the times of the steps towards noise, as --diffusion.time-shift those of training.
     shift: Annotated[float, Range(0, 100, "(]")] = 1.0
 

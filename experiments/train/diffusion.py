@@ -38,7 +38,7 @@ from .options import read_options
 from .run import RunFolder
 from .sampling import Trained
 from .telemetry import Telemetry
-from .terminal import UserError
+from .terminal import UserError, user_errors
 
 # What measures the model along the way: `(trained, step)` to scalars and a picture.
 Measure = Callable[[Trained, int], tuple[dict[str, float], Any]]
@@ -305,14 +305,12 @@ def posthoc_average(config: Config, run: RunFolder, like: Any, sigma_rel: float)
             "--sigma-rel: the run has no averages by power functions. Train one with "
             "--diffusion.posthoc 0.05 0.1."
         )
-    with open_snapshots(run, "diffusion") as snapshots:
-        try:
-            steps = snapshots.steps()
-            updates = [snapshots.info(step)["updates"] for step in steps]
-            there = [(n, width) for n in updates for width in widths]
-            shares = posthoc_weights(there, max(updates, default=0), sigma_rel)
-            wanted = tuple(like[len(config.diffusion.ema_decays) :])
-            trees = (tree for step in steps for tree in snapshots.restore(step, wanted)[0])
-            return posthoc_ema(trees, shares)
-        except (ValueError, CheckpointError) as error:
-            raise UserError(f"--sigma-rel {sigma_rel}: {error}") from None
+    failing = user_errors(ValueError, CheckpointError, what=f"--sigma-rel {sigma_rel}")
+    with open_snapshots(run, "diffusion") as snapshots, failing:
+        steps = snapshots.steps()
+        updates = [snapshots.info(step)["updates"] for step in steps]
+        there = [(n, width) for n in updates for width in widths]
+        shares = posthoc_weights(there, max(updates, default=0), sigma_rel)
+        wanted = tuple(like[len(config.diffusion.ema_decays) :])
+        trees = (tree for step in steps for tree in snapshots.restore(step, wanted)[0])
+        return posthoc_ema(trees, shares)

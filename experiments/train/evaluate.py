@@ -27,7 +27,7 @@ from .data import count_readable, decoded
 from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
-from .methods import DTYPES, check_sampling, make_method
+from .methods import check_sampling
 from .networks import Autoencoder
 from .run import METRICS, RunFolder, as_dict, versions
 from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
@@ -175,14 +175,19 @@ class Measuring:
     ):
         self._job, self._config, self._run = job, job.config, job.run
         self._reference, self._features, self._evaluators = reference, features, evaluators
-        self._sampling, self._method = sampling, make_method(job.config)
-        dtype = DTYPES[job.config.diffusion.dtype]
-        self._sampler = Sampler(self._method, sampling, job.config.pictures.pad, dtype)
+        self._sampling, self._sampler = sampling, Sampler.of(job.config, sampling)
         self._drawing: Drawing | None = None
         self._real: tuple[Described, dict[str, float]] | None = None
 
     def _wanted(self, count: int, *, others: bool = False) -> Wanted:
         return self._job.condition.wanted(count, *self._reference.texts(count, others=others))
+
+    def _shown(self, count: int) -> Wanted:
+        """One image of each class in the pictures, or as many of what else there is."""
+        condition = self._job.condition
+        if isinstance(condition, Labels):
+            return condition.of(condition.shown())
+        return self._wanted(count)
 
     def _draw(self, trained: Trained, wanted: Wanted, key: Any, **options: Any) -> Images:
         if self._drawing is None:
@@ -243,7 +248,7 @@ class Measuring:
                 "reference": len(real.features),
                 "solver": self._sampling.solver,
                 "steps": self._sampling.steps,
-                "network_calls": check_sampling(self._method, self._sampling),
+                "network_calls": check_sampling(self._sampler.method, self._sampling),
                 "guidance_scale": 1.0 if trained.null is None else self._sampling.guidance,
                 "guidance_schedule": self._sampling.guidance_schedule,
                 "guidance_interval": list(self._sampling.guidance_interval),
@@ -261,12 +266,9 @@ class Measuring:
         A row of the picture is one class, or one condition, of the same noise in each column.
         """
         key, rows, columns = stream_key(self._config.seed, "samples"), [], []
-        wanted, dtype = self._wanted(count), DTYPES[self._config.diffusion.dtype]
-        condition = self._job.condition
-        shown = condition.of(condition.shown()) if isinstance(condition, Labels) else None
-        shown = shown or self._wanted(min(SHOWN, count))
+        wanted, shown = self._wanted(count), self._shown(min(SHOWN, count))
         for calls, sampling in variants(self._config, self._sampling).items():
-            sampler = Sampler(self._method, sampling, self._config.pictures.pad, dtype)
+            sampler = Sampler.of(self._config, sampling)
             batch = min(self._job.compute.sampling_batch, count)
             drawing = Drawing(sampler, trained.shape, trained.null, batch=batch)
             picture = drawing(trained, shown, key, name=f"{calls} calls")  # which compiles, too
@@ -343,11 +345,8 @@ class Measuring:
         key = stream_key(config.seed, "pictures/forward")
         forward = forward_process(self._sampler, one_device, originals, key)
         save_png(self._run.file("forward.png"), forward)
-        condition = self._job.condition
-        shown = condition.of(condition.shown()) if isinstance(condition, Labels) else None
-        wanted = shown or self._wanted(SHOWN)
         key = stream_key(config.seed, "pictures/reverse")
-        reverse = reverse_process(self._sampler, one_device, wanted, key)
+        reverse = reverse_process(self._sampler, one_device, self._shown(SHOWN), key)
         save_png(self._run.file("reverse.png"), reverse)
         write_curves(self._run)
 

@@ -21,7 +21,7 @@ from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 from .hooks import Checkpoint, Log, Stop
 from .run import RunFolder
 from .telemetry import Telemetry
-from .terminal import Interrupted, Signals, StageBar, UserError, say
+from .terminal import Interrupted, Signals, StageBar, UserError, say, user_errors
 
 Step = Callable[..., tuple[Any, dict[str, Any]]]
 IN_FLIGHT = 2  # steps dispatched ahead of the one that has finished
@@ -128,10 +128,8 @@ def run_stage(
     With several processes all of them call this, each with its part of the batches. Returns the
     final state and `{"seconds", "images_per_second"}` over all sessions.
     """
-    try:
+    with user_errors(ValueError, what=stage):
         check_batch(settings.batch_size, mesh)
-    except ValueError as error:
-        raise UserError(f"{stage}: {error}") from None
     total = phases[-1][0]
     state = place(state, mesh)
     out = shardings(state, mesh), None

@@ -13,7 +13,7 @@ from eqxldm.training import constant, exponential, in_dtype, power_function
 
 from .config import Config, DiffusionConfig, PathName, SamplingConfig
 from .few_steps import FEW_STEP, AtScale, Unguided, few_step_objective, make_flow_map
-from .terminal import UserError
+from .terminal import UserError, user_errors
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -207,13 +207,11 @@ def check_sampling(method: Method, sampling: SamplingConfig, prefix: str = "samp
         _check_map(method, sampling, prefix)
         return sampling.steps
     solver, times = make_solver(method, sampling), make_times(method, sampling)
-    try:
+    path, prediction = method.names
+    named = f"--diffusion.path {path}, --diffusion.prediction {prediction}"
+    together = f"{named} and --{prefix}solver {sampling.solver} do not go together"
+    with user_errors(ValueError, what=together):
         ex.check_combination(method.diffusion, solver, times)
-    except ValueError as error:
-        raise UserError(
-            f"--diffusion.path {method.names[0]}, --diffusion.prediction {method.names[1]} and "
-            f"--{prefix}solver {sampling.solver} do not go together: {error}"
-        ) from None
     return ex.nfe(method.diffusion.path, solver, times)
 
 
@@ -239,10 +237,8 @@ def _check_map(method: Method, sampling: SamplingConfig, prefix: str) -> None:
 def make_decays(config: DiffusionConfig) -> tuple[Any, ...]:
     """The decay of each average: those that were named, then those by power functions."""
     decay = exponential if config.ema_warmup else constant
-    try:
+    with user_errors(ValueError, what="--diffusion.posthoc"):
         return (*map(decay, config.ema_decays), *map(power_function, config.posthoc))
-    except ValueError as error:
-        raise UserError(f"--diffusion.posthoc: {error}") from None
 
 
 def warmup_cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:

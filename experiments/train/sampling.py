@@ -15,9 +15,9 @@ from eqxldm.distributed import gather_parts, local_mesh, own_part, replicate
 from eqxldm.sharding import batch_sharding
 
 from .conditions import Wanted
-from .config import SamplingConfig
+from .config import Config, SamplingConfig
 from .figures import image_grid
-from .methods import Method, guided, make_solver, make_times
+from .methods import DTYPES, Method, guided, make_method, make_solver, make_times
 from .networks import Shape, Space
 from .terminal import StageBar
 
@@ -41,6 +41,12 @@ class Sampler(NamedTuple):
     sampling: SamplingConfig
     pad: int = 0
     dtype: Any = jnp.float32
+
+    @classmethod
+    def of(cls, config: Config, sampling: SamplingConfig) -> "Sampler":
+        """That of a run."""
+        dtype = DTYPES[config.diffusion.dtype]
+        return cls(make_method(config), sampling, config.pictures.pad, dtype)
 
     def function(self, shape: Shape, null: Any) -> Callable[..., Any]:
         """`(space, network, cond, keys) -> images`, a pure function of a batch, in uint8."""

@@ -22,7 +22,6 @@ from .config import Config, SamplingConfig
 from .data import decoded
 from .diffusion import diffusion_state, diffusion_step
 from .few_steps import FEW_STEP
-from .methods import DTYPES, make_method
 from .networks import Shape
 from .sampling import Sampler
 from .streams import stream_key
@@ -165,9 +164,7 @@ class Draw:
         null: Any,
         batch: int,
     ):
-        config = built.config
-        dtype = DTYPES[config.diffusion.dtype]
-        sampler = Sampler(make_method(config), sampling, config.pictures.pad, dtype)
+        sampler = Sampler.of(built.config, sampling)
         function, self._batch = sampler.function(shape, null), batch
         self._space, space_static = eqx.partition(space, eqx.is_array)
 

@@ -22,7 +22,7 @@ from eqxldm.telemetry import (
 
 from .options import Range
 from .run import RunFolder
-from .terminal import UserError, say
+from .terminal import UserError, say, user_errors
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,10 @@ class LogOptions:
 
 def check_packages(options: LogOptions) -> None:
     """Refuses a log for which a package is missing."""
-    try:
+    with user_errors(MissingPackage, what="--log"):
         for asked, package in ((options.tensorboard, "tensorboardX"), (options.wandb, "wandb")):
             if asked:
                 require(package)
-    except MissingPackage as error:
-        raise UserError(f"--log: {error}") from None
 
 
 class Telemetry:

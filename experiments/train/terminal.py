@@ -48,6 +48,22 @@ class UserError(Exception):
     """Something the user can repair: shown as one message, exit code 2."""
 
 
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception], what: str = "") -> Iterator[None]:
+    """What the block raises of these kinds is the user's to repair: `what`, and its message.
+
+    >>> with user_errors(ValueError, what="--seed"):
+    ...     int("a")
+    Traceback (most recent call last):
+    ...
+    experiments.train.terminal.UserError: --seed: invalid literal for int() with base 10: 'a'
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from None
+
+
 class Interrupted(BaseException):
     """A signal asked the program to stop."""
 

@@ -24,7 +24,7 @@ from eqxldm.metrics import motions, track
 
 from ..train.figures import save_png
 from ..train.streams import stream_key
-from ..train.terminal import UserError, say
+from ..train.terminal import UserError, say, user_errors
 from .config import FPS, Config, Sample
 from .data import MEL_FRAMES, spectrogram_of
 from .drawing import Drawn, Frames
@@ -227,7 +227,7 @@ def sample_sound(
     """Clips with sound beside `path`, both drawn or one of them; their frames come back."""
     ears, clips = Ears(drawing.trained.config), drawing.trained.config.clips
     given: dict[str, Any] = {}
-    try:
+    with user_errors(DataError, OSError, ValueError, what="--clip, --wav"):
         if command.clip is not None:
             check_is_file(command.clip)
             wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
@@ -239,8 +239,6 @@ def sample_sound(
             wave = read_wav(command.wav, ears.mel.rate)[:samples]
             mel = ears.mel(np.pad(wave, (0, samples - len(wave))))
             given = dict(what="video", mels=np.repeat(mel[None], command.n, 0))
-    except (DataError, OSError, ValueError) as error:
-        raise UserError(f"--clip, --wav: {error}") from None
     made = drawing.make(texts, key, first=first, **given)
     assert made.mels is not None
     file = lambda name: path.with_name(name)

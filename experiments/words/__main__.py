@@ -1,6 +1,5 @@
 """`python -m experiments.words {train,generate}`; `--help` shows all options."""
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,12 +18,7 @@ Command = (
 
 def main(args: Sequence[str] | None = None) -> None:
     kind: Any = Command
-    command = tyro.cli(
-        kind,
-        args=sys.argv[1:] if args is None else args,
-        prog="python -m experiments.words",
-        description=__doc__,
-    )
+    command = tyro.cli(kind, args=args, prog="python -m experiments.words", description=__doc__)
     {Train: train, Generate: generate}[type(command)](command)
 
 

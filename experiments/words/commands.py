@@ -14,14 +14,14 @@ from eqxldm.data import read_text
 from eqxldm.distributed import is_primary
 from eqxldm.durable import replacing
 from eqxldm.models import TokenTransformer
-from eqxldm.sharding import check_batch, leaf_sharding, make_mesh, parse_mesh
+from eqxldm.sharding import check_batch, leaf_sharding
 
-from ..train.checks import check_writable
+from ..train.checks import check_writable, mesh_of
 from ..train.options import check
 from ..train.run import METRICS, RunFolder, as_dict, read_json, write_json
 from ..train.stages import Stages
 from ..train.streams import stream_key
-from ..train.terminal import Signals, UserError, say
+from ..train.terminal import Signals, UserError, say, user_errors
 from .config import Config, Generate, Train
 from .corpus import Corpus, Vocabulary, open_corpus
 from .measuring import likelihoods, make_sampler, table, table_text
@@ -35,11 +35,9 @@ def train(command: Train) -> None:
     signals, config = Signals(), command.config
     check(command)
     check_config(config)
-    try:
-        mesh = make_mesh(parse_mesh(command.mesh))
+    mesh = mesh_of(command.mesh)
+    with user_errors(ValueError, what="--batch-size"):
         check_batch(config.batch_size, mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     corpus = open_corpus(command.text, config.tokens, config.length)
     run = RunFolder(command.run_dir, primary=is_primary())
     with run.locked():
@@ -96,8 +94,12 @@ def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
     return {"characters": vocabulary.characters, "tokenizer": written}
 
 
+@user_errors(FileNotFoundError, pretrained.WeightsError)
 def load_network(folder: Path, mesh: Any, dtype: Any = jnp.float32) -> tuple[Any, Vocabulary]:
-    """The network of a run, or of a folder of LLaDA, and its vocabulary."""
+    """The network of a run, or of a folder of LLaDA, and its vocabulary.
+
+    **Raises** `UserError` for what is neither, or damaged.
+    """
     options: dict[str, Any] = dict(dtype=dtype, sharding=leaf_sharding(mesh))
     if (folder / VOCABULARY).exists():
         kinds = {"characters": str | None, "tokenizer": dict | None}
@@ -171,15 +173,9 @@ def generate(command: Generate) -> None:
     Signals()
     if command.out is not None:
         check_writable(command.out, "--out")
-    try:
-        mesh = make_mesh(parse_mesh(command.mesh))
-    except ValueError as error:
-        raise UserError(f"--mesh: {error}") from None
-    try:
-        dtype = jnp.bfloat16 if command.bfloat16 else jnp.float32
-        network, vocabulary = load_network(command.model, mesh, dtype)
-    except (FileNotFoundError, pretrained.WeightsError) as error:
-        raise UserError(str(error)) from None
+    mesh = mesh_of(command.mesh)
+    dtype = jnp.bfloat16 if command.bfloat16 else jnp.float32
+    network, vocabulary = load_network(command.model, mesh, dtype)
     start = canvas(command, vocabulary, network.config.max_length)
     if start.max() >= network.config.vocabulary:
         raise UserError(
@@ -204,11 +200,8 @@ def generate(command: Generate) -> None:
         options: dict[str, Any] = dict(key=key, trajectory=command.out is not None)
         return dd.sample_tokens(denoiser, path, sampler, calls, x, prompt, **options)
 
-    try:
-        with jax.set_mesh(mesh):
-            found = draw(network, x, x != mask_id, stream_key(command.seed, "samples"))
-    except ValueError as error:  # fewer calls than blocks
-        raise UserError(str(error)) from None
+    with jax.set_mesh(mesh), user_errors(ValueError):  # fewer calls than blocks
+        found = draw(network, x, x != mask_id, stream_key(command.seed, "samples"))
     for tokens in np.asarray(found.tokens):
         say(vocabulary.decode(tokens))
     say(f"({int(found.calls)} calls of the network)")
