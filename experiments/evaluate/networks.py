@@ -22,6 +22,7 @@ from eqxldm.training import init_state
 from ..train.classifier import classifier_optimizer, classifier_size, make_classifier
 from ..train.finished import open_finished
 from ..train.run import RunFolder, file_digest
+from ..train.stages import restore_average
 from ..train.terminal import UserError, user_errors
 from .options import Evaluate
 
@@ -184,14 +185,11 @@ def _classifier(options: Evaluate, folder: Path) -> Extractor:
     optimizer = classifier_optimizer(config.classifier)
     build = lambda: init_state(make_classifier(config, classes), optimizer, num_emas=1)
     like, static = eqx.filter_eval_shape(build)
-    average = lambda state: state.ema[0]
-    nothing = jax.tree.map(lambda _: None, like)
-    only = eqx.tree_at(average, nothing, average(like), is_leaf=lambda leaf: leaf is None)
     with Checkpoints(run.checkpoints / "classifier") as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"--weights: the run in {folder} has no classifier.")
-        model = eqx.combine(average(checkpoints.restore(steps[-1], only, part=True)[0]), static)
+        model = eqx.combine(restore_average(checkpoints, steps[-1], like), static)
     size, channels = classifier_size(config.size), config.pictures.channels
 
     def features(model: Any, image: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from tyro.conf import OmitArgPrefixes
 
 import eqxldm as ex
-from eqxldm.data.pixels import to_float, to_uint8
+from eqxldm.data.pixels import to_float
 from eqxldm.quantization import quantize, weight_bytes
 from eqxldm.sharding import make_mesh
 
@@ -112,21 +112,15 @@ class Cached(NamedTuple):
     every: int
 
     def function(self, shape: Any, null: Any) -> Callable[..., Any]:
-        method, sampling, pad, _ = self.sampler
-        solver, times = make_solver(method, sampling), make_times(method, sampling)
+        method, sampling = self.sampler.method, self.sampler.sampling
+        given = method.diffusion, make_solver(method, sampling), make_times(method, sampling)
+        scale = 1.0 if null is None else sampling.guidance
+        options: dict[str, Any] = dict(every=self.every, null=null, scale=scale)
 
-        def draw(space: Any, network: Any, cond: Any, keys: Any) -> Any:
-            def one(cond: Any, key: Any) -> Any:
-                noise_key, solver_key = jax.random.split(key)
-                z = method.diffusion.sample_prior(shape, key=noise_key)
-                scale = 1.0 if null is None else sampling.guidance
-                options: dict[str, Any] = dict(every=self.every, null=null, scale=scale)
-                arguments = network, method.diffusion, solver, times, z, cond
-                return space.decode(ex.sample_cached(*arguments, **options, key=solver_key))
+        def end(network: Any, z: Any, cond: Any, key: Any) -> Any:
+            return ex.sample_cached(network, *given, z, cond, **options, key=key)
 
-            return to_uint8(jax.vmap(one)(cond, keys), pad=pad)
-
-        return draw
+        return self.sampler.function(shape, null, end)
 
 
 def compare(command: Compare) -> list[dict[str, Any]]:

@@ -8,24 +8,12 @@ from typing import Annotated, Any, Literal
 
 from beartype.door import is_bearable
 
-import eqxldm as ex
-
 from ..train.options import Range
 from ..train.terminal import UserError
 
 SolverName = Literal[
     "ddim", "ddpm", "euler", "heun", "dpmsolver++", "dpmsolver++3m", "unipc", "sde-dpmsolver++"
 ]
-SOLVERS: dict[str, ex.AbstractSolver] = {
-    "ddim": ex.DDIM(),
-    "ddpm": ex.DDPM(),
-    "euler": ex.Euler(),
-    "heun": ex.Heun(),
-    "dpmsolver++": ex.DPMSolverPP2M(),
-    "dpmsolver++3m": ex.DPMSolverPP3M(),
-    "unipc": ex.UniPC(),
-    "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
-}
 Edge = Annotated[int, Range(1, 2**14)]  # of a picture, in pixels
 WORDS = 2000  # of a prompt; no text encoder reads a quarter of them
 

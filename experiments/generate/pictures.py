@@ -54,11 +54,17 @@ def file_digest(path: Path) -> str:
 
 def write_picture(path: Path, pixels: UInt8[np.ndarray, "h w c"], settings: dict[str, Any]) -> None:
     """A PNG with its settings in a text chunk; a write that is killed leaves none."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        Image.fromarray(pixels.squeeze()).save(temporary, format="PNG", pnginfo=info)
+        picture, info = Image.fromarray(pixels.squeeze()), settings_chunk(settings)
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def settings_chunk(settings: dict[str, Any]) -> PngImagePlugin.PngInfo:
+    """A text chunk for a PNG, which `read_settings` finds."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(settings))
+    return info
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from eqxldm.quantization import quantize, weight_bytes
 from eqxldm.sharding import make_mesh, parse_mesh
 
 from ..train.checks import check_writable
+from ..train.methods import SOLVERS
 from ..train.options import check
 from ..train.terminal import Signals, StageBar, UserError, say, user_errors
 from .clips import write_clip
 from .memory import available, check_fits, show, step_bytes
-from .options import SOLVERS, Generate, check_request, complete, to_json
+from .options import Generate, check_request, complete, to_json
 from .pictures import (
     file_digest,
     next_path,

@@ -1,7 +1,7 @@
 """The stage of the autoencoder: the one given, or one trained here; and encoding with it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqxldm import pretrained
-from eqxldm.data import no_condition
+from eqxldm.data import ImageSource, no_condition
 from eqxldm.data.pixels import to_float
 from eqxldm.digests import digest
 from eqxldm.distributed import all_gather, barrier, from_primary, local_mesh, replicate
@@ -239,6 +239,16 @@ class Encoder:
     def __call__(self, batch: np.ndarray) -> tuple[Any, Any]:
         return self._posterior(self._params, jax.device_put(batch, self._sharding))
 
+    def of_images(
+        self, source: ImageSource, indices: Any, config: Config, *, strict: bool
+    ) -> Iterator[tuple[list[np.ndarray], Any]]:
+        """`(mean, logvar)` and the labels of images that can be read, on the host, a batch at a
+        time."""
+        size = self.batch_size
+        for images, labels in decoded(source, indices, config, strict=strict, at_once=size):
+            padded = np.pad(images, [(0, size - len(images))] + [(0, 0)] * 3, mode="edge")
+            yield [np.asarray(m)[: len(images)] for m in self(padded)], labels
+
 
 def image_encoder(autoencoder: Autoencoder, config: Config) -> Encoder:
     pad = config.pictures.pad
@@ -250,12 +260,8 @@ def _measured(job: Job, autoencoder: AutoencoderKL) -> AutoencoderKL:
     config = job.config
     encode = image_encoder(autoencoder, config)
     order = stream_order(config.seed, "autoencoder/statistics", len(job.source))
-    indices, size = np.sort(order[: config.latents.statistics]), encode.batch_size
-    moments = []
-    for images, _ in decoded(job.source, indices, config, strict=job.inputs.strict):
-        for i in range(0, len(images), size):
-            part = images[i : i + size]
-            padded = np.pad(part, [(0, size - len(part))] + [(0, 0)] * 3, mode="edge")
-            moments.append([np.asarray(m)[: len(part)] for m in encode(padded)])
-    shift, scale = measure_latents(*(np.concatenate(m) for m in zip(*moments, strict=True)))
+    indices = np.sort(order[: config.latents.statistics])
+    found = encode.of_images(job.source, indices, config, strict=job.inputs.strict)
+    moments = zip(*(moments for moments, _ in found), strict=True)
+    shift, scale = measure_latents(*map(np.concatenate, moments))
     return autoencoder.with_latent_stats(shift, scale)

@@ -67,9 +67,14 @@ def open_test(
 
 
 def decoded(
-    source: ImageSource, indices: Int[np.ndarray, " n"], config: Config, *, strict: bool
+    source: ImageSource,
+    indices: Int[np.ndarray, " n"],
+    config: Config,
+    *,
+    strict: bool,
+    at_once: int = 256,
 ) -> Iterator[tuple[Images, Int[np.ndarray, " n"] | None]]:
-    """The images at `indices` and their labels, if they have any, some hundred at a time.
+    """The images at `indices` and their labels, if they have any, some at a time.
 
     Unreadable ones are left out, or raise `DataError` if `strict`.
     """
@@ -86,8 +91,9 @@ def decoded(
         return image, record.label
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(indices), 256):
-            found = [r for r in pool.map(read, indices[i : i + 256].tolist()) if r is not None]
+        for i in range(0, len(indices), at_once):
+            part = indices[i : i + at_once].tolist()
+            found = [r for r in pool.map(read, part) if r is not None]
             if found:
                 images, labels = zip(*found, strict=True)
                 yield np.stack(images), np.array(labels, np.int32) if source.class_names else None

@@ -37,6 +37,7 @@ from .networks import Pixels, Shape, Space, make_denoiser, space_shape
 from .options import read_options
 from .run import RunFolder
 from .sampling import Trained
+from .stages import restore_average
 from .telemetry import Telemetry
 from .terminal import UserError, user_errors
 
@@ -77,29 +78,22 @@ def diffusion_step(
     arrays of a teacher.
     """
 
+    options, decays = config.diffusion, make_decays(config.diffusion)
+
     def step(state: Any, batch: Any, key: Any, *teacher: Any) -> Any:
         method = make_method(config, condition.null, *teacher)
-        objective = method.plain if plain and method.plain is not None else method.objective
-        return _step(config, condition, space, static, optimizer, objective, grad_accum_steps)(
-            state, batch, key
+        loss_fn = make_loss(
+            method.plain if plain and method.plain is not None else method.objective,
+            null=condition.null,
+            cond_dropout=options.cond_dropout if condition.null is not None else 0.0,
+            prepare=_prepare(space, config.pictures.pad),
+            dtype=DTYPES[options.dtype],
         )
+        return make_train_step(
+            loss_fn, static, optimizer, ema_decays=decays, grad_accum_steps=grad_accum_steps
+        )(state, batch, key)
 
     return step
-
-
-def _step(config, condition, space, static, optimizer, objective, grad_accum_steps) -> Any:
-    options = config.diffusion
-    loss_fn = make_loss(
-        objective,
-        null=condition.null,
-        cond_dropout=options.cond_dropout if condition.null is not None else 0.0,
-        prepare=_prepare(space, config.pictures.pad),
-        dtype=DTYPES[options.dtype],
-    )
-    ema_decays = make_decays(options)
-    return make_train_step(
-        loss_fn, static, optimizer, ema_decays=ema_decays, grad_accum_steps=grad_accum_steps
-    )
 
 
 def _prepare(space: Space, pad: int) -> Callable[[Any, Any], dict[str, Any]]:
@@ -283,13 +277,10 @@ def _check_finished(run: RunFolder, steps: int) -> Checkpoints:
 
 
 def _final_average(run: RunFolder, steps: int, like: Any) -> Any:
-    """The first average at the last step; nothing else of its checkpoint is read."""
-    average = lambda state: state.ema[0]
-    nothing = jax.tree.map(lambda _: None, like)
-    only = eqx.tree_at(average, nothing, average(like), is_leaf=lambda leaf: leaf is None)
+    """The first average at the last step."""
     with _check_finished(run, steps) as checkpoints:
         try:
-            return average(checkpoints.restore(steps, only, part=True)[0])
+            return restore_average(checkpoints, steps, like)
         except CheckpointError as error:
             raise UserError(
                 f"{error}\nIt is not used. Delete {run.path / 'metrics.json'} and train again: the "

@@ -16,6 +16,17 @@ from .few_steps import FEW_STEP, AtScale, Unguided, few_step_objective, make_flo
 from .terminal import UserError, user_errors
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
+SOLVERS: dict[str, ex.AbstractSolver] = {
+    "ddim": ex.DDIM(),
+    "ddpm": ex.DDPM(),
+    "euler": ex.Euler(),
+    "heun": ex.Heun(),
+    "euler-maruyama": ex.EulerMaruyama(lambda at: at.sigma),  # finite at t = 1
+    "dpmsolver++": ex.DPMSolverPP2M(),
+    "dpmsolver++3m": ex.DPMSolverPP3M(),
+    "unipc": ex.UniPC(),
+    "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
+}
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -125,18 +136,10 @@ def _path(name: PathName) -> ex.AbstractPath:
 
 
 def make_solver(method: Method, sampling: SamplingConfig) -> ex.AbstractSolver:
-    table = {
-        "ddim": ex.DDIM(),
-        "ddpm": ex.DDPM(method.variance),
-        "euler": ex.Euler(),
-        "heun": ex.Heun(),
-        "euler-maruyama": ex.EulerMaruyama(lambda at: at.sigma),  # finite at t = 1
-        "dpmsolver++": ex.DPMSolverPP2M(),
-        "dpmsolver++3m": ex.DPMSolverPP3M(),
-        "unipc": ex.UniPC(),
-        "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
-    }
-    return table[sampling.solver]
+    """The solver, with the variance of the method's ancestral steps."""
+    if sampling.solver == "ddpm":
+        return ex.DDPM(method.variance)
+    return SOLVERS[sampling.solver]
 
 
 def make_times(method: Method, sampling: SamplingConfig) -> Any:

@@ -22,6 +22,7 @@ from .networks import Shape, Space
 from .terminal import StageBar
 
 Images = UInt8[np.ndarray, "n h w c"]
+End = Callable[[Any, Any, Any, Any], Any]
 COLUMNS = 11  # of the pictures of both processes
 
 
@@ -48,20 +49,28 @@ class Sampler(NamedTuple):
         dtype = DTYPES[config.diffusion.dtype]
         return cls(make_method(config), sampling, config.pictures.pad, dtype)
 
-    def function(self, shape: Shape, null: Any) -> Callable[..., Any]:
-        """`(space, network, cond, keys) -> images`, a pure function of a batch, in uint8."""
+    def function(self, shape: Shape, null: Any, end: End | None = None) -> Callable[..., Any]:
+        """`(space, network, cond, keys) -> images`, a pure function of a batch, in uint8.
+
+        `end(network, z, cond, key)` says where the noise leads: by default `self.end`, guided.
+        """
 
         def draw(space, network, cond, keys):
-            denoiser = guided(network, null, self.sampling, self.dtype, self.method.conditioned)
+            denoiser = self.guided(network, null) if end is None else network
+            lead = self.end if end is None else end
 
             def one(cond, key):
                 noise_key, solver_key = jax.random.split(key)
                 z = self.method.diffusion.sample_prior(shape, key=noise_key)
-                return space.decode(self.end(denoiser, z, cond, solver_key))
+                return space.decode(lead(denoiser, z, cond, solver_key))
 
             return to_uint8(jax.vmap(one)(cond, keys), pad=self.pad)
 
         return draw
+
+    def guided(self, network: Any, null: Any) -> Any:
+        """The network with guidance, in the type that it computes in."""
+        return guided(network, null, self.sampling, self.dtype, self.method.conditioned)
 
     def end(self, denoiser: Any, z: Any, cond: Any, key: Any) -> Any:
         """Where the noise `z` leads."""
@@ -141,15 +150,13 @@ def forward_process(sampler: Sampler, trained: Trained, originals: Images, key: 
 
 def reverse_process(sampler: Sampler, trained: Trained, wanted: Wanted, key: Any) -> Images:
     """Each row one condition, the states of its denoising trajectory decoded, noise first."""
-    sampling, steps = sampler.sampling, sampler.sampling.steps
+    steps = sampler.sampling.steps
     shown = np.linspace(0, steps, min(COLUMNS, steps + 1)).round().astype(int)
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, None, 0, 0))
     def row(space, network, cond, key):
-        denoiser = guided(
-            network, trained.null, sampling, sampler.dtype, sampler.method.conditioned
-        )
+        denoiser = sampler.guided(network, trained.null)
         noise_key, solver_key = jax.random.split(key)
         z = sampler.method.diffusion.sample_prior(trained.shape, key=noise_key)
         return jax.vmap(space.decode)(sampler.states(denoiser, z, cond, solver_key)[shown])

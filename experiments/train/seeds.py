@@ -19,7 +19,6 @@ from .autoencoder import image_encoder
 from .classifier import Images
 from .conditions import Condition
 from .config import Config, SamplingConfig
-from .data import decoded
 from .diffusion import diffusion_state, diffusion_step
 from .few_steps import FEW_STEP
 from .networks import Shape
@@ -58,27 +57,15 @@ def posteriors(source: ImageSource, config: Config, space: Any, path: Path) -> d
 
 
 def _encoded(source: ImageSource, config: Config, space: Any) -> dict[str, Any]:
-    encode = image_encoder(space, config)
-    size, found, labels, rest = encode.batch_size, [], [], []
+    encode, found, done = image_encoder(space, config), [], 0
     with StageBar("latents", len(source), "image") as bar:
-        for images, classes in decoded(source, np.arange(len(source)), config, strict=True):
-            labels.append(classes)
-            rest.append(images)
-            while sum(map(len, rest)) >= size:
-                whole = np.concatenate(rest)
-                found.append(_half(encode(whole[:size])))
-                rest = [whole[size:]]
-            bar.update(sum(map(len, labels)))
-    left = np.concatenate(rest)
-    if len(left):
-        padded = np.pad(left, [(0, size - len(left))] + [(0, 0)] * 3, mode="edge")
-        found.append([a[: len(left)] for a in _half(encode(padded))])
-    mean, logvar = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return {"mean": mean, "logvar": logvar, "cond": np.concatenate(labels)}
-
-
-def _half(moments: Any) -> list[np.ndarray]:
-    return [np.asarray(m).astype(np.float16) for m in moments]
+        every = np.arange(len(source))
+        for moments, labels in encode.of_images(source, every, config, strict=True):
+            found.append((*(m.astype(np.float16) for m in moments), labels))
+            done += len(labels)
+            bar.update(done)
+    mean, logvar, cond = map(np.concatenate, zip(*found, strict=True))
+    return {"mean": mean, "logvar": logvar, "cond": cond}
 
 
 def build(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from eqxldm.checkpoints import Checkpoints
 from eqxldm.distributed import all_gather
 from eqxldm.sharding import build_placed, own_rows
 from eqxldm.training import exponential, init_state, make_train_step
@@ -111,3 +112,11 @@ class Stages:
             "seed": stream_seed(self.seed, f"{stage}/data"),
             "rows": own_rows(batch_size, self.mesh),
         }
+
+
+def restore_average(checkpoints: Checkpoints, step: int, like: Any) -> Any:
+    """The first average of a state like this; nothing else of its checkpoint is read."""
+    average = lambda state: state.ema[0]
+    nothing = jax.tree.map(lambda _: None, like)
+    only = eqx.tree_at(average, nothing, average(like), is_leaf=lambda leaf: leaf is None)
+    return average(checkpoints.restore(step, only, part=True)[0])

@@ -12,6 +12,7 @@ import eqxldm as ex
 from eqxldm.data import caption_bytes
 from eqxldm.models import CausalVideoAutoencoder, SoundAutoencoder
 
+from ..train.methods import SOLVERS
 from ..train.terminal import StageBar
 from .config import Config, SamplingOptions
 from .networks import KnownFrames, SoundingClips, to_clips, to_frames
@@ -35,15 +36,6 @@ class Trained(NamedTuple):
         return caption_bytes(self.config.diffusion.max_length).tokens("")
 
 
-def make_solver(sampling: SamplingOptions) -> Any:
-    return {
-        "euler": ex.Euler(),
-        "heun": ex.Heun(),
-        "dpmsolver++": ex.DPMSolverPP2M(),
-        "unipc": ex.UniPC(),
-    }[sampling.solver]
-
-
 class Drawn(NamedTuple):
     """Clips, and of a run with sound their spectrograms."""
 
@@ -58,59 +50,66 @@ class Drawing:
     """
 
     def __init__(self, trained: Trained, sampling: SamplingOptions, batch: int):
-        self.trained, self._batch = trained, batch
-        config, solver = trained.config, make_solver(sampling)
-        times = ex.shifted_times(sampling.steps, config.diffusion.shift)
-        null = trained.null() if trained.captioned else None
-        clips = config.clips
-        shape = trained.autoencoder.latent_shape(clips.frames, *clips.size)
-
-        def one(models: Any, cond: Any, key: Any) -> Any:
-            autoencoder, denoiser = models
-            network: Any = denoiser
-            if null is not None and sampling.guidance != 1:
-                network = ex.guide(denoiser, {**cond, "text": jnp.asarray(null)}, sampling.guidance)
-            noise_key, solver_key = jax.random.split(key)
-            z = DIFFUSION.sample_prior(shape, key=noise_key)
-            z = ex.sample(network, DIFFUSION, solver, times, z, cond, key=solver_key)
-            return autoencoder.decode(z)
+        self.trained, self._batch, self._guidance = trained, batch, sampling.guidance
+        self._null = trained.null() if trained.captioned else None
+        self._solver = SOLVERS[sampling.solver]
+        self._times = ex.shifted_times(sampling.steps, trained.config.diffusion.shift)
+        clips = trained.config.clips
+        self._shape = trained.autoencoder.latent_shape(clips.frames, *clips.size)
 
         def draw(models: Any, text: Any, first: Any, key: Any, indices: Any) -> Any:
+            autoencoder, denoiser = models
+
+            def one(cond: Any, key: Any) -> Any:
+                noise_key, solver_key = jax.random.split(key)
+                z = DIFFUSION.sample_prior(self._shape, key=noise_key)
+                return autoencoder.decode(self._end(denoiser, z, cond, solver_key))
+
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-            known, mask = known_latents(models[0], first, shape)
-            cond = {"known": known, "mask": mask}
-            cond |= {} if text is None else {"text": text}
-            return to_frames(jax.vmap(lambda cond, key: one(models, cond, key))(cond, keys))
+            return to_frames(jax.vmap(one)(self._conditions(autoencoder, text, first), keys))
 
         self._draw = eqx.filter_jit(draw)
 
-    def __call__(
-        self,
-        texts: list[str],
-        key: Any,
-        *,
-        first: Frames | None = None,
-        name: str = "samples",
-    ) -> Frames:
+    def _end(self, network: Any, x: Any, cond: Any, key: Any = None) -> Any:
+        """Where the noise `x` leads, guided by the caption."""
+        if self._null is not None and self._guidance != 1:
+            network = ex.guide(network, {**cond, "text": jnp.asarray(self._null)}, self._guidance)
+        return ex.sample(network, DIFFUSION, self._solver, self._times, x, cond, key=key)
+
+    def _conditions(self, autoencoder: Any, text: Any, first: Any) -> dict[str, Any]:
+        known, mask = known_latents(autoencoder, first, self._shape)
+        return {"known": known, "mask": mask} | ({} if text is None else {"text": text})
+
+    def __call__(self, texts: list[str], key: Any, **options: Any) -> Frames:
+        """The frames of `draw`."""
+        return self.draw(texts, key, **options).frames
+
+    def draw(
+        self, texts: list[str], key: Any, *, first: Frames | None = None, name: str = "samples"
+    ) -> Drawn:
         """A clip for each caption. `first`: their first frames, 4 k + 1 of them, which stay."""
-        clips = self.trained.config.clips
-        tokens = caption_bytes(self.trained.config.diffusion.max_length).tokens
-        made, n = [], len(texts)
+        models = self.trained.autoencoder, self.trained.denoiser
+        draw = lambda text, first, _, at: (self._draw(models, text, first, key, at),)
+        return Drawn(*self._some_at_once(draw, texts, first, {}, name))
+
+    def _some_at_once(
+        self, draw: Any, texts: list[str], first: Frames | None, given: dict[str, Any], name: str
+    ) -> list[Any]:
+        """What `draw(text, first, given, numbers)` makes of all, a batch after the other: frames,
+        the first of which are those that are known, and whatever else."""
+        config, n, made = self.trained.config, len(texts), []
+        tokens = caption_bytes(config.diffusion.max_length).tokens
         if first is None:
-            first = np.zeros((n, 0, *clips.size, clips.channels), np.uint8)
+            first = np.zeros((n, 0, *config.clips.size, config.clips.channels), np.uint8)
         with StageBar(name, n, "clip") as bar:
             for i in range(0, n, self._batch):
                 at = np.minimum(np.arange(i, i + self._batch), n - 1)
                 text = np.stack([tokens(texts[k]) for k in at]) if self.trained.captioned else None
-                models = self.trained.autoencoder, self.trained.denoiser
-                made.append(np.asarray(self._draw(models, text, first[at], key, at)))
+                part = {name: np.asarray(a)[at] for name, a in given.items()}
+                made.append([np.asarray(a) for a in draw(text, first[at], part, at)])
                 bar.update(min(i + self._batch, n))
-        frames = np.concatenate(made)[:n]
-        return np.concatenate([first, frames[:, first.shape[1] :]], 1)
-
-    def draw(self, texts: list[str], key: Any, **options: Any) -> Drawn:
-        """The same, and the sounds of a run that has them."""
-        return Drawn(self(texts, key, **options))
+        frames, *others = (np.concatenate(parts)[:n] for parts in zip(*made, strict=True))
+        return [np.concatenate([first, frames[:, first.shape[1] :]], 1), *others]
 
     def long(
         self, texts: list[str], key: Any, frames: int, *, overlap: int, **options: Any

@@ -108,7 +108,7 @@ def measured_sound(
     struck = [_struck(clip, ears.fps) for clip in clips]
     truth: list[Any] = [[time for time, _ in events] for events in struck]
     key = stream_key(job.command.seed, "sound/drawn")
-    draw = lambda what, **given: drawing.make(texts, key, what=what, name=what, **given)
+    draw = lambda what, **given: drawing.draw(texts, key, what=what, name=what, **given)
     sounds, videos, apart = (
         draw("sound", frames=frames),
         draw("video", mels=mels),
@@ -239,7 +239,7 @@ def sample_sound(
             wave = read_wav(command.wav, ears.mel.rate)[:samples]
             mel = ears.mel(np.pad(wave, (0, samples - len(wave))))
             given = dict(what="video", mels=np.repeat(mel[None], command.n, 0))
-    made = drawing.make(texts, key, first=first, **given)
+    made = drawing.draw(texts, key, first=first, **given)
     assert made.mels is not None
     file = lambda name: path.with_name(name)
     waves = ears.waves(made.mels[:SHOWN])

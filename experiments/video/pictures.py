@@ -42,9 +42,13 @@ def save_animation(
     frames: UInt8[np.ndarray, "f H W c"],
     fps: float,
     sound: tuple[Float[np.ndarray, " n"], int] | None = None,
+    **options: Any,
 ) -> None:
     """Frames as an animation; the ending decides: .png and .apng are lossless and play in browsers,
-    .mp4 needs the package av or the program ffmpeg. It can have a `sound`, a wave and its rate."""
+    .mp4 needs the package av or the program ffmpeg. It can have a `sound`, a wave and its rate.
+
+    `options` are Pillow's, for the others.
+    """
     check_ending(path)
     ending = path.suffix.lower()
     if ending == ".mp4":
@@ -55,12 +59,9 @@ def save_animation(
 
     pictures = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames]
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(ending, "PNG")
-    options = {"lossless": True} if kind == "WEBP" else {}
-    file = io.BytesIO()
-    rest, duration = pictures[1:], max(1000 / fps, 10)
-    pictures[0].save(
-        file, kind, save_all=True, append_images=rest, duration=duration, loop=0, **options
-    )
+    how = dict(duration=max(1000 / fps, 10), lossless=True) | options  # the latter is of WEBP alone
+    file, rest = io.BytesIO(), pictures[1:]
+    pictures[0].save(file, kind, save_all=True, append_images=rest, loop=0, **how)
     with replacing(path) as temporary:
         temporary.write_bytes(file.getvalue())
 

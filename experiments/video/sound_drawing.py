@@ -4,15 +4,11 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import eqxldm as ex
-from eqxldm.data import caption_bytes
 
-from ..train.terminal import StageBar
 from .config import SamplingOptions
-from .drawing import Drawing, Drawn, Frames, Trained, known_latents, make_solver
+from .drawing import Drawing, Drawn, Frames, Trained
 from .networks import sound_shape, to_clips, to_frames
 from .training import DIFFUSION
 
@@ -30,20 +26,8 @@ class SoundDrawing(Drawing):
     """Draws clips with sound; as a `Drawing` it gives their frames."""
 
     def __init__(self, trained: Trained, sampling: SamplingOptions, batch: int):
-        self.trained, self._batch = trained, batch
-        config, solver = trained.config, make_solver(sampling)
-        times = ex.shifted_times(sampling.steps, config.diffusion.shift)
-        null = trained.null() if trained.captioned else None
-        clips = config.clips
-        shapes: dict[str, tuple[int, ...]] = {
-            "video": trained.autoencoder.latent_shape(clips.frames, *clips.size),
-            "sound": sound_shape(config),
-        }
-
-        def solve(network: Any, x: Any, cond: Any) -> Any:
-            if null is not None and sampling.guidance != 1:
-                network = ex.guide(network, {**cond, "text": jnp.asarray(null)}, sampling.guidance)
-            return ex.sample(network, DIFFUSION, solver, times, x, cond)
+        super().__init__(trained, sampling, batch)
+        shapes = {"video": self._shape, "sound": sound_shape(trained.config)}
 
         def latents(denoiser: Any, cond: Any, key: Any, given: Any, what: What) -> Any:
             keys = jax.random.split(key, 4)
@@ -51,7 +35,7 @@ class SoundDrawing(Drawing):
             if what == "both":
                 made = ex.together(denoiser, shapes)
                 x = DIFFUSION.sample_prior((made.size,), key=keys[0])
-                return made.split(solve(made.denoiser, x, cond))
+                return made.split(self._end(made.denoiser, x, cond))
             parts = ("video", "sound") if what == "apart" else (what,)
             out = dict(given)
             for k, part in enumerate(parts):
@@ -60,15 +44,13 @@ class SoundDrawing(Drawing):
                 beside = noise(other, 2 + k) if what == "apart" else given[other]
                 time = 1.0 if what == "apart" else 0.0
                 network = ex.one_part(denoiser, part, {other: beside}, time=time)
-                out[part] = solve(network, noise(part, k), cond)
+                out[part] = self._end(network, noise(part, k), cond)
             return out
 
         def draw(models: Any, text: Any, first: Any, given: Any, key: Any, at: Any, what: What):
             autoencoder, sound, denoiser = models
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(at)
-            known, mask = known_latents(autoencoder, first, shapes["video"])
-            cond = {"known": known, "mask": mask} | ({} if text is None else {"text": text})
-            z = {}
+            cond, z = self._conditions(autoencoder, text, first), {}
             if "video" in given:
                 z["video"] = jax.vmap(autoencoder.encode)(to_clips(given["video"]))
             if "sound" in given:
@@ -80,44 +62,27 @@ class SoundDrawing(Drawing):
 
         self._draw_both = eqx.filter_jit(draw)
 
-    def __call__(self, texts: list[str], key: Any, **options: Any) -> Frames:
-        return self.make(texts, key, **options).frames
-
-    def draw(self, texts: list[str], key: Any, **options: Any) -> Drawn:
-        return self.make(texts, key, **options)
-
-    def make(
+    def draw(
         self,
         texts: list[str],
         key: Any,
         *,
-        what: What = "both",
         first: Frames | None = None,
+        name: str = "samples",
+        what: What = "both",
         frames: Frames | None = None,
         mels: Any = None,
-        name: str = "samples",
     ) -> Drawn:
         """A clip with sound for each caption.
 
         `first`: first frames, which stay. `frames` are the clips of `what="sound"`, `mels` the
         spectrograms of `what="video"`; what is given comes back as it is.
         """
-        clips, n = self.trained.config.clips, len(texts)
-        tokens = caption_bytes(self.trained.config.diffusion.max_length).tokens
         trained = self.trained
         models = trained.autoencoder, trained.sound, trained.denoiser
-        if first is None:
-            first = np.zeros((n, 0, *clips.size, clips.channels), np.uint8)
         given = {"video": frames} if what == "sound" else {"sound": mels} if what == "video" else {}
-        made = []
-        with StageBar(name, n, "clip") as bar:
-            for i in range(0, n, self._batch):
-                at = np.minimum(np.arange(i, i + self._batch), n - 1)
-                text = np.stack([tokens(texts[k]) for k in at]) if trained.captioned else None
-                part = {name: np.asarray(a)[at] for name, a in given.items()}
-                drawn = self._draw_both(models, text, first[at], part, key, at, what)
-                made.append([np.asarray(a) for a in drawn])
-                bar.update(min(i + self._batch, n))
-        found, heard = (np.concatenate(parts)[:n] for parts in zip(*made, strict=True))
-        found = np.concatenate([first, found[:, first.shape[1] :]], 1)
+        draw = lambda text, first, part, at: self._draw_both(
+            models, text, first, part, key, at, what
+        )
+        found, heard = self._some_at_once(draw, texts, first, given, name)
         return Drawn(found if frames is None else frames, heard if mels is None else mels)

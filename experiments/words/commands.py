@@ -23,7 +23,7 @@ from ..train.stages import Stages
 from ..train.streams import stream_key
 from ..train.terminal import Signals, UserError, say, user_errors
 from .config import Config, Generate, Train
-from .corpus import Corpus, Vocabulary, open_corpus
+from .corpus import Corpus, Vocabulary, make_tokenizer, open_corpus
 from .measuring import likelihoods, make_sampler, table, table_text
 from .showing import write_page
 from .training import STAGES, train_network
@@ -107,7 +107,7 @@ def load_network(folder: Path, mesh: Any, dtype: Any = jnp.float32) -> tuple[Any
         found = read_json(folder / VOCABULARY, kinds, repair=repair)
         tokenizer = found.get("tokenizer")
         if tokenizer is not None:
-            tokenizer = _tokenizer(json.dumps(tokenizer), folder / VOCABULARY, repair)
+            tokenizer = make_tokenizer(json.dumps(tokenizer), folder / VOCABULARY, repair)
         vocabulary = Vocabulary(found.get("characters"), tokenizer)
         return _fitting(pretrained.load(folder / NETWORK, **options), vocabulary, folder)
     if not (folder / "config.json").exists() or (folder / "checkpoints").exists():
@@ -117,20 +117,10 @@ def load_network(folder: Path, mesh: Any, dtype: Any = jnp.float32) -> tuple[Any
     kinds, repair = {"mask_token_id": int | None}, "Fetch it again."
     mask = read_json(folder / "config.json", kinds, repair=repair).get("mask_token_id")
     mask = pretrained.llada.MASK if mask is None else mask
-    tokenizer = _tokenizer(read_text(folder / "tokenizer.json"), folder / "tokenizer.json", repair)
+    path = folder / "tokenizer.json"
+    tokenizer = make_tokenizer(read_text(path), path, repair)
     network = pretrained.load_llada(folder, **options)
     return _fitting(network, Vocabulary(None, tokenizer, mask), folder)
-
-
-def _tokenizer(text: str, where: Path, repair: str) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("needs the package tokenizers: pip install 'eqxldm[text]'.") from None
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises no other kind
-        raise UserError(f"{where} is no tokenizer: {error} {repair}") from None
 
 
 def _fitting(network: Any, vocabulary: Vocabulary, folder: Path) -> tuple[Any, Vocabulary]:

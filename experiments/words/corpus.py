@@ -123,16 +123,21 @@ def open_vocabulary(tokens: str, text: str) -> Vocabulary:
             f"--tokens {tokens}: unknown tokenizer. Choose characters, bytes, or a tokenizer.json "
             "of a model."
         )
+    return Vocabulary(None, make_tokenizer(read_text(path), f"--tokens {tokens}"))
+
+
+def make_tokenizer(text: str, where: Path | str, repair: str = "") -> Any:
+    """That of a file's text; `UserError` names the file, `where`, and what repairs it."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise UserError(
-            f"--tokens {tokens}: needs the package tokenizers: pip install 'eqxldm[text]'."
+            f"{where}: needs the package tokenizers: pip install 'eqxldm[text]'."
         ) from None
     try:
-        return Vocabulary(None, Tokenizer.from_str(read_text(path)))
-    except Exception as error:  # the library raises bare ones
-        raise UserError(f"--tokens {tokens}: is no tokenizer file ({error}).") from None
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no other kind
+        raise UserError(f"{where}: is no tokenizer file ({error}). {repair}".rstrip()) from None
 
 
 def open_corpus(path: Path | None, tokens: str, length: int) -> Corpus:
