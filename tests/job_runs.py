@@ -14,8 +14,9 @@ from eqxldm.digests import digest
 from eqxldm.sharding import make_mesh
 from experiments.train import autoencoder as ae, job as jobs
 from experiments.train.__main__ import main
-from experiments.train.commands import finished_config
+from experiments.train.config import Config
 from experiments.train.diffusion import load_finished
+from experiments.train.options import read_options
 from experiments.train.run import RunFolder
 from experiments.train.terminal import run_main
 
@@ -73,7 +74,7 @@ def write_images(folder: Path, names, side=(20, 26), mode="RGB") -> Path:
 
 
 def loaded(run: Path):
-    config = finished_config(RunFolder(run))
+    config = read_options(Config, RunFolder(run))
     condition, _ = jobs.read_data(RunFolder(run), config)
     return load_finished(config, RunFolder(run), condition, make_mesh())
 

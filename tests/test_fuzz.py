@@ -28,8 +28,9 @@ from eqxldm.data.sources.arrayrecord import RecordFiles, writing_records
 from eqxldm.data.sources.arrays import ImageArrays
 from eqxldm.models import AutoencoderKL, DiT
 from eqxldm.pretrained.files import WEIGHTS
-from experiments.train.commands import finished_config
+from experiments.train.config import Config
 from experiments.train.job import read_data
+from experiments.train.options import read_options
 from experiments.train.presets import preset
 from experiments.train.run import RunFolder, as_dict
 
@@ -90,7 +91,7 @@ def read_checkpoint(path):
 
 def read_run(path):
     run = RunFolder(path.parent)
-    config = finished_config(run)
+    config = read_options(Config, run)
     run.metrics(), run.log_entries()
     run.file("x")
     read_data(run, config)

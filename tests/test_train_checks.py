@@ -20,12 +20,12 @@ from experiments.train import telemetry
 from experiments.train.__main__ import given
 from experiments.train.autoencoder import load_vae
 from experiments.train.checks import check_out, check_readable, check_writable
-from experiments.train.commands import Evaluate, Sample, Train, finished_config
+from experiments.train.commands import Evaluate, Sample, Train
 from experiments.train.conditions import Captions, Labels, Nothing
 from experiments.train.config import Config
 from experiments.train.evaluate import LEAST, Reference, summary, write_curves
 from experiments.train.job import read_data
-from experiments.train.options import check, range_of
+from experiments.train.options import check, range_of, read_options
 from experiments.train.presets import preset
 from experiments.train.run import RunFolder, as_dict
 from experiments.train.telemetry import LogOptions, check_packages
@@ -75,7 +75,7 @@ def test_every_entry_of_a_list_in_a_configuration_is_looked_at(tmp_path, channel
     (tmp_path / "config.json").write_text(json.dumps(config))
     for _ in range(8):  # a look at one entry, chosen at random, would miss some
         with pytest.raises(UserError, match=r"config\.json .*damaged"):
-            finished_config(RunFolder(tmp_path))
+            read_options(Config, RunFolder(tmp_path))
 
 
 def test_an_option_that_an_earlier_version_did_not_have_is_read_as_its_default(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_an_option_that_an_earlier_version_did_not_have_is_read_as_its_default(t
     written = as_dict(config)
     del written["form"], written["dit"]["norm"], written["few"]
     (tmp_path / "config.json").write_text(json.dumps(written))
-    assert finished_config(run) == config
+    assert read_options(Config, run) == config
     said = " ".join(capsys.readouterr().out.split())
     assert "of an earlier version; form, few, dit.norm are taken by default." in said
     run.open(as_dict(config), overwrite=False, defaults=as_dict(config))  # goes on
@@ -94,7 +94,7 @@ def test_an_option_that_an_earlier_version_did_not_have_is_read_as_its_default(t
         run.open(as_dict(other), overwrite=False, defaults=as_dict(config))
     (tmp_path / "config.json").write_text(json.dumps(written | {"later": 1}))
     with pytest.raises(UserError, match="another version"):
-        finished_config(run)
+        read_options(Config, run)
 
 
 def test_of_an_option_that_comes_twice_the_last_one_counts():

@@ -4,7 +4,6 @@ from ..nn.stack import save_matmuls as save_matmuls, save_narrow as save_narrow
 from .autoencoder import (
     AutoencoderConfig as AutoencoderConfig,
     AutoencoderKL as AutoencoderKL,
-    Posterior as Posterior,
     kl_f4 as kl_f4,
     kl_f8 as kl_f8,
     kl_f16 as kl_f16,
@@ -96,6 +95,7 @@ from .inception import (
     inception_input as inception_input,
 )
 from .joint_blocks import JointBlock as JointBlock, JointStream as JointStream
+from .latents import NormalisedLatents as NormalisedLatents, Posterior as Posterior
 from .lpips import (
     LPIPS as LPIPS,
     AlexLPIPS as AlexLPIPS,

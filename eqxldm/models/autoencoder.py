@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,28 +11,10 @@ from jaxtyping import Array, Float, Key
 
 from ..nn.attention import AttentionBlock
 from ..nn.conv import Conv, ConvPair, depth_to_space, space_to_depth, upsample_nearest
-from ..nn.fields import with_fields
 from ..nn.norms import GroupNorm
 from ..nn.resnet import ResnetBlock
 from .config import arguments, make_record
-
-Record = TypeVar("Record")
-
-
-class Posterior(eqx.Module):
-    """A diagonal Gaussian `N(mean, exp(logvar))`: what an encoder says of one image or clip."""
-
-    mean: Float[Array, "zc *space"]
-    logvar: Float[Array, "zc *space"]
-
-    def sample(self, key: Key[Array, ""]) -> Float[Array, "zc *space"]:
-        """`mean + exp(logvar / 2) n`, `n ~ N(0, I)`.
-
-        >>> Posterior(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2))).sample(jax.random.key(0)).shape
-        (1, 2, 2)
-        """
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+from .latents import NormalisedLatents, Posterior, normalised
 
 
 class Encoder(eqx.Module):
@@ -167,11 +149,11 @@ class AutoencoderConfig:
         return AutoencoderKL(**arguments(self), key=key)
 
 
-class AutoencoderKL(eqx.Module):
+class AutoencoderKL(NormalisedLatents):
     """A convolutional variational autoencoder between images in [-1, 1] and unit-variance latents.
 
-    `encode` and `decode` speak normalised latents, `z = (z_raw - shift) * scale`: this class is
-    the one place where that happens. `posterior` and `decoder` are the raw halves that training
+    `encode` and `decode` speak normalised latents, `z = (z_raw - shift) * scale`, as
+    `NormalisedLatents` says. `posterior` and `decoder` are the raw halves that training
     uses. `shift` and `scale` are a number a latent channel, measured on training data
     (`training.measure_latents`) and set with `with_latent_stats`; until then 0 and 1.
 
@@ -227,24 +209,9 @@ class AutoencoderKL(eqx.Module):
         return self.config.in_channels
 
     @property
-    def latent_channels(self) -> int:
-        """Of the latents."""
-        return self.config.latent_channels
-
-    @property
     def factor(self) -> int:
         """How many pixels a latent's pixel is wide."""
         return self.config.patch_size * 2 ** (len(self.config.channels) - 1)
-
-    @property
-    def shift(self) -> tuple[float, ...]:
-        """Subtracted from a raw latent, a number a channel."""
-        return _spread(self.config.shift, self.latent_channels)
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        """What the difference is multiplied by, a number a channel."""
-        return _spread(self.config.scale, self.latent_channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """The latent's shape for an image of this size; `ValueError` if it does not divide."""
@@ -255,30 +222,13 @@ class AutoencoderKL(eqx.Module):
             )
         return self.latent_channels, height // self.factor, width // self.factor
 
-    def with_latent_stats(
-        self, shift: float | int | tuple[float, ...], scale: float | int | tuple[float, ...]
-    ) -> "AutoencoderKL":
-        """The same autoencoder with another latent shift and scale: one a channel, or one for all.
-
-        >>> ae = AutoencoderKL(1, 2, channels=(8,), blocks=1, groups=4, key=jax.random.key(0))
-        >>> ae.with_latent_stats(0, 0.18215).scale
-        (0.18215, 0.18215)
-        """
-        return with_fields(self, config=normalised(self.config, shift, scale))
-
     def posterior(self, x: Float[Array, "c h w"]) -> Posterior:
         """`q(z_raw | x)`, the log-variance clamped to [-30, 20]."""
         if x.shape[0] != self.in_channels:
             raise ValueError(f"AutoencoderKL: need {self.in_channels} channels, got {x.shape[0]}.")
         self.latent_shape(*x.shape[1:])
-        moments = jnp.moveaxis(self.encoder(jnp.moveaxis(x, 0, -1)), -1, 0)
-        mean, logvar = jnp.split(moments, 2)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
-
-    def normalise(self, posterior: Posterior) -> Posterior:
-        """The posterior of `z` from that of `z_raw`."""
-        shift, scale = self._stats(posterior.mean)
-        return Posterior((posterior.mean - shift) * scale, posterior.logvar + 2 * jnp.log(scale))
+        moments = self.encoder(jnp.moveaxis(x, 0, -1))
+        return Posterior.of_moments(jnp.moveaxis(moments, -1, 0))
 
     def encode(
         self, x: Float[Array, "c h w"], *, key: Key[Array, ""] | None = None
@@ -289,16 +239,7 @@ class AutoencoderKL(eqx.Module):
 
     def decode(self, z: Float[Array, "zc zh zw"]) -> Float[Array, "c h w"]:
         """Normalised latent to image; values may overshoot [-1, 1] a little."""
-        if z.shape[0] != self.latent_channels:
-            raise ValueError(
-                f"AutoencoderKL: need {self.latent_channels} latent channels, got {z.shape[0]}."
-            )
-        shift, scale = self._stats(z)
-        return jnp.moveaxis(self.decoder(jnp.moveaxis(z / scale + shift, 0, -1)), -1, 0)
-
-    def _stats(self, z: Float[Array, "zc zh zw"]) -> tuple[Array, Array]:
-        per_channel = lambda v: jnp.asarray(v, z.dtype)[:, None, None]
-        return per_channel(self.shift), per_channel(self.scale)
+        return jnp.moveaxis(self.decoder(jnp.moveaxis(self.raw(z), 0, -1)), -1, 0)
 
 
 def _completed(config: AutoencoderConfig) -> AutoencoderConfig:
@@ -321,28 +262,6 @@ def _completed(config: AutoencoderConfig) -> AutoencoderConfig:
         )
     config = replace(config, decoder_blocks=decoder_blocks, attention_levels=attention_levels)
     return normalised(config, config.shift, config.scale)
-
-
-def normalised(config: Record, shift: Any, scale: Any) -> Record:
-    """The configuration of an autoencoder with this shift and scale, spread over the channels.
-
-    **Raises** `ValueError` for another number of them, and for scales that are not positive.
-
-    >>> normalised(AutoencoderConfig(1, 2, channels=(8,), blocks=1), 0, 2).scale
-    (2.0, 2.0)
-    """
-    n = config.latent_channels  # type: ignore[attr-defined]
-    shift, scale = _spread(shift, n), _spread(scale, n)
-    if len(shift) != n or len(scale) != n or not all(s > 0 for s in scale):
-        raise ValueError(
-            f"with_latent_stats: need {n} shifts and {n} positive scales, or a number for all "
-            f"channels; got {shift} and {scale}."
-        )
-    return replace(config, shift=shift, scale=scale)  # type: ignore[type-var]
-
-
-def _spread(value: float | tuple[float, ...], n: int) -> tuple[float, ...]:
-    return tuple(map(float, value if isinstance(value, tuple) else (value,) * n))
 
 
 def kl_f8(in_channels: int = 3, latent_channels: int = 4, *, key, **options) -> AutoencoderKL:

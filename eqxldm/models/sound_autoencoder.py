@@ -5,16 +5,14 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ..nn.causal_conv import CausalConv3d
-from ..nn.fields import with_fields
 from ..nn.linear import Linear
 from ..nn.norms import RMSNorm
 from ..nn.stack import Stack
-from .autoencoder import Posterior, normalised
 from .config import arguments, make_record
+from .latents import NormalisedLatents, Posterior, normalised
 
 
 class SoundBlock(eqx.Module):
@@ -86,7 +84,7 @@ class SoundAutoencoderConfig:
         return SoundAutoencoder(**arguments(self), key=key)
 
 
-class SoundAutoencoder(eqx.Module):
+class SoundAutoencoder(NormalisedLatents):
     """A VAE between spectrograms `(bands, frames)` in about [-1, 1] and unit-variance latents.
 
     `fold` frames become one latent step, `(latent_channels, frames / fold)`; no step sees a later
@@ -126,12 +124,6 @@ class SoundAutoencoder(eqx.Module):
         self.decoder = SoundCoder(latent_channels, *inner, step, key=k2)
         self.config = config
 
-    def with_latent_stats(
-        self, shift: tuple[float, ...], scale: tuple[float, ...]
-    ) -> "SoundAutoencoder":
-        """The same autoencoder with another latent shift and scale, one a channel."""
-        return with_fields(self, config=normalised(self.config, shift, scale))
-
     def posterior(self, y: Float[Array, "bands frames"]) -> Posterior:
         """`q(z_raw | y)`, the log-variance clamped to [-30, 20]."""
         bands, fold = self.config.bands, self.config.fold
@@ -141,26 +133,19 @@ class SoundAutoencoder(eqx.Module):
                 f"{fold}, got {y.shape}."
             )
         steps = y.T.reshape(-1, fold * bands)
-        mean, logvar = jnp.split(self.encoder(steps).T, 2)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+        return Posterior.of_moments(self.encoder(steps).T)
 
     def encode(
         self, y: Float[Array, "bands frames"], *, key: Key[Array, ""] | None = None
     ) -> Float[Array, "zc n"]:
         """A normalised latent: a posterior sample with a `key`, else its mode."""
-        posterior = self.posterior(y)
-        shift, scale = self._stats(posterior.mean)
-        raw = posterior.mean if key is None else posterior.sample(key)
-        return (raw - shift) * scale
+        posterior = self.normalise(self.posterior(y))
+        return posterior.mean if key is None else posterior.sample(key)
 
     def decode(self, z: Float[Array, "zc n"]) -> Float[Array, "bands frames"]:
         """A normalised latent to a spectrogram."""
-        return self.decode_raw(z / self._stats(z)[1] + self._stats(z)[0])
+        return self.decode_raw(self.raw(z))
 
     def decode_raw(self, z_raw: Float[Array, "zc n"]) -> Float[Array, "bands frames"]:
         """A raw latent, such as a sample of `posterior`, to a spectrogram: what training needs."""
         return self.decoder(z_raw.T).reshape(-1, self.config.bands).T
-
-    def _stats(self, z: Array) -> tuple[Array, Array]:
-        per_channel = lambda values: jnp.asarray(values, z.dtype)[:, None]
-        return per_channel(self.config.shift), per_channel(self.config.scale)

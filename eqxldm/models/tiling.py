@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .autoencoder import AutoencoderKL, Posterior
+from .autoencoder import AutoencoderKL
+from .latents import Posterior
 
 
 def encode_sliced(

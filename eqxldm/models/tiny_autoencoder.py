@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Key
 
 from ..nn.conv import Conv, upsample_nearest
 from ..nn.norms import GroupNorm
-from .autoencoder import Posterior
 from .config import arguments, make_record
+from .latents import Posterior
 
 CERTAIN = -30.0  # a log-variance: that of a posterior without one
 

@@ -22,10 +22,9 @@ from ..nn.causal_conv import (
     repeat_up,
 )
 from ..nn.conv import depth_to_space, space_to_depth
-from ..nn.fields import with_fields
 from ..nn.norms import RMSNorm
-from .autoencoder import Posterior, normalised
 from .config import arguments, make_record
+from .latents import NormalisedLatents, Posterior, normalised
 
 
 class VideoEncoder(eqx.Module):
@@ -183,7 +182,7 @@ class CausalVideoAutoencoderConfig:
         return CausalVideoAutoencoder(**arguments(self), key=key)
 
 
-class CausalVideoAutoencoder(eqx.Module):
+class CausalVideoAutoencoder(NormalisedLatents):
     """A convolutional VAE between clips `(c, f, h, w)` in [-1, 1] and unit-variance latents.
 
     No frame sees a later one, and the first stands alone: `1 + 4 k` frames become `1 + k` latent
@@ -251,11 +250,6 @@ class CausalVideoAutoencoder(eqx.Module):
         return self.config.in_channels
 
     @property
-    def latent_channels(self) -> int:
-        """Of the latents."""
-        return self.config.latent_channels
-
-    @property
     def factor(self) -> int:
         """How many pixels a latent's pixel is wide."""
         return self.config.patch_size * 2 ** (len(self.config.channels) - 1)
@@ -264,18 +258,6 @@ class CausalVideoAutoencoder(eqx.Module):
     def time_factor(self) -> int:
         """How many frames a latent frame but the first stands for."""
         return 2 ** sum(self.config.time_levels or ())
-
-    @property
-    def shift(self) -> tuple[float, ...]:
-        """Subtracted from a raw latent, a number a channel."""
-        given: Any = self.config.shift
-        return given
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        """What the difference is multiplied by, a number a channel."""
-        given: Any = self.config.scale
-        return given
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latent's shape for such a clip; `ValueError` if it does not divide.
@@ -303,17 +285,6 @@ class CausalVideoAutoencoder(eqx.Module):
             width // (self.factor),
         )
 
-    def with_latent_stats(
-        self, shift: float | int | tuple[float, ...], scale: float | int | tuple[float, ...]
-    ) -> "CausalVideoAutoencoder":
-        """The same autoencoder with another latent shift and scale: one a channel, or one for all.
-
-        >>> ae = CausalVideoAutoencoder(1, 2, channels=(4,), blocks=1, key=jax.random.key(0))
-        >>> ae.with_latent_stats(0, 0.5).scale
-        (0.5, 0.5)
-        """
-        return with_fields(self, config=normalised(self.config, shift, scale))
-
     def posterior(self, x: Float[Array, "c f h w"], *, chunked: bool = False) -> Posterior:
         """`q(z_raw | x)`, the log-variance clamped to [-30, 20]."""
         if x.shape[0] != self.in_channels:
@@ -322,13 +293,7 @@ class CausalVideoAutoencoder(eqx.Module):
             )
         self.latent_shape(*x.shape[1:])
         moments = _run(self.encoder, jnp.moveaxis(x, 0, -1), self.time_factor if chunked else None)
-        mean, logvar = jnp.split(jnp.moveaxis(moments, -1, 0), 2)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
-
-    def normalise(self, posterior: Posterior) -> Posterior:
-        """The posterior of `z` from that of `z_raw`."""
-        shift, scale = self._stats(posterior.mean)
-        return Posterior((posterior.mean - shift) * scale, posterior.logvar + 2 * jnp.log(scale))
+        return Posterior.of_moments(jnp.moveaxis(moments, -1, 0))
 
     def encode(
         self,
@@ -345,18 +310,8 @@ class CausalVideoAutoencoder(eqx.Module):
         self, z: Float[Array, "zc zf zh zw"], *, chunked: bool = False
     ) -> Float[Array, "c f h w"]:
         """Normalised latent to clip; values may overshoot [-1, 1] a little."""
-        if z.shape[0] != self.latent_channels:
-            raise ValueError(
-                f"CausalVideoAutoencoder: need {self.latent_channels} latent channels, got "
-                f"{z.shape[0]}."
-            )
-        shift, scale = self._stats(z)
-        raw = jnp.moveaxis(z / scale + shift, 0, -1)
+        raw = jnp.moveaxis(self.raw(z), 0, -1)
         return jnp.moveaxis(_run(self.decoder, raw, 1 if chunked else None), -1, 0)
-
-    def _stats(self, z: Float[Array, "zc zf zh zw"]) -> tuple[Array, Array]:
-        per_channel = lambda v: jnp.asarray(v, z.dtype)[:, None, None, None]
-        return per_channel(self.shift), per_channel(self.scale)
 
 
 def _run(half: Callable[..., Array], x: Array, chunk: int | None) -> Array:

@@ -13,10 +13,11 @@ from eqxldm.digests import digest
 from eqxldm.sharding import make_mesh
 from experiments.train import commands, few_steps
 from experiments.train.__main__ import PRESETS
-from experiments.train.commands import finished_config
 from experiments.train.conditions import Labels
+from experiments.train.config import Config
 from experiments.train.diffusion import load_finished
 from experiments.train.networks import make_denoiser
+from experiments.train.options import read_options
 from experiments.train.presets import preset
 from experiments.train.run import RunFolder
 from experiments.train.shapes import SHAPES
@@ -49,7 +50,7 @@ def test_a_run_for_one_call_starts_from_a_finished_one(finished, tmp_path, monke
         pretrained.load(finished / "autoencoder.safetensors")
     )
     assert not (run / "latents").exists()
-    assert finished_config(RunFolder(run)).few.pretrain == 0
+    assert read_options(Config, RunFolder(run)).few.pretrain == 0
     # Sampled with any number of calls, and by the solvers.
     for how in (("--steps", 2), ("--solver", "heun", "--steps", 2)):
         out = tmp_path / "out.png"
@@ -57,7 +58,7 @@ def test_a_run_for_one_call_starts_from_a_finished_one(finished, tmp_path, monke
 
 
 def test_a_network_starts_as_the_finished_denoiser(finished):
-    config = finished_config(RunFolder(finished))
+    config = read_options(Config, RunFolder(finished))
     condition = Labels(len(SHAPES), len(SHAPES))
     old = load_finished(config, RunFolder(finished), condition, make_mesh())
     config = dataclasses.replace(config, objective="imf")

@@ -15,6 +15,7 @@ from experiments.serve import clients, folders, generators
 from experiments.serve.__main__ import main
 from experiments.serve.clients import picture
 from experiments.serve.options import Serve, load, make_engine
+from experiments.train import finished
 from experiments.train.conditions import Labels
 from experiments.train.config import Config, DiTConfig, PictureOptions, SamplingConfig
 from experiments.train.diffusion import Trained
@@ -46,7 +47,7 @@ def write_run(folder, monkeypatch, objective="denoising"):
     condition, shape = Labels(3, 3), (1, 12, 12)
     network = filled(lambda: make_denoiser(config, shape, condition), seed=3)
     trained = Trained(Pixels(1), network, shape, condition.null)
-    monkeypatch.setattr(generators, "load_finished", lambda *_: trained)
+    monkeypatch.setattr(finished, "load_finished", lambda *_: trained)
     return config, trained, condition
 
 
@@ -89,7 +90,6 @@ def test_a_run_of_few_steps_is_exported_with_its_map(tmp_path, monkeypatch):
     from experiments.export import __main__ as exporting
 
     config, *about = write_run(tmp_path / "a", monkeypatch, "imf")
-    monkeypatch.setattr(exporting, "load_finished", lambda *_: about[0])
     monkeypatch.setattr(exporting, "PLATFORMS", ["cpu"])
     exporting.main(["--preset", "mnist", "--run-dir", str(tmp_path / "a")])
     bundle = load_bundle(tmp_path / "a" / "model.bundle")

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from experiments.train import autoencoder as ae, commands
-from experiments.train.commands import finished_config
 from experiments.train.conditions import Labels
+from experiments.train.config import Config
 from experiments.train.diffusion import diffusion_state, posthoc_average
 from experiments.train.hooks import open_snapshots
+from experiments.train.options import read_options
 from experiments.train.run import RunFolder
 
 from job_runs import SMALL, call, said, train, write_images
@@ -191,7 +192,7 @@ def test_sample_and_evaluate(copied, monkeypatch, capsys):
 
 
 def test_an_average_of_any_width_after_training(copied, capsys):
-    config = finished_config(RunFolder(copied))
+    config = read_options(Config, RunFolder(copied))
     with open_snapshots(RunFolder(copied), "diffusion") as snapshots:
         assert snapshots.steps() == [5, 10, 12]
     condition = Labels(4, 4)

@@ -15,9 +15,10 @@ from eqxldm import pretrained
 from eqxldm.data import open_images
 from eqxldm.models import LPIPS
 from experiments.train import autoencoder as ae, commands, job as jobs
-from experiments.train.commands import finished_config
 from experiments.train.conditions import Labels, choose_condition
+from experiments.train.config import Config
 from experiments.train.networks import make_denoiser
+from experiments.train.options import read_options
 from experiments.train.presets import preset
 from experiments.train.run import RunFolder
 from experiments.train.shapes import SHAPES, shapes
@@ -113,7 +114,7 @@ def places(images, finished, tmp_path_factory) -> dict[str, Path]:
     (tmp / "empty").mkdir()
     (tmp / "loop").symlink_to("loop")
     write_images(tmp / "few", [f"{i}.png" for i in range(4)])
-    small = dataclasses.replace(finished_config(RunFolder(finished)))
+    small = dataclasses.replace(read_options(Config, RunFolder(finished)))
     pretrained.save(make_denoiser(small, (4, 4, 4), Labels(2, 2)), tmp / "dit.safetensors")
     other = write_images(tmp / "other", ["cat/0.png", "cat/1.png", "dog/0.png"])
     return {"tmp": tmp, "images": images, "other": other, "vae": finished}
