@@ -1,6 +1,7 @@
 """Objectives of one or few network calls: their losses, their maps, and a start from a denoiser."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,26 +29,25 @@ CALLS, ODE_STEPS = (1, 2, 4, 8), 50  # what is measured at the end
 SHORTCUT_STEPS = 32  # the finest grid
 
 
-class OnDiffusion(AbstractObjective):
-    """An objective of networks of the diffusion `to`, for a network of the diffusion `source`.
+class OfAnother(AbstractObjective):
+    """An objective of another network: of what `change` makes of the one that is trained.
 
     It sets in after `start` steps, and counts from there.
     """
 
     objective: AbstractObjective
-    source: ex.Diffusion
-    to: ex.Diffusion
+    change: Callable[[Any], Any] = eqx.field(static=True)
     start: int = eqx.field(static=True, default=0)
 
     def times(self, key: Any, n: int) -> Any:
         return self.objective.times(key, n)
 
     def loss(self, denoiser: Any, x0: Any, times: Any, cond: Any, *, key: Any, context: Any = None):
-        changed = lambda network: ex.change_diffusion(network, self.source, self.to)
         if context is not None:
-            ema = tuple(map(changed, context.ema))
+            ema = tuple(map(self.change, context.ema))
             context = ex.Context(context.step - self.start, ema)
-        return self.objective.loss(changed(denoiser), x0, times, cond, key=key, context=context)
+        changed = self.change(denoiser)
+        return self.objective.loss(changed, x0, times, cond, key=key, context=context)
 
 
 class AtScale:
@@ -66,19 +66,6 @@ class AtScale:
 
     def _outputs(self, x_t: Any, t: Any, cond: Any, *, key: Any = None, **options: Any) -> Any:
         return self._denoiser.outputs(x_t, t, self._given(cond), key=key, **options)
-
-
-class Unguided(AbstractObjective):
-    """An objective for a network whose condition is guidance, too: at the scale 1."""
-
-    objective: AbstractObjective
-
-    def times(self, key: Any, n: int) -> Any:
-        return self.objective.times(key, n)
-
-    def loss(self, denoiser: Any, x0: Any, times: Any, cond: Any, *, key: Any, context: Any = None):
-        plain = AtScale(denoiser)
-        return self.objective.loss(plain, x0, times, cond, key=key, context=context)
 
 
 def few_step_objective(
@@ -109,13 +96,10 @@ def few_step_objective(
             target = ex.ConditionedGuidance(null, few.largest)
         elif guidance != 1:  # w / (1 - k) of the published form, with w = 1
             target = ex.FixedGuidance(null, 1.0, 1 - 1 / guidance, few.guidance_interval)
-        make = ex.improved_mean_flow if name == "imf" else _mean_flow
-        objective = make(target, flow_share=few.flow_share, time_sampler=times)
-    return OnDiffusion(objective, diffusion, to, few.pretrain)
-
-
-def _mean_flow(target: ex.AbstractVelocityTarget, **options: Any) -> ex.MeanFlow:
-    return ex.MeanFlow(target=target, **options)
+        make = ex.improved_mean_flow if name == "imf" else ex.MeanFlow
+        objective = make(target=target, flow_share=few.flow_share, time_sampler=times)
+    change = lambda network: ex.change_diffusion(network, diffusion, to)
+    return OfAnother(objective, change, few.pretrain)
 
 
 def make_flow_map(config: Config, diffusion: ex.Diffusion, denoiser: Any) -> ex.FlowMap:

@@ -12,7 +12,7 @@ from eqxldm.solvers import Variance
 from eqxldm.training import constant, exponential, in_dtype, power_function
 
 from .config import Config, DiffusionConfig, PathName, SamplingConfig
-from .few_steps import FEW_STEP, AtScale, Unguided, few_step_objective, make_flow_map
+from .few_steps import FEW_STEP, AtScale, OfAnother, few_step_objective, make_flow_map
 from .terminal import UserError, user_errors
 
 TIMESTEPS = 1000  # of the "ddpm" path's table
@@ -79,7 +79,7 @@ def make_method(config: Config, null: Any = None, teacher: Any = None) -> Method
     few = few_step_objective(config, method.diffusion, null, teacher)
     flow_map = lambda denoiser: make_flow_map(config, method.diffusion, denoiser)
     plain, conditioned = method.objective, config.few.conditioned and null is not None
-    plain = Unguided(plain) if conditioned else plain
+    plain = OfAnother(plain, AtScale) if conditioned else plain  # at the scale 1
     return method._replace(
         objective=few, flow_map=flow_map, plain=plain, conditioned=config.few.conditioned
     )

@@ -1,6 +1,5 @@
 """The networks of a run, as its configuration describes them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,6 @@ from .few_steps import TWO_TIMES, UNSCALED
 from .streams import stream_key
 
 Shape = tuple[int, int, int]
-
-MODELS: dict[str, Callable[..., DiT]] = {
-    make.__name__: make
-    for make in (
-        models.dit_s_2, models.dit_s_4, models.dit_s_8, models.dit_b_2, models.dit_b_4,
-        models.dit_b_8, models.dit_l_2, models.dit_l_4, models.dit_l_8, models.dit_xl_2,
-        models.dit_xl_4, models.dit_xl_8,
-    )
-}  # fmt: skip
 
 
 class GreyThroughColour(eqx.Module):
@@ -204,7 +194,8 @@ def _unet(config: Config, shape: Shape, condition: Condition, **options: Any) ->
 
 def dit_sizes(config: Config) -> dict[str, Any]:
     """The published size's depth, width, heads and patch, or what was given instead."""
-    published = eqx.filter_eval_shape(MODELS[config.dit.model], (4, 32, 32), key=jax.random.key(0))
+    make = getattr(models, config.dit.model)
+    published = eqx.filter_eval_shape(make, (4, 32, 32), key=jax.random.key(0))
     names = ("depth", "width", "num_heads", "patch_size")
     given = {name: getattr(config.dit, name) for name in names}
     return {n: getattr(published.config, n) if v is None else v for n, v in given.items()}
