@@ -9,6 +9,7 @@ from ..nn.conv import ConvPair
 from ..nn.resnet import ResnetBlock
 from .layout import Layout, WeightsError
 from .parts import Leaves, attention_block, conv, norm, old_attention_names, resnet
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -43,7 +44,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
         out_channels=given["in_channels"],
         use_post_quant_conv=given["use_quant_conv"],
     )
-    wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in needed.items() if given[k] != v]
+    wrong = []
     downs, ups = given["down_block_types"], given["up_block_types"]
     for option, types, known in (("down", downs, DOWN_BLOCKS), ("up", ups, UP_BLOCKS)):
         if not set(types) <= set(known) or len(types) != levels:
@@ -51,10 +52,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> AutoencoderKL:
     attention = tuple(name == DOWN_BLOCKS[1] for name in downs)
     if attention != tuple(name == UP_BLOCKS[1] for name in reversed(ups)):
         wrong.append(f"up_block_types = {ups!r} (the mirror of down_block_types)")
-    if wrong:
-        raise WeightsError(
-            "AutoencoderKL: config.json has what it has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("AutoencoderKL", given, needed, wrong)
     channels, factor = given["latent_channels"], given["scaling_factor"]
     ae = AutoencoderKL(
         given["in_channels"],
@@ -97,10 +95,7 @@ def diffusers_config(ae: AutoencoderKL) -> dict[str, Any]:
             decoder_blocks != blocks + 1
         ),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError(
-            "AutoencoderKL: diffusers cannot hold this network: " + "; ".join(why) + "."
-        )
+    refuse_network("AutoencoderKL", "diffusers", reasons)
     if len({*ae.shift}) == len({*ae.scale}) == 1:
         latents = dict(scaling_factor=ae.scale[0], shift_factor=ae.shift[0] or None)
     else:

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from ..models import BERT
-from .clip_text import ACTIVATIONS
-from .layout import Layout, Part, Tensor, WeightsError
+from .activations import ACTIVATIONS, NAMES, foreign_activation, wrong_activation
+from .layout import Layout, Part, Tensor
 from .parts import Leaves, linear, norm, stacked, stacked_qkv
+from .refusals import refuse_network, refuse_options
 
 # What transformers assumes where a configuration is silent.
 DEFAULTS: dict[str, Any] = dict(
@@ -48,20 +49,13 @@ def from_transformers(config: dict[str, Any], *, key) -> BERT:
     (32, True)
     """
     given: dict[str, Any] = DEFAULTS | FIXED | {POOLER: True} | config
-    wrong = [f"{name} = {given[name]!r} ({v!r})" for name, v in FIXED.items() if given[name] != v]
-    activation = given["hidden_act"]
-    if activation not in ACTIVATIONS:
-        wrong.append(f"hidden_act = {activation!r} ({', '.join(ACTIVATIONS)})")
-    if wrong:
-        raise WeightsError(
-            f"BERT: config.json has what BERT has not (in brackets): {', '.join(wrong)}"
-        )
+    refuse_options("BERT", given, FIXED, wrong_activation(given))
     return BERT(
         given["hidden_size"],
         given["num_hidden_layers"],
         given["num_attention_heads"],
         hidden=given["intermediate_size"],
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[given["hidden_act"]],
         pooler=given[POOLER],
         vocabulary=given["vocab_size"],
         length=given["max_position_embeddings"],
@@ -81,12 +75,8 @@ def transformers_config(bert: BERT) -> dict[str, Any]:
     >>> transformers_config(bert)["architectures"]
     ['BertModel']
     """
-    ours, names = bert.config, {function: name for name, function in ACTIVATIONS.items()}
-    if ours.activation not in names:
-        raise WeightsError(
-            "BERT: transformers cannot hold this network: its activation is "
-            f"{getattr(ours.activation, '__name__', ours.activation)}."
-        )
+    ours = bert.config
+    refuse_network("BERT", "transformers", foreign_activation(ours.activation))
     return DEFAULTS | dict(
         architectures=[MODEL],
         model_type="bert",
@@ -95,7 +85,7 @@ def transformers_config(bert: BERT) -> dict[str, Any]:
         num_hidden_layers=ours.depth,
         num_attention_heads=ours.num_heads,
         intermediate_size=ours.hidden,
-        hidden_act=names[ours.activation],
+        hidden_act=NAMES[ours.activation],
         max_position_embeddings=ours.length,
         type_vocab_size=ours.kinds,
         layer_norm_eps=ours.norm_eps,

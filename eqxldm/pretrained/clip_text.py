@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 
 from ..models import CLIPText
-from ..nn import gelu, gelu_tanh, quick_gelu
-from .layout import Layout, Part, WeightsError
+from .activations import ACTIVATIONS, NAMES, foreign_activation, wrong_activation
+from .layout import Layout, Part
 from .parts import Leaves, linear, norm, stacked
+from .refusals import refuse_network, refuse_options
 
 # What transformers assumes where a configuration is silent.
 DEFAULTS: dict[str, Any] = dict(
@@ -15,12 +16,6 @@ DEFAULTS: dict[str, Any] = dict(
     num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77,
     hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407,
 )  # fmt: skip
-ACTIVATIONS = {
-    "quick_gelu": quick_gelu,
-    "gelu": gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-}
 PROJECTED = "CLIPTextModelWithProjection"
 # What configurations of before 2023 say the end token is. It never was: the largest id is taken.
 LARGEST_ID = 2
@@ -40,22 +35,16 @@ def from_transformers(config: dict[str, Any], *, key) -> CLIPText:
     (32, 49407)
     """
     given = DEFAULTS | config
-    activation, end = given["hidden_act"], given["eos_token_id"]
-    wrong = []
-    if activation not in ACTIVATIONS:
-        wrong.append(f"hidden_act = {activation!r} ({', '.join(ACTIVATIONS)})")
+    end, wrong = given["eos_token_id"], wrong_activation(given)
     if end is not None and (not isinstance(end, int) or isinstance(end, bool)):
         wrong.append(f"eos_token_id = {end!r} (one number)")
-    if wrong:
-        raise WeightsError(
-            "CLIPText: config.json has what CLIPText has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("CLIPText", given, {}, wrong)
     return CLIPText(
         given["hidden_size"],
         given["num_hidden_layers"],
         given["num_attention_heads"],
         hidden=given["intermediate_size"],
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[given["hidden_act"]],
         projection=given["projection_dim"] if PROJECTED in given.get("architectures", ()) else None,
         end_id=None if end == LARGEST_ID else end,
         vocabulary=given["vocab_size"],
@@ -76,12 +65,10 @@ def transformers_config(clip: CLIPText) -> dict[str, Any]:
     >>> config["architectures"], config["eos_token_id"]
     (['CLIPTextModelWithProjection'], 2)
     """
-    ours, names = clip.config, {function: name for name, function in ACTIVATIONS.items()}
-    if ours.activation not in names or ours.end_id == LARGEST_ID:
-        what = "activation" if ours.activation not in names else "end_id"
-        raise WeightsError(
-            f"CLIPText: transformers cannot hold this network: its {what} is {getattr(ours, what)}."
-        )
+    ours = clip.config
+    reasons = foreign_activation(ours.activation)
+    reasons[f"its end_id is {ours.end_id}"] = ours.end_id == LARGEST_ID
+    refuse_network("CLIPText", "transformers", reasons)
     return DEFAULTS | dict(
         architectures=["CLIPTextModel" if ours.projection is None else PROJECTED],
         model_type="clip_text_model",
@@ -92,7 +79,7 @@ def transformers_config(clip: CLIPText) -> dict[str, Any]:
         num_hidden_layers=ours.depth,
         num_attention_heads=ours.num_heads,
         max_position_embeddings=ours.length,
-        hidden_act=names[ours.activation],
+        hidden_act=NAMES[ours.activation],
         layer_norm_eps=ours.norm_eps,
         eos_token_id=LARGEST_ID if ours.end_id is None else ours.end_id,
     )

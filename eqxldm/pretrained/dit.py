@@ -27,6 +27,7 @@ from .parts import (
     stacked_qkv,
     stacked_scales,
 )
+from .refusals import refuse_network, refuse_options
 
 STACK = "blocks.stacked"
 DIFFUSERS_TIME = nn.Sinusoid(freq_shift=1)
@@ -74,16 +75,13 @@ def from_diffusers(config: dict[str, Any], *, key) -> DiT:
     (4, 8, 8)
     """
     given = DIFFUSERS_DEFAULTS | config
-    wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in DIFFUSERS_ONLY.items() if given[k] != v]
+    wrong = []
     channels, out = given["in_channels"], given["out_channels"]
     if out not in (None, channels, 2 * channels):
         wrong.append(f"out_channels = {out} ({channels} or {2 * channels})")
     if given["norm_eps"] not in (1e-5, 1e-6):
         wrong.append(f"norm_eps = {given['norm_eps']} (1e-05 or 1e-06)")
-    if wrong:
-        raise WeightsError(
-            "DiT: config.json has what DiT has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("DiT", given, DIFFUSERS_ONLY, wrong)
     num_heads, size = given["num_attention_heads"], given["sample_size"]
     return DiT(
         (channels, size, size),
@@ -125,8 +123,7 @@ def diffusers_config(dit: DiT) -> dict[str, Any]:
             ours.time_embedding not in (nn.Sinusoid(), DIFFUSERS_TIME)
         ),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError("DiT: diffusers cannot hold this network: " + "; ".join(why) + ".")
+    refuse_network("DiT", "diffusers", reasons)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="DiTTransformer2DModel",
         num_attention_heads=ours.num_heads,

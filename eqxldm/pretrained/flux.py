@@ -6,7 +6,7 @@ from ..models import Flux
 from ..models.mmdit import FLOW_TIME
 from ..nn import RoPE
 from .joint_blocks import DIFFUSERS_IMAGE, DIFFUSERS_TEXT, StreamNames, joint_stack
-from .layout import Layout, Part, WeightsError
+from .layout import Layout, Part
 from .mmdit import final_modulation
 from .parts import (
     Leaves,
@@ -17,6 +17,7 @@ from .parts import (
     stacked_qkv,
     stacked_scales,
 )
+from .refusals import refuse_network, refuse_options
 
 PATCH = 2  # packed by diffusers' pipeline and by the original sampler, before the network
 # What diffusers assumes where a configuration is silent.
@@ -69,10 +70,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> Flux:
             wrong.append(f"{name} = {channels} (a multiple of {area}, for patches of 2 x 2)")
     if len(axes) != 3 or sum(axes) != head:
         wrong.append(f"axes_dims_rope = {list(axes)} (three numbers with the sum {head})")
-    if wrong:
-        raise WeightsError(
-            "Flux: config.json has what Flux has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("Flux", given, {}, wrong)
     return Flux(
         inside // area,
         depth=given["num_layers"],
@@ -112,8 +110,7 @@ def diffusers_config(flux: Flux) -> dict[str, Any]:
             sum(ours.rope.sizes) != head or ours.rope != RoPE(ours.rope.sizes)
         ),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError("Flux: diffusers cannot hold this network: " + "; ".join(why) + ".")
+    refuse_network("Flux", "diffusers", reasons)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="FluxTransformer2DModel",
         in_channels=PATCH * PATCH * ours.in_channels,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..models import CLIPImage, DINOv2
-from .clip_text import ACTIVATIONS
+from .activations import ACTIVATIONS, NAMES, foreign_activation, wrong_activation
 from .files import TRANSFORMERS, open_folder, read_json
 from .layout import Layout, Part, WeightsError, fill
 from .limits import check_config, check_count
@@ -23,6 +23,7 @@ from .parts import (
     stacked_linear,
     stacked_qkv,
 )
+from .refusals import refuse_network, refuse_options
 from .torch_files import open_torch
 
 # What transformers assumes where a configuration is silent.
@@ -53,7 +54,7 @@ def from_dinov2(config: dict[str, Any], *, key) -> DINOv2:
     2
     """
     given = DINOV2 | config
-    _refuse("DINOv2", given, FIXED)
+    refuse_options("DINOv2", given, FIXED)
     return DINOv2(
         given["hidden_size"],
         given["num_hidden_layers"],
@@ -76,10 +77,9 @@ def dinov2_config(network: DINOv2) -> dict[str, Any]:
     """
     ours = network.config
     ratio, rest = divmod(ours.hidden or 4 * ours.width, ours.width)
-    if rest:
-        raise WeightsError(
-            "DINOv2: transformers has hidden units that are a multiple of the width."
-        )
+    refuse_network(
+        "DINOv2", "transformers", {"its hidden units are no multiple of width": rest > 0}
+    )
     return DINOV2 | dict(
         architectures=["Dinov2Model"],
         model_type="dinov2",
@@ -105,12 +105,7 @@ def from_clip(config: dict[str, Any], *, key) -> CLIPImage:
     """
     whole = {k: config[k] for k in ("projection_dim",) if k in config}
     given = CLIP | (config["vision_config"] | whole if "vision_config" in config else config)
-    if given["hidden_act"] not in ACTIVATIONS:
-        raise WeightsError(
-            f"CLIPImage: config.json has hidden_act = {given['hidden_act']!r}; known are "
-            f"{', '.join(ACTIVATIONS)}."
-        )
-    _refuse("CLIPImage", given, dict(num_channels=3))
+    refuse_options("CLIPImage", given, dict(num_channels=3), wrong_activation(given))
     return CLIPImage(
         given["hidden_size"],
         given["num_hidden_layers"],
@@ -161,9 +156,8 @@ def clip_config(network: CLIPImage) -> dict[str, Any]:
     >>> clip_config(network)["image_size"]
     8
     """
-    ours, names = network.config, {function: name for name, function in ACTIVATIONS.items()}
-    if ours.activation not in names:
-        raise WeightsError(f"CLIPImage: transformers has no activation {ours.activation}.")
+    ours = network.config
+    refuse_network("CLIPImage", "transformers", foreign_activation(ours.activation))
     return CLIP | dict(
         architectures=["CLIPVisionModelWithProjection"],
         model_type="clip_vision_model",
@@ -174,7 +168,7 @@ def clip_config(network: CLIPImage) -> dict[str, Any]:
         num_attention_heads=ours.num_heads,
         image_size=ours.side,
         patch_size=ours.patch_size,
-        hidden_act=names[ours.activation],
+        hidden_act=NAMES[ours.activation],
         layer_norm_eps=ours.norm_eps,
     )
 
@@ -271,14 +265,6 @@ def _layer_scales(there: str, depth: int) -> Leaves:
         )
         for n in (1, 2)
     }
-
-
-def _refuse(name: str, given: dict[str, Any], fixed: dict[str, Any]) -> None:
-    wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in fixed.items() if given[k] != v]
-    if wrong:
-        raise WeightsError(
-            f"{name}: config.json has what {name} has not (in brackets): {', '.join(wrong)}"
-        )
 
 
 def _grid(name: str, given: dict[str, Any]) -> int:

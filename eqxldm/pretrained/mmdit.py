@@ -11,6 +11,7 @@ from ..models.mmdit import FLOW_TIME, scaled_places
 from .joint_blocks import DIFFUSERS_IMAGE, DIFFUSERS_TEXT, StreamNames, joint_stack
 from .layout import Layout, Tensor, WeightsError
 from .parts import Leaves, linear, patch_conv, swap_halves
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -67,10 +68,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> MMDiT:
         wrong.append(f"caption_projection_dim = {given['caption_projection_dim']} ({width})")
     if not given["pos_embed_max_size"]:
         wrong.append("pos_embed_max_size = None (a number)")
-    if wrong:
-        raise WeightsError(
-            "MMDiT: config.json has what MMDiT has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("MMDiT", given, {}, wrong)
     return MMDiT(
         given["in_channels"],
         depth=given["num_layers"],
@@ -127,8 +125,7 @@ def diffusers_config(mmdit: MMDiT) -> dict[str, Any]:
         f"it reads the time as {ours.time_embedding}": ours.time_embedding != FLOW_TIME,
         "its qk_norm is not nn.RMSNorm": ours.qk_norm not in (None, nn.RMSNorm),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError("MMDiT: diffusers cannot hold this network: " + "; ".join(why) + ".")
+    refuse_network("MMDiT", "diffusers", reasons)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="SD3Transformer2DModel",
         sample_size=ours.base_grid * ours.patch_size,

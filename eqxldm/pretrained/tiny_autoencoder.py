@@ -12,6 +12,7 @@ from ..models import TinyAutoencoder
 from .files import open_pt, open_safetensors
 from .layout import Layout, ShardingRule, Tensor, WeightsError, fill
 from .parts import Leaves, conv, norm
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -71,16 +72,13 @@ def from_diffusers(config: dict[str, Any], *, key) -> TinyAutoencoder:
     16
     """
     given = DIFFUSERS_DEFAULTS | config
-    wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in ONLY.items() if given[k] != v]
+    wrong = []
     if given["out_channels"] != given["in_channels"]:
         wrong.append(f"out_channels = {given['out_channels']} ({given['in_channels']})")
     widths = {*given["encoder_block_out_channels"], *given["decoder_block_out_channels"]}
     if len(widths) != 1:
         wrong.append(f"block_out_channels = {sorted(widths)} (one width)")
-    if wrong:
-        raise WeightsError(
-            "TinyAutoencoder: config.json has what it has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("TinyAutoencoder", given, ONLY, wrong)
     return TinyAutoencoder(
         given["in_channels"],
         given["latent_channels"],
@@ -101,11 +99,8 @@ def diffusers_config(ae: TinyAutoencoder) -> dict[str, Any]:
     4
     """
     ours = ae.config
-    if ours.pool:
-        raise WeightsError(
-            "TinyAutoencoder: diffusers cannot hold this network: its blocks have a pool, as those "
-            "for FLUX.2 have."
-        )
+    pooled = "its blocks have a pool, as those for FLUX.2 have"
+    refuse_network("TinyAutoencoder", "diffusers", {pooled: ours.pool})
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="AutoencoderTiny",
         in_channels=ours.in_channels,

@@ -16,7 +16,7 @@ from ..nn import (
     SpatialTransformer,
     TransformerBlock,
 )
-from .layout import Layout, Part, WeightsError
+from .layout import Layout, Part
 from .parts import (
     Leaves,
     attention_block,
@@ -27,6 +27,7 @@ from .parts import (
     old_attention_names,
     resnet,
 )
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 BOTH_DEFAULTS: dict[str, Any] = dict(
@@ -85,11 +86,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
     defaults = CONDITION_DEFAULTS if crossed else PLAIN_DEFAULTS
     given = defaults | config
     channels, levels = given["block_out_channels"], len(given["block_out_channels"])
-    wrong = [
-        f"{name} = {given[name]!r} ({defaults[name]!r})"
-        for name in sorted(defaults.keys() - FREE)
-        if given[name] != defaults[name]
-    ]
+    only, wrong = {name: defaults[name] for name in sorted(defaults.keys() - FREE)}, []
     kind = "CrossAttn" if crossed else "Attn"
     downs, ups = given["down_block_types"], given["up_block_types"]
     wanted = [[plain, kind + plain] for plain in (PLAIN_DOWN, PLAIN_UP)]
@@ -106,10 +103,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> UNet:
         wrong += _wrong_depths_or_additions(given, levels)
     if given["downsample_padding"] not in (0, 1):
         wrong.append(f"downsample_padding = {given['downsample_padding']!r} (0 or 1)")
-    if wrong:
-        raise WeightsError(
-            "UNet: config.json has what UNet has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("UNet", given, only, wrong)
     width = given["time_embedding_dim"] or 4 * channels[0]
     rows = given["num_class_embeds"]
     return UNet(
@@ -174,8 +168,7 @@ def diffusers_config(unet: UNet) -> dict[str, Any]:
         "it has a context but no attention in the middle": (crossed and not ours.middle_attention),
         f"its heads have different sizes: {sorted(sizes)}": not crossed and len(sizes) > 1,
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError("UNet: diffusers cannot hold this network: " + "; ".join(why) + ".")
+    refuse_network("UNet", "diffusers", reasons)
     kind = "CrossAttn" if crossed else "Attn"
     name = lambda plain, at: kind + plain if at else plain
     table: Any = unet.embed_cond

@@ -8,8 +8,9 @@ import numpy as np
 from ..models import CausalVideoAutoencoder
 from ..models.video_autoencoder_sizes import WAN21_MEAN, WAN21_STD
 from ..nn import AttentionBlock, CausalResnetBlock
-from .layout import Layout, Part, WeightsError
+from .layout import Layout, Part
 from .parts import Leaves, conv, linear
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -42,7 +43,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> CausalVideoAutoencoder:
     base, mult, latent = given["base_dim"], list(given["dim_mult"]), given["z_dim"]
     patch = given["patch_size"] or 1
     needed = dict(attn_scales=[], out_channels=given["in_channels"])
-    wrong = [f"{k} = {given[k]!r} ({v!r})" for k, v in needed.items() if given[k] != v]
+    wrong = []
     if mult[:1] != [1]:
         wrong.append(f"dim_mult = {mult} (1 first)")
     if len(given["temperal_downsample"]) != len(mult) - 1:
@@ -55,11 +56,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> CausalVideoAutoencoder:
             wrong.append(f"{name} = {values!r} ({latent} numbers)")
     if not wrong and min(given["latents_std"]) <= 0:
         wrong.append(f"latents_std = {given['latents_std']!r} (positive numbers)")
-    if wrong:
-        raise WeightsError(
-            "CausalVideoAutoencoder: config.json has what it has not (in brackets): "
-            + ", ".join(wrong)
-        )
+    refuse_options("CausalVideoAutoencoder", given, needed, wrong)
     return CausalVideoAutoencoder(
         given["in_channels"] // patch**2,
         latent,
@@ -101,10 +98,7 @@ def diffusers_config(ae: CausalVideoAutoencoder) -> dict[str, Any]:
             [decoder[0] * m for m in mult] != list(decoder)
         ),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError(
-            "CausalVideoAutoencoder: diffusers cannot hold this network: " + "; ".join(why) + "."
-        )
+    refuse_network("CausalVideoAutoencoder", "diffusers", reasons)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="AutoencoderKLWan",
         base_dim=channels[0],

@@ -6,7 +6,7 @@ from ..models import WanTransformer
 from ..models.mmdit import FLOW_TIME
 from ..nn import RoPE, Sinusoid
 from ..nn.patchify import patch_sizes
-from .layout import Layout, Part, WeightsError
+from .layout import Layout, Part
 from .parts import (
     Leaves,
     linear,
@@ -17,6 +17,7 @@ from .parts import (
     stacked_qkv,
     stacked_scales,
 )
+from .refusals import refuse_network, refuse_options
 
 # What diffusers assumes where a configuration is silent.
 DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -91,10 +92,7 @@ def from_diffusers(config: dict[str, Any], *, key) -> WanTransformer:
         added_kv_proj_dim=None,
         pos_embed_seq_len=None,
     )
-    if wrong := [f"{k} = {given[k]!r} ({v!r})" for k, v in needed.items() if given[k] != v]:
-        raise WeightsError(
-            "WanTransformer: config.json has what it has not (in brackets): " + ", ".join(wrong)
-        )
+    refuse_options("WanTransformer", given, needed)
     frequencies = given["freq_dim"]
     time = FLOW_TIME if frequencies == FLOW_TIME.size else Sinusoid(offset=0.0, size=frequencies)
     return WanTransformer(
@@ -132,10 +130,7 @@ def diffusers_config(wan: WanTransformer) -> dict[str, Any]:
         f"it reads the time as {time}": not of_flow,
         f"its rope is {ours.rope}": ours.rope != RoPE((size - 2 * side, side, side)),
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        raise WeightsError(
-            "WanTransformer: diffusers cannot hold this network: " + "; ".join(why) + "."
-        )
+    refuse_network("WanTransformer", "diffusers", reasons)
     return DIFFUSERS_DEFAULTS | dict(
         _class_name="WanTransformer3DModel",
         patch_size=list(patch_sizes(ours.patch_size, 3)),
