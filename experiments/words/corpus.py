@@ -137,7 +137,7 @@ def make_tokenizer(text: str, where: Path | str, repair: str = "") -> Any:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises no other kind
-        raise UserError(f"{where}: is no tokenizer file ({error}). {repair}".rstrip()) from None
+        raise UserError(f"{where} is no tokenizer file: {error}. {repair}".rstrip()) from None
 
 
 def open_corpus(path: Path | None, tokens: str, length: int) -> Corpus:

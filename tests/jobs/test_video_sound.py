@@ -139,7 +139,7 @@ class Echo:
     def __init__(self, made: Any, trained: Any):
         self.made, self.trained = made, trained
 
-    def make(self, texts, key, *, what, **given):
+    def draw(self, texts, key, *, what, **given):
         if what == "apart":  # sounds of other clips
             return Drawn(self.made.frames, np.roll(self.made.mels, 1, 0))
         return self.made
