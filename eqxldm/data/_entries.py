@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from .errors import DataError
+from .errors import DataError, reading
 
 
 def listed(folder: Path) -> list[os.DirEntry]:
@@ -20,11 +20,8 @@ def listed(folder: Path) -> list[os.DirEntry]:
     ...     [entry.name for entry in listed(Path(root))]
     ['a', 'b']
     """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror or error}.") from error
+    with reading(folder, "cannot be listed"), os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
 def kind_of(

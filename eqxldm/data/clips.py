@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from ..durable import check_is_file, read_file, replacing
 from ._entries import kind_of, listed
 from .decode import MAX_SIDE, as_size, center_crop, decode_image
-from .errors import DataError
+from .errors import DataError, reading
 from .image_source import IMAGE_ENDINGS, ImageRecord, checked_index, listing_digest, shown
 
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
@@ -165,12 +165,9 @@ def _of_image(path: Path, wanted: Wanted) -> Iterator[Timed]:
 def _of_folder(path: Path, wanted: Wanted) -> Iterator[Timed]:
     size = None
     for k, file in enumerate(_frame_files(path)):
-        try:
-            pixels = decode_image(
-                read_file(file), wanted.channels, name=str(file), max_pixels=FRAME_PIXELS
-            )
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror or error}.") from error
+        with reading(file):
+            content = read_file(file)
+        pixels = decode_image(content, wanted.channels, name=str(file), max_pixels=FRAME_PIXELS)
         size = pixels.shape[:2] if size is None else size
         if pixels.shape[:2] != size:
             raise DataError(
@@ -422,14 +419,8 @@ class ClipFile:
         self.about, self._pixels, self._path = about, pixels, path
         self.captions: Sequence[str] | None = about["captions"]
         self.skipped: dict[str, str] = about["skipped"]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def has_captions(self) -> bool:
-        return self.captions is not None
+        self.class_names: tuple[str, ...] = ()
+        self.has_captions = self.captions is not None
 
     def __len__(self) -> int:
         return len(self._pixels)

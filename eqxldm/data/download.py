@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 from ..durable import read_file
-from .errors import DataError
+from .errors import DataError, reading
 
 _CONNECT_SECONDS = 10
 _COMMAND_SECONDS = 180
@@ -325,10 +325,8 @@ def read_content(path: str | Path, most: int | None = None) -> bytes:
     **Raises** `DataError` if the file cannot be read, its compressed stream is damaged, or it
     unpacks to more than `most` bytes.
     """
-    try:
+    with reading(path):
         content = read_file(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:

@@ -237,19 +237,11 @@ class ImageArrayRecord:
                     raise DataError(
                         f"{file}: its {name.replace('_', ' ')} differ from those of {paths[0]}."
                     )
-        self._class_names = tuple(abouts[0]["class_names"])
-        self._has_captions = bool(abouts[0]["has_captions"])
+        self.class_names: tuple[str, ...] = tuple(abouts[0]["class_names"])
+        self.has_captions = bool(abouts[0]["has_captions"])
         digests = [about["digest"] for about in abouts]
         rows = [(digest, 0, 0, None) for digest in digests]
-        self._digest = digests[0] if len(rows) == 1 else listing_digest(self._class_names, rows)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self._has_captions
+        self._digest = digests[0] if len(rows) == 1 else listing_digest(self.class_names, rows)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -262,16 +254,16 @@ class ImageArrayRecord:
             ends = np.cumsum([_HEAD.size, name, max(text, 0)])
             id = record[ends[0] : ends[1]].decode("utf-8", "surrogateescape")
             caption = None if text < 0 else record[ends[1] : ends[2]].decode()
-            if name < 0 or ends[2] > len(record) or (text >= 0) != self._has_captions:
+            if name < 0 or ends[2] > len(record) or (text >= 0) != self.has_captions:
                 raise ValueError
         except (struct.error, ValueError):
             raise DataError(
                 f"{self.path}: record {i} is not of {_FORMAT}. Write the file again."
             ) from None
-        if not -1 <= label < len(self._class_names) or (label < 0) != (not self._class_names):
+        if not -1 <= label < len(self.class_names) or (label < 0) != (not self.class_names):
             raise DataError(
                 f"{self.path}: {id}: its label is {label}, but the file names "
-                f"{len(self._class_names)} classes. Write the file again."
+                f"{len(self.class_names)} classes. Write the file again."
             )
         return ImageRecord(record[ends[2] :], id, None if label < 0 else label, caption)
 

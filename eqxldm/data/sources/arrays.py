@@ -47,7 +47,8 @@ class ImageArrays:
                 f"{name}: expected a caption for each of {len(images)} images, got "
                 f"{len(self.captions)}."
             )
-        self._class_names = ()
+        self.class_names: tuple[str, ...] = ()
+        self.has_captions = self.captions is not None
         if labels is not None:
             known = len(class_names) or int(labels.max(initial=0)) + 1
             outside = np.flatnonzero((labels < 0) | (labels >= known))
@@ -57,15 +58,7 @@ class ImageArrays:
                     f"index {outside[0]} ({len(outside)} such labels)."
                 )
             self.labels = labels.astype(np.int32)
-            self._class_names = tuple(class_names) or tuple(map(str, range(known)))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self.captions is not None
+            self.class_names = tuple(class_names) or tuple(map(str, range(known)))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,7 +72,7 @@ class ImageArrays:
     def digest(self) -> str:
         """Over the pixels too, which are at hand here."""
         labels = None if self.labels is None else self.labels.tobytes()
-        about = (self._class_names, self.images.shape, self.captions)
+        about = (self.class_names, self.images.shape, self.captions)
         sha = hashlib.sha256(repr(about).encode("utf-8", "surrogatepass"))
         sha.update(b"" if labels is None else labels)
         sha.update(np.ascontiguousarray(self.images).data)

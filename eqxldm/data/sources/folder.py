@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 from ...durable import read_file
 from .._entries import kind_of, listed
-from ..errors import DataError
+from ..errors import DataError, reading
 from ..image_source import ImageRecord, Listing, check_classes, checked_index, is_image, shown
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
@@ -49,12 +49,16 @@ class ImageFolder:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        captions = _captions(self.root)
+        self._listing = self._listed()
+        self.class_names = self._listing.class_names
+        self.has_captions = self._listing.captions is not None
+
+    def _listed(self) -> Listing:
+        root, captions = self.root, _captions(self.root)
         walked = _Walk(self.root, classes=captions is None)
         if captions is not None:
             names = sorted((name for names in walked.names.values() for name in names), key=_order)
-            self._listing = Listing.of(names, captions=_matched(self.root, captions, names))
-            return
+            return Listing.of(names, captions=_matched(self.root, captions, names))
         classes = [name for name, names in walked.names.items() if name and names]
         if set(map(str.lower, classes)) <= _SPLITS and classes and not walked.names[""]:
             raise DataError(
@@ -74,15 +78,7 @@ class ImageFolder:
         if not names:
             raise DataError(f"{root}: expected images in it or in class folders, got none.")
         labels = [k for k, name in enumerate(classes) for _ in walked.names[name]]
-        self._listing = Listing.of(names, classes, labels)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._listing.class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self._listing.captions is not None
+        return Listing.of(names, classes, labels)
 
     def __len__(self) -> int:
         return len(self._listing)
@@ -90,10 +86,8 @@ class ImageFolder:
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
         path = self._path(i)
-        try:
+        with reading(path):
             return self._listing.record(i, read_file(path))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
     def _path(self, i: int) -> Path:
         return self.root / os.fsdecode(self._listing.names[i].encode("utf-8", "surrogateescape"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, reading
 from ..image_source import ImageSource
 from .arrayrecord import ImageArrayRecord
 from .folder import ImageFolder
@@ -37,7 +37,7 @@ def open_images(path: str | Path) -> ImageSource:
     """
     path = Path(path)
     if path.is_dir():
-        try:
+        with reading(path, "cannot be listed"):
             names = [entry.name.lower() for entry in path.iterdir()]
             if any(name.endswith(".arrayrecord") for name in names):
                 return ImageArrayRecord(path)
@@ -45,8 +45,6 @@ def open_images(path: str | Path) -> ImageSource:
                 return ImageParquet(path)
             if any(name.endswith(".tar") for name in names):
                 return ImageTars(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be listed: {error.strerror or error}.") from error
         if not names:
             raise DataError(f"{path}: is empty. Images can be:{_KINDS}")
         return ImageFolder(path)

@@ -73,8 +73,9 @@ class ImageParquet:
         self._groups = groups
         self._starts = np.cumsum([0, *rows])
         self._captions = Strings.of(captions) if captions else None
+        self.has_captions = self._captions is not None
         self._labels: np.ndarray | None = None
-        self._class_names: tuple[str, ...] = ()
+        self.class_names: tuple[str, ...] = ()
         if labels:
             self._set_labels(np.concatenate(labels), names)
 
@@ -92,15 +93,7 @@ class ImageParquet:
         class_names = tuple(names or map(str, range(count)))
         check_classes(str(self.path), class_names, counts)
         if count > 1:
-            self._labels, self._class_names = labels.astype(np.int32), class_names
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self._captions is not None
+            self._labels, self.class_names = labels.astype(np.int32), class_names
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -125,7 +118,7 @@ class ImageParquet:
     def digest(self) -> str:
         """Over the shards' names and sizes, labels and captions: sizes would need all images."""
         shards = [(file.name, file.stat().st_size) for file in self._files]
-        sha = hashlib.sha256(repr((self._class_names, shards)).encode())
+        sha = hashlib.sha256(repr((self.class_names, shards)).encode())
         sha.update(b"" if self._labels is None else self._labels.tobytes())
         if self._captions is not None:
             sha.update(self._captions.ends.tobytes() + self._captions.joined)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...durable import check_is_file
 from ..download import cache_dir
-from ..errors import DataError
+from ..errors import DataError, reading
 from ..image_source import (
     ImageRecord,
     Listing,
@@ -50,13 +50,11 @@ class ImageTars:
 
     def __init__(self, path: str | Path, *, index_dir: str | Path | None = None):
         self.path = Path(path)
-        try:
+        with reading(path):
             files = sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
             for file in files:
                 check_is_file(file)
             stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
         folder = Path(index_dir) if index_dir is not None else cache_dir() / "tars"
         kept = folder / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:32]}.npz"
         self._files = files
@@ -67,15 +65,8 @@ class ImageTars:
         names = Strings(index["ends"], index["joined"].tobytes())
         class_names = tuple(index["class_names"].tolist())
         self._listing = Listing(class_names, names, index["labels"] if class_names else None, None)
+        self.class_names, self.has_captions = class_names, False
         self._file, self._offset, self._size = (index[n] for n in ("tar", "offset", "size"))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._listing.class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return False
 
     def __len__(self) -> int:
         return len(self._listing)
@@ -83,12 +74,10 @@ class ImageTars:
     def __getitem__(self, index: SupportsIndex) -> ImageRecord:
         i = checked_index(index, len(self))
         path, name, size = self._files[self._file[i]], self._listing.names[i], int(self._size[i])
-        try:
-            with open(path, "rb", buffering=0) as file:  # open for one read: no limit on tars
-                file.seek(int(self._offset[i]))
-                content = file.read(size)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        # Open for one read: there is no limit on tars.
+        with reading(path), open(path, "rb", buffering=0) as file:
+            file.seek(int(self._offset[i]))
+            content = file.read(size)
         if len(content) != size:
             raise DataError(f"{path}: {name} ends after {len(content)} of {size} bytes.")
         return self._listing.record(i, content)
@@ -141,11 +130,8 @@ def _index(path: Path, files: list[Path]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    try:
-        with open(file, "rb") as stream:
-            yield stream
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}.") from error
+    with reading(file), open(file, "rb") as stream:
+        yield stream
 
 
 def _members(file: Path, stream: BinaryIO, begin: int, size: int) -> Iterator[tuple[str, int, int]]:
