@@ -1,7 +1,7 @@
 """What an encoder says of a latent, and the normalisation of latents that autoencoders share."""
 
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from ..nn.fields import with_fields
 
-Record = TypeVar("Record")
+Record, Own = TypeVar("Record"), TypeVar("Own")
 
 
 class Posterior(eqx.Module):
@@ -29,7 +29,7 @@ class Posterior(eqx.Module):
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     @classmethod
-    def of_moments(cls, moments: Float[Array, "two_zc *space"]) -> Self:
+    def of_moments(cls, moments: Float[Array, "two_zc *space"]) -> "Posterior":
         """Of an encoder's output, the log-variance clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2)
         return cls(mean, jnp.clip(logvar, -30.0, 20.0))
@@ -59,8 +59,8 @@ class NormalisedLatents(eqx.Module):
         return self.config.scale
 
     def with_latent_stats(
-        self, shift: float | int | tuple[float, ...], scale: float | int | tuple[float, ...]
-    ) -> Self:
+        self: Own, shift: float | int | tuple[float, ...], scale: float | int | tuple[float, ...]
+    ) -> Own:
         """The same autoencoder with another latent shift and scale: one a channel, or one for all.
 
         >>> from eqxldm.models import AutoencoderKL
@@ -68,7 +68,8 @@ class NormalisedLatents(eqx.Module):
         >>> ae.with_latent_stats(0, 0.18215).scale
         (0.18215, 0.18215)
         """
-        return with_fields(self, config=normalised(self.config, shift, scale))
+        config = normalised(self.config, shift, scale)  # type: ignore[attr-defined]
+        return with_fields(self, config=config)
 
     def normalise(self, posterior: Posterior) -> Posterior:
         """The posterior of `z` from that of `z_raw`."""
