@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Key
 
 from ..nn.fields import with_fields
 
-Record, Own = TypeVar("Record"), TypeVar("Own")
+Record = TypeVar("Record")
+Own = TypeVar("Own")
 
 
 class Posterior(eqx.Module):
