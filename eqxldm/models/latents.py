@@ -70,7 +70,7 @@ class NormalisedLatents(eqx.Module):
         (0.18215, 0.18215)
         """
         config = normalised(self.config, shift, scale)  # type: ignore[attr-defined]
-        return with_fields(self, config=config)
+        return with_fields(self, config=config)  # type: ignore[arg-type]
 
     def normalise(self, posterior: Posterior) -> Posterior:
         """The posterior of `z` from that of `z_raw`."""
