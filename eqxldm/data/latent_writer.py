@@ -186,7 +186,7 @@ def _write_shard(batches, encode, header, shard: int, write, batch_size: int) ->
         ways = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])]
         return images, left_out, [encode(way) for way in ways[: sides(header)]]
 
-    for images, left_out, encoded in _one_ahead(map(begin, batches)):
+    for images, left_out, encoded in one_ahead(map(begin, batches)):
         records = np.zeros((len(images), sides(header)), record_dtype(header))
         records["index"] = np.array([image.position for image in images]).reshape(-1, 1)
         for k, leaf in enumerate(_condition_leaves(images, header)):
@@ -217,8 +217,12 @@ def _condition_leaves(images: list[Decoded], header: Header) -> list[np.ndarray]
     return jax.tree.leaves(stacked)
 
 
-def _one_ahead(items: Iterator) -> Iterator:
-    """Each item when the next one has begun: devices work while results are written."""
+def one_ahead(items: Iterator) -> Iterator:
+    """Each item when the next one has begun: devices work while results are written.
+
+    >>> list(one_ahead(iter("abc")))
+    ['a', 'b', 'c']
+    """
     previous = []
     for item in items:
         yield from previous

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from ..durable import read_file
-from .download import Log, PublishedFile, PypiPackage, cache_dir, fetch
+from .archives import Wheel
+from .download import Log, PublishedFile, cache_dir, fetch
 from .errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ WIKIPEDIA = PublishedFile(
     "55899abfb7caa0e50d2665787fa4afca",
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
 )
-SOURCES = (PypiPackage("gensim==4.4.0"),)
+SOURCES = (Wheel("gensim==4.4.0", "gensim/test/test_data"),)
 DIGITS = "zero one two three four five six seven eight nine".split()
 # What wiki markup is dropped, and what of it stays; in this order.
 RULES = (

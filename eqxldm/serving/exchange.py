@@ -5,6 +5,7 @@ import contextlib
 import json
 from typing import Any
 
+from .events import Failure
 from .requests import RequestError
 
 BODY_SECONDS = 10.0  # in which a client must have sent its body
@@ -40,6 +41,20 @@ class Events:
                 waits += step
                 if seconds is not None and waits >= seconds:
                     return None
+
+    async def collect(self, request: Any, kind: type, count: int) -> list[Any]:
+        """The event of this kind of each index below `count`, in order.
+
+        **Raises** `RequestError` for a `Failure` in their place.
+        """
+        found: dict[int, Any] = {}
+        while len(found) < count:
+            event = await self.get(request)
+            if isinstance(event, Failure):
+                raise RequestError(event.status, event.message)
+            if isinstance(event, kind):
+                found[event.index] = event
+        return [found[i] for i in range(count)]
 
     @property
     def size(self) -> int:

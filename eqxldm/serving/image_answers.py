@@ -9,7 +9,7 @@ from .engine import Engine
 from .events import Failure, Forward, Picture, Preview
 from .exchange import BEAT_SECONDS, Gone, error_body, sse
 from .pictures import Shelf
-from .requests import Answer, Request as Wanted, RequestError, parse
+from .requests import Answer, Request as Wanted, parse
 
 
 class ImageAnswers:
@@ -43,14 +43,8 @@ class ImageAnswers:
     async def collected(self, given: Any) -> dict[str, Any]:
         """The answer with all pictures of a request, in order."""
         request, events, _, wanted, answer = given
-        found: dict[int, Picture] = {}
-        while len(found) < wanted.n:
-            event = await events.get(request)
-            if isinstance(event, Failure):
-                raise RequestError(event.status, event.message)
-            if isinstance(event, Picture):
-                found[event.index] = event
-        data = [entry(self.shelf, answer, found[i], wanted) for i in range(wanted.n)]
+        pictures = await events.collect(request, Picture, wanted.n)
+        data = [entry(self.shelf, answer, picture, wanted) for picture in pictures]
         return {**about(self.engine.generator.name, wanted), "data": data}
 
     async def streamed(self, given: Any, finished: Callable[[int], None]) -> AsyncIterator[bytes]:

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from eqxldm.data.latent_writer import one_ahead
 from eqxldm.durable import check_is_file, read_file, replacing
 
 from ..train.terminal import StageBar, UserError, say
@@ -78,31 +78,30 @@ def _stored(
         return Stored(arrays)
     with StageBar(name, count, "image") as bar:
         bar.update(done)
+        parts = _numbered(pictures.batches(batch, start=done), done, count)
+        begun = ((first, len(part), extractor.start(part, batch)) for first, part in parts)
         # A batch is computed while the one after it is read.
-        waiting: tuple[int, int, dict[str, Any]] | None = None
-        images = itertools.chain(pictures.batches(batch, start=done), [None])
-        for number, part in enumerate(images):
-            given = None
-            if part is not None and done + batch * number < count:
-                first = done + batch * number
-                part = as_colour(part)[: count - first]
-                given = first, len(part), extractor.start(part, batch)
-            if waiting is not None:
-                first, size, outputs = waiting
-                for key_, value in extractor.finish(outputs, size).items():
-                    if not np.isfinite(value).all():
-                        raise UserError(f"{name}: features of image {first} and on are not finite.")
-                    if key_ not in arrays:
-                        widths[key_] = value.shape[1]
-                        arrays[key_] = _opened(folder, key_, count, value.shape[1], 0)
-                    arrays[key_][first : first + size] = value
-                bar.update(first + size)
-                if number % EVERY == 0 or given is None:
-                    _note(folder, about, arrays, widths, first + size)
-            waiting = given
-            if given is None:
-                break
+        for number, (first, size, outputs) in enumerate(one_ahead(begun)):
+            for key, value in extractor.finish(outputs, size).items():
+                if not np.isfinite(value).all():
+                    raise UserError(f"{name}: features of image {first} and on are not finite.")
+                if key not in arrays:
+                    widths[key] = value.shape[1]
+                    arrays[key] = _opened(folder, key, count, value.shape[1], 0)
+                arrays[key][first : first + size] = value
+            bar.update(first + size)
+            if number % EVERY == 0 or first + size == count:
+                _note(folder, about, arrays, widths, first + size)
     return Stored(arrays)
+
+
+def _numbered(batches: Iterator[Any], first: int, count: int) -> Iterator[tuple[int, Any]]:
+    """Each batch with the number of its first image, until there are `count` images."""
+    for part in batches:
+        if first >= count:
+            return
+        yield first, as_colour(part)[: count - first]
+        first += len(part)
 
 
 def _opened(folder: Path, name: str, count: int, width: int, done: int) -> np.ndarray:

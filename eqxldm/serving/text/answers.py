@@ -7,7 +7,6 @@ from typing import Any
 
 from ..events import Failure
 from ..exchange import BEAT_SECONDS, Gone, error_body, sse
-from ..requests import RequestError
 from .canvas import Canvas, cut
 from .engine import Progress, TextEngine, TextJob, Written
 from .requests import TextAnswer, TextRequest, parse_text
@@ -56,17 +55,11 @@ class TextAnswers:
     async def collected(self, given: Any) -> dict[str, Any]:
         """The answer with all texts of a request, in order."""
         request, events, job, wanted, answer = given
-        found: dict[int, Written] = {}
-        while len(found) < wanted.texts:
-            event = await events.get(request)
-            if isinstance(event, Failure):
-                raise RequestError(event.status, event.message)
-            if isinstance(event, Written):
-                found[event.index] = event
-        choices = []
-        for i in range(wanted.texts):
-            choice = Choice(i, job, answer, self.engine.generator.decode)
-            choices.append(choice.finished(found[i]))
+        decode = self.engine.generator.decode
+        choices = [
+            Choice(i, job, answer, decode).finished(written)
+            for i, written in enumerate(await events.collect(request, Written, wanted.texts))
+        ]
         return {**self._about(wanted), "choices": choices, "usage": usage(job)}
 
     async def streamed(self, given: Any, finished: Callable[[int], None]) -> AsyncIterator[bytes]:
