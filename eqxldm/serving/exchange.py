@@ -53,7 +53,7 @@ class Events:
             if isinstance(event, Failure):
                 raise RequestError(event.status, event.message)
             if isinstance(event, kind):
-                found[event.index] = event
+                found[event.index] = event  # type: ignore[union-attr]
         return [found[i] for i in range(count)]
 
     @property
