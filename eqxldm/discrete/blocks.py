@@ -5,9 +5,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..objectives import AbstractObjective, Context
+from ..objectives import Context, OneTimeObjective
 from ..times import stratified_time
 from .masking import Masking
 from .objectives import Aux, TokenDenoiser, exact_bound, masked_sum
@@ -53,7 +53,7 @@ def one_pass(
     return denoiser(both, None, cond, key=None, mask=jnp.asarray(mask), positions=positions)[:n]
 
 
-class BlockDiffusion(AbstractObjective):
+class BlockDiffusion(OneTimeObjective):
     """The bound of block diffusion, in nats a token.
 
     `1 / n sum_b w(t_b) sum_{i in b: x_t[i] = MASK} -log p(x0[i] | x_t of b, x0 before b)`: the
@@ -73,8 +73,7 @@ class BlockDiffusion(AbstractObjective):
     path: Masking
     block_size: int = eqx.field(static=True)
 
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return stratified_time(key, n)
+    time_sampler = staticmethod(stratified_time)
 
     def loss(
         self,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ..objectives import AbstractObjective, Context
+from ..objectives import AbstractObjective, Context, OneTimeObjective
 from ..times import TimeSampler, stratified_time
 from .masking import Masking, is_masked, mask_exactly, token_losses
 
@@ -19,7 +19,7 @@ TokenDenoiser = Callable[..., Float[Array, "n v"]]
 LONGEST = 14  # of what is enumerated: 2^14 calls of the network
 
 
-class MaskedDiffusion(AbstractObjective):
+class MaskedDiffusion(OneTimeObjective):
     """The negative evidence lower bound of masked diffusion, in nats a token.
 
     `w(t) / n  sum_{i: x_t[i] = MASK} -log p(x0[i] | x_t)`, `w = p' / p`, at one random time. Its
@@ -40,9 +40,6 @@ class MaskedDiffusion(AbstractObjective):
     path: Masking
     time_sampler: TimeSampler = eqx.field(static=True, default=stratified_time)
 
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return self.time_sampler(key, n)
-
     def loss(
         self,
         denoiser: TokenDenoiser,
@@ -60,7 +57,7 @@ class MaskedDiffusion(AbstractObjective):
         return masked_sum(logits, x0, x_t, self.path.mask_id) * weight, {}
 
 
-class MaskedCount(AbstractObjective):
+class MaskedCount(OneTimeObjective):
     """The same bound with exactly `k` tokens masked, `k` uniform in `1 .. n`, and the weight `n/k`.
 
     `1 / k  sum_{i: x_t[i] = MASK} -log p(x0[i] | x_t)`: of equal mean for every schedule and far
@@ -78,8 +75,7 @@ class MaskedCount(AbstractObjective):
 
     path: Masking
 
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return stratified_time(key, n)
+    time_sampler = staticmethod(stratified_time)
 
     def loss(
         self,

@@ -10,7 +10,11 @@ from .auxiliary import (
     cosine_loss as cosine_loss,
     dispersive_loss as dispersive_loss,
 )
-from .base import AbstractObjective as AbstractObjective, Context as Context
+from .base import (
+    AbstractObjective as AbstractObjective,
+    Context as Context,
+    OneTimeObjective as OneTimeObjective,
+)
 from .consistency import (
     SCM as SCM,
     EasyConsistency as EasyConsistency,

@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from ..times import TimeSampler
+
 Aux = dict[str, Any]  # scalars to log beside the loss
 
 
@@ -60,3 +62,12 @@ class AbstractObjective(eqx.Module):
         `denoiser` is `(x_t, t, cond, *, key=)`; one of two times also takes `h=`, the step of a
         flow map. `context` is None outside of a train step.
         """
+
+
+class OneTimeObjective(AbstractObjective):
+    """An objective of one time an example, `t`, which its `time_sampler` draws."""
+
+    time_sampler: eqx.AbstractVar[TimeSampler]
+
+    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
+        return self.time_sampler(key, n)

@@ -11,13 +11,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..diffusion import Diffusion
 from ..paths import CosineVP, at_least_float32
 from ..predictions import predict_v
 from ..times import TimeSampler, angle_time, logit_normal_time, time_at_angle
-from .base import AbstractObjective, Aux, Context
+from .base import Aux, Context, OneTimeObjective
 
 X = Float[Array, "*shape"]
 T = Float[Array, ""]
@@ -51,7 +51,7 @@ def consistency_tangent(
     return F, jax.lax.stop_gradient(g)
 
 
-class SCM(AbstractObjective):
+class SCM(OneTimeObjective):
     """sCM: continuous-time consistency on the trigonometric path, trained or distilled.
 
     `exp(w) / D |F - sg(F) - g|^2 - w` with `g` of `consistency_tangent`, normalised to
@@ -82,9 +82,6 @@ class SCM(AbstractObjective):
     warmup: int = eqx.field(static=True, default=10_000)
     norm_eps: float | None = eqx.field(static=True, default=0.1)
 
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return self.time_sampler(key, n)
-
     def loss(
         self,
         denoiser: Any,
@@ -114,7 +111,7 @@ class SCM(AbstractObjective):
         return jnp.exp(w) * square - w, aux
 
 
-class EasyConsistency(AbstractObjective):
+class EasyConsistency(OneTimeObjective):
     """Easy consistency tuning: a finished denoiser becomes a consistency model step by step.
 
     `(sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c) / (rho_t - rho_r)`, both states with one noise
@@ -149,9 +146,6 @@ class EasyConsistency(AbstractObjective):
                 "EasyConsistency: need q > 1 and stage_steps > 0, got "
                 f"{self.q} and {self.stage_steps}."
             )
-
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return self.time_sampler(key, n)
 
     def loss(
         self,

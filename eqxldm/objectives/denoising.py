@@ -13,7 +13,7 @@ from ..paths import at_least_float32
 from ..predictions import Denoiser, convert, predict_velocity, split_output, target
 from ..times import TimeSampler, uniform_time
 from .auxiliary import EXAMPLES, alignment_loss, cosine_loss, dispersive_loss
-from .base import AbstractObjective, Aux, Context
+from .base import Aux, Context, OneTimeObjective
 
 
 def denoising_loss(
@@ -47,7 +47,7 @@ def denoising_loss(
     return jnp.asarray(weight(diffusion.path.coefficients(t)), work) * jnp.mean(error * error)
 
 
-class Denoising(AbstractObjective):
+class Denoising(OneTimeObjective):
     """Train a denoiser: `w(t) mean (out - target)^2` at times of `time_sampler`.
 
     **Arguments**: `weight` is one of `eqxldm.loss_weights`, by default the constant 1;
@@ -88,9 +88,6 @@ class Denoising(AbstractObjective):
                     f"Denoising: {name} is the weight of a term and must be at least 0, got "
                     f"{getattr(self, name)}."
                 )
-
-    def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return self.time_sampler(key, n)
 
     def loss(
         self,
