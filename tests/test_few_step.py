@@ -12,7 +12,6 @@ from eqxldm import nn
 from eqxldm.models import DiT
 from eqxldm.objectives import (
     boundary_tangent,
-    consistency_tangent,
     feature_moments,
     mean_flow_velocity,
     moments_distance,
@@ -21,102 +20,24 @@ from eqxldm.objectives import (
     update_moments,
 )
 from eqxldm.objectives.flow_map import two_times
-from eqxldm.training import in_dtype, make_loss
+from eqxldm.training import make_loss
 
-FLOW = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
-TRIG = ex.Diffusion(ex.CosineVP(), ex.predict_v)
-MIXTURE = ex.GaussianMixture([0.3, 0.7], [-1.0, 1.2], [0.2, 0.4])
-MEAN, STD = 1.0, 0.5  # of the Gaussian, whose maps are closed forms: cheap
-
-
-def grid():
-    return jnp.linspace(-1.5, 1.5, 7)  # float64 under x64
-
-
-def velocity(path=FLOW.path):
-    return MIXTURE.denoiser(path, ex.predict_velocity)
-
-
-def gaussian_map(path):
-    """`x_s = alpha_s m + sqrt(v_s / v_t) (x_t - alpha_t m)`, `v = alpha^2 std^2 + sigma^2`."""
-
-    def flow_map(x_t, t, s):
-        at_t, at_s = path.coefficients(t), path.coefficients(s)
-        spread = lambda at: jnp.hypot(at.alpha * STD, at.sigma)
-        centred = (x_t - at_t.alpha * MEAN) / spread(at_t)
-        return at_s.alpha * MEAN + spread(at_s) * centred
-
-    return flow_map
-
-
-def gaussian_velocity(path, prediction):
-    return ex.GaussianMixture([1.0], [MEAN], [STD]).denoiser(path, prediction)
+from few_step_truths import (
+    FLOW,
+    MIXTURE,
+    TRIG,
+    gaussian_map,
+    gaussian_velocity,
+    grid,
+    slopes,
+    velocity,
+)
 
 
 def gaussian_average(z, t, cond=None, *, key=None, h):
     moved = z - gaussian_map(FLOW.path)(z, t, t - h)
     instant = gaussian_velocity(FLOW.path, ex.predict_velocity)(z, t, None)
     return jnp.where(h > 0, moved / jnp.where(h > 0, h, 1), instant)
-
-
-def gaussian_consistency(diffusion):
-    """The network of the exact consistency function on any path."""
-
-    def network(x_t, t, cond=None, *, key=None):
-        x0 = gaussian_map(diffusion.path)(x_t, t, jnp.zeros_like(t))
-        at = diffusion.path.coefficients(t)
-        return diffusion.target(x0, t, (x_t - at.alpha * x0) / at.sigma)
-
-    return network
-
-
-def off(network, theta):
-    """The truth and a little of something else: smooth in everything it is given."""
-
-    def moved(x_t, t, cond=None, *, key=None, **options):
-        h = options.get("h", 0.0)
-        return network(x_t, t, cond, key=key, **options) + theta * (x_t + jnp.cos(t + h))
-
-    return moved
-
-
-# The exact solutions.
-
-
-def test_the_flow_map_of_a_mixture_is_its_transport(x64):
-    z = jnp.linspace(-3, 3, 9)
-    for path in (ex.LinearFlow(), ex.CosineVP()):
-        flow_map = jax.jit(MIXTURE.flow_map(path))
-        for t, s in ((1.0, 0.0), (0.9, 0.3), (0.4, 0.4)):
-            expected = MIXTURE.transport(path, t, s, np.asarray(z))
-            found = flow_map(z, jnp.array(t), jnp.array(s))
-            np.testing.assert_allclose(found, expected, atol=1e-12)
-
-
-def test_the_flow_map_of_a_mixture_has_the_derivatives_of_its_ode(x64):
-    flow_map, v = MIXTURE.flow_map(FLOW.path), velocity()
-    t, s = jnp.array(0.8), jnp.array(0.3)
-    x_s, dx_ds = jax.jvp(lambda s: flow_map(grid(), t, s), (s,), (jnp.array(1.0),))
-    np.testing.assert_allclose(dx_ds, v(x_s, s, None), rtol=1e-9)
-    # Along its own trajectory the end does not move.
-    both = lambda x, t: flow_map(x, t, s)
-    along = jax.jvp(both, (grid(), t), (v(grid(), t, None), jnp.array(1.0)))[1]
-    np.testing.assert_allclose(along, np.zeros(7), atol=1e-9)
-
-
-def test_the_average_velocity_of_a_mixture_is_the_mean_of_the_velocity(x64):
-    t, h = jnp.array(0.9), jnp.array(0.6)
-    nodes, weights = np.polynomial.legendre.leggauss(20)
-
-    @jax.jit
-    @jax.vmap
-    def v(s):
-        return velocity()(MIXTURE.flow_map(FLOW.path)(grid(), t, s), s, None)
-
-    mean = weights / 2 @ v(jnp.asarray(0.9 - 0.3 * (1 + nodes)))
-    u = MIXTURE.average_velocity(FLOW.path)
-    np.testing.assert_allclose(u(grid(), t, None, h=h), mean, atol=1e-6)
-    np.testing.assert_array_equal(u(grid(), t, None, h=0.0), velocity()(grid(), t, None))
 
 
 # Mean flows.
@@ -156,20 +77,6 @@ def test_the_derivative_gets_no_gradient(x64):
 
     slope = jax.jacfwd(V)(jnp.array(1.0))
     np.testing.assert_allclose(slope, grid() * h)  # of u alone
-
-
-def slopes(objective, network, times, n, thetas=(0.0, 0.3)):
-    """The slope of the loss in theta, a mean over `n` examples, and how sure: `(mean, error)`."""
-    x0 = MEAN + STD * jax.random.normal(jax.random.key(0), (n, 1))
-    times = jax.tree.map(jnp.asarray, times)
-
-    def one(theta, x0, key):
-        return objective.loss(off(network, theta), x0, times, None, key=key)[0]
-
-    slope = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))
-    keys = jax.random.split(jax.random.key(1), n)
-    found = [np.asarray(slope(jnp.asarray(theta), x0, keys)) for theta in thetas]
-    return [(np.mean(s), np.std(s) / np.sqrt(n)) for s in found]
 
 
 TWO_TIMES = {
@@ -296,85 +203,6 @@ def test_draws_of_conditioned_guidance(key):
     assert np.all(dropped[:, 0] == 0)
 
 
-# Consistency.
-
-
-def consistency_velocity(x_t, t, cond=None, *, key=None):
-    """`F` of the exact consistency function of the mixture: `f = cos x - sin F`."""
-    x0 = MIXTURE.flow_map(TRIG.path)(x_t, t, jnp.zeros_like(t))
-    phi = t * np.pi / 2
-    return (jnp.cos(phi) * x_t - x0) / jnp.sin(phi)
-
-
-def test_the_consistency_tangent_is_zero_at_the_truth(x64):
-    v = MIXTURE.denoiser(TRIG.path, ex.predict_v)
-    for t in (0.6, 0.95):
-        t = jnp.array(t)
-        tangent = lambda r=1.0, t=t: consistency_tangent(
-            consistency_velocity, grid(), t, None, v(grid(), t, None), r
-        )[1]
-        np.testing.assert_allclose(tangent(), np.zeros(7), atol=1e-8)
-        # Without what warms up it is another loss.
-        assert np.max(np.abs(tangent(0.0))) > 0.05 * np.cos(t * np.pi / 2)
-        f = ex.consistency_function(consistency_velocity, TRIG)(grid(), t)
-        expected = MIXTURE.transport(TRIG.path, float(t), 0.0, np.asarray(grid()))
-        np.testing.assert_allclose(f, expected, atol=1e-10)
-
-
-def test_scm_has_its_minimum_at_the_truth(x64):
-    F, t = gaussian_consistency(TRIG), 0.5
-    teacher = gaussian_velocity(TRIG.path, ex.predict_v)
-    (slope, _), (away, _) = slopes(ex.SCM(teacher), F, t, 50)
-    assert abs(slope) < 1e-6 and away > 0.01
-    (slope, error), (away, _) = slopes(ex.SCM(norm_eps=None), F, t, 2000)
-    assert abs(slope) < 4 * error and away > 10 * error
-
-
-def test_scm_warms_up_its_tangent_and_weighs_by_time(key):
-    network = nn.Weighted(lambda x, t, cond, *, key=None: 0.5 * x, key=key)
-    loss = lambda objective, network, step: objective.loss(
-        network, grid(), jnp.array(0.5), None, key=key, context=ex.Context(jnp.array(step))
-    )
-    half = loss(ex.SCM(norm_eps=None, warmup=10), network, 5)
-    full = loss(ex.SCM(norm_eps=None, warmup=10), network, 20)
-    assert half[1]["tangent"] != full[1]["tangent"]
-    # The normalised tangent has the norm |g| / (|g| + c).
-    g = full[1]["tangent"] * np.sqrt(7)
-    square = loss(ex.SCM(warmup=10), network, 20)[0]
-    np.testing.assert_allclose(square * 7, (g / (g + 0.1)) ** 2, rtol=1e-4)
-    # exp(w) l - w.
-    heavier = eqx.tree_at(lambda n: n.weight_head.bias, network, jnp.array([0.7]))
-    np.testing.assert_allclose(
-        loss(ex.SCM(warmup=10), heavier, 20)[0], np.exp(0.7) * square - 0.7, rtol=1e-5
-    )
-    half_precision = in_dtype(heavier, jnp.bfloat16)
-    np.testing.assert_allclose(half_precision.log_weight(jnp.array(0.5)), 0.7, rtol=1e-6)
-
-
-@pytest.mark.parametrize("diffusion", [FLOW, TRIG], ids=["flow", "trigonometric"])
-def test_easy_consistency_approaches_the_truth_as_its_stages_go_on(diffusion, x64):
-    # A large constant makes the distance the square one, whose slope is that of the mean.
-    network = gaussian_consistency(diffusion)
-    (early, _), (late, error) = (
-        slopes(ex.EasyConsistency(diffusion, stage=stage, c=1e3), network, 0.7, 100_000, (0.0,))[0]
-        for stage in (2, 6)
-    )
-    assert abs(early) > 10 * error and abs(late) < abs(early) / 4
-
-
-def test_easy_consistency_begins_as_the_denoisers_own_loss(key):
-    objective = ex.EasyConsistency(FLOW, stage=1, stage_steps=5, c=0.0)
-    loss = lambda step: objective.loss(
-        lambda x, t, cond, *, key=None: 0 * x,
-        jnp.ones(3), jnp.array(0.3), None, key=key, context=ex.Context(jnp.array(step)),
-    )  # fmt: skip
-    eps = jax.random.normal(jax.random.split(key)[0], (3,))
-    x_t = 0.7 + 0.3 * eps  # f = x_t, where the network says that nothing moves
-    distance = np.sqrt(np.sum((x_t - 1) ** 2))
-    np.testing.assert_allclose(loss(0)[0], distance / (0.3 / 0.7), rtol=1e-5)
-    assert loss(30)[1]["gap"] < loss(0)[1]["gap"]  # r is near t
-
-
 def test_a_point_is_reached_from_everywhere(key):
     """Of data at a point everything is known: f = mu, u = (z - mu) / t, and all losses are 0."""
     mu = 1.5
@@ -395,92 +223,6 @@ def test_a_point_is_reached_from_everywhere(key):
     np.testing.assert_allclose(once, x0, rtol=1e-6)
     twice = ex.sample_map(ex.renoise(f, TRIG.path), np.array([1.0, 0.5, 0.0]), z, key=key)
     np.testing.assert_allclose(twice, x0, rtol=1e-5)
-
-
-# Sampling.
-
-
-def test_any_number_of_steps_of_the_exact_map_end_at_the_same_place(x64):
-    flow_map = ex.average_velocity_map(MIXTURE.average_velocity(FLOW.path))
-    expected = MIXTURE.transport(FLOW.path, 1.0, 0.0, np.asarray(grid()))
-    for times in (ex.uniform_times(1), ex.uniform_times(2), np.array([1.0, 0.9, 0.2, 0.05, 0.0])):
-        found = jax.jit(lambda z, times=times: ex.sample_map(flow_map, times, z))(grid())
-        np.testing.assert_allclose(found, expected, atol=1e-10)
-    v = lambda x, t, cond, *, key=None: velocity()(x, t, cond)
-    ode = ex.sample(v, FLOW, ex.Heun(), ex.uniform_times(100), grid())
-    np.testing.assert_allclose(ode, expected, atol=5e-3)
-
-
-def test_renoising_draws_the_marginal_of_the_time_between(key):
-    f = lambda x, t, cond=None, *, key=None: jnp.full_like(x, 2.0)
-    step = ex.renoise(f, TRIG.path)
-    half = step(jnp.zeros(20_000), jnp.array(1.0), jnp.array(0.5), None, key=key)
-    assert abs(jnp.mean(half) - 2 / np.sqrt(2)) < 0.02
-    assert abs(jnp.std(half) - 1 / np.sqrt(2)) < 0.02
-    a, b = (
-        ex.sample_map(step, np.array([1.0, 0.6, 0.3]), jnp.zeros(2), key=jax.random.key(k))
-        for k in (0, 1)
-    )
-    assert not np.allclose(a, b)
-
-
-def test_what_sample_map_refuses(key):
-    flow_map = ex.average_velocity_map(lambda x, t, cond, *, key=None, h: x)
-    with pytest.raises(ValueError, match="must descend, from noise at 1"):
-        ex.sample_map(flow_map, np.array([0.0, 1.0]), grid())
-    with pytest.raises(ValueError, match="renoise draws noise and needs a key"):
-        step = ex.renoise(lambda x, t, cond=None, *, key=None: x, TRIG.path)
-        ex.sample_map(step, ex.uniform_times(2), grid())
-
-
-PATHS = {
-    "linear": ex.LinearFlow(),
-    "cosine": ex.CosineVP(),
-    "shifted": ex.CosineVP(0.5),
-    "ddpm": ex.DiscreteVP(ex.alpha_bar_from_betas(ex.linear_betas(1000))),
-}
-NETWORKS = {"eps": ex.predict_eps, "x0": ex.predict_x0, "v": ex.predict_v}
-
-
-@pytest.mark.parametrize("source", PATHS)
-def test_a_network_of_one_diffusion_is_one_of_another(source, x64):
-    for prediction in NETWORKS.values():
-        found = ex.change_diffusion(
-            MIXTURE.denoiser(PATHS[source], prediction),
-            ex.Diffusion(PATHS[source], prediction),
-            FLOW,
-        )
-        for t in (0.1, 0.6, 0.95):
-            t = jnp.array(t)
-            np.testing.assert_allclose(
-                found(grid(), t, None), velocity()(grid(), t, None), rtol=1e-6
-            )
-    # Derivatives too, which few-step training takes, in time and place together.
-    if source != "ddpm":  # whose times lie on a cubic between the table's
-        one = jnp.array(1.0)
-        slope = lambda f: jax.jvp(lambda x, t: f(x, t, None), (grid(), t), (grid(), one))[1]
-        np.testing.assert_allclose(slope(found), slope(velocity()), rtol=1e-6)
-
-
-def test_both_ends_of_a_changed_diffusion():
-    v = lambda x, t, cond, *, key=None: 0.3 * x + t
-    found = ex.change_diffusion(v, TRIG, FLOW)
-    for t in (0.0, 1.0):
-        t = jnp.array(t)
-        value, slope = jax.jvp(lambda t: found(grid(), t, None), (t,), (jnp.array(1.0),))
-        assert np.all(np.isfinite(value)) and np.all(np.isfinite(slope))
-        lo, hi = (
-            found(grid(), jnp.array(s), None) for s in ((0.0, 0.01) if t == 0 else (0.99, 1.0))
-        )
-        np.testing.assert_allclose(slope, (hi - lo) / 0.01, atol=0.1)
-    same = lambda x, t, cond, *, key=None: x
-    assert ex.change_diffusion(same, FLOW, FLOW) is same
-
-
-def test_angles_of_times(key):
-    t = ex.angle_time(-0.3, 1.4)(key, 4000)
-    tau = np.log(np.tan(np.asarray(t) * np.pi / 2))
-    assert abs(np.mean(tau) + 0.3) < 0.02 and abs(np.std(tau) - 1.4) < 0.03
 
 
 # A network, and everything together.
