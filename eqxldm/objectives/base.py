@@ -6,8 +6,6 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ..times import TimeSampler
-
 Aux = dict[str, Any]  # scalars to log beside the loss
 
 
@@ -65,9 +63,8 @@ class AbstractObjective(eqx.Module):
 
 
 class OneTimeObjective(AbstractObjective):
-    """An objective of one time an example, `t`, which its `time_sampler` draws."""
+    """An objective of one time an example, `t`: that which its `time_sampler` draws."""
 
-    time_sampler: eqx.AbstractVar[TimeSampler]
-
+    # That field is in the classes: one here would stand before theirs.
     def times(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
-        return self.time_sampler(key, n)
+        return self.time_sampler(key, n)  # type: ignore[attr-defined]
