@@ -83,6 +83,10 @@ PYTORCH = (".pt", ".pth", ".bin", ".ckpt")
 HEADER = "eqxldm"  # of our files: the model's configuration, in the format's own header
 
 
+Complete = Callable[[dict[str, Any], Mapping[str, Tensor]], dict[str, Any]]
+AS_IT_IS: Complete = lambda config, tensors: config
+
+
 class Diffusers(NamedTuple):
     """What is known of diffusers' form of a model: its configuration both ways, and its names.
 
@@ -93,8 +97,19 @@ class Diffusers(NamedTuple):
     config: Callable[..., dict[str, Any]]
     from_config: Callable[..., Any]
     layout: Callable[..., Layout]
-    complete: Callable[..., dict[str, Any]] = lambda config, tensors: config
+    complete: Complete = AS_IT_IS
     weights: str = WEIGHTS
+
+
+def _of_diffusers(names: Any, complete: Complete = AS_IT_IS) -> Diffusers:
+    """What one of the modules here knows of a model of diffusers."""
+    return Diffusers(names.diffusers_config, names.from_diffusers, names.diffusers_layout, complete)
+
+
+def _of_transformers(names: Any, complete: Complete = AS_IT_IS) -> Diffusers:
+    """The same of a text encoder of transformers."""
+    functions = names.transformers_config, names.from_transformers, names.transformers_layout
+    return Diffusers(*functions, complete, TRANSFORMERS)
 
 
 # The ways in which the tensors of a model are named in files, besides our own.
@@ -128,27 +143,10 @@ LAYOUTS: dict[type, tuple[Callable[..., Layout], ...]] = {
     WanTransformer: (wan.original_layout, wan.diffusers_layout),
 }
 DIFFUSERS: dict[type, Diffusers] = {
-    AutoencoderKL: Diffusers(
-        autoencoder.diffusers_config, autoencoder.from_diffusers, autoencoder.diffusers_layout
-    ),
-    BERT: Diffusers(
-        bert.transformers_config,
-        bert.from_transformers,
-        bert.transformers_layout,
-        bert.with_pooler,
-        TRANSFORMERS,
-    ),
-    CausalVideoAutoencoder: Diffusers(
-        video_autoencoder.diffusers_config,
-        video_autoencoder.from_diffusers,
-        video_autoencoder.diffusers_layout,
-    ),
-    CLIPText: Diffusers(
-        clip_text.transformers_config,
-        clip_text.from_transformers,
-        clip_text.transformers_layout,
-        weights=TRANSFORMERS,
-    ),
+    AutoencoderKL: _of_diffusers(autoencoder),
+    BERT: _of_transformers(bert, bert.with_pooler),
+    CausalVideoAutoencoder: _of_diffusers(video_autoencoder),
+    CLIPText: _of_transformers(clip_text),
     CLIPImage: Diffusers(
         image_encoders.clip_config,
         image_encoders.from_clip,
@@ -161,24 +159,13 @@ DIFFUSERS: dict[type, Diffusers] = {
         image_encoders.dinov2_layout,
         weights=TRANSFORMERS,
     ),
-    DiT: Diffusers(dit.diffusers_config, dit.from_diffusers, dit.diffusers_layout),
-    Flux: Diffusers(flux.diffusers_config, flux.from_diffusers, flux.diffusers_layout),
-    MMDiT: Diffusers(
-        mmdit.diffusers_config,
-        mmdit.from_diffusers,
-        mmdit.diffusers_layout,
-        mmdit.with_grid_of_table,
-    ),
-    T5Encoder: Diffusers(
-        t5.transformers_config, t5.from_transformers, t5.transformers_layout, weights=TRANSFORMERS
-    ),
-    TinyAutoencoder: Diffusers(
-        tiny_autoencoder.diffusers_config,
-        tiny_autoencoder.from_diffusers,
-        tiny_autoencoder.diffusers_layout,
-    ),
-    UNet: Diffusers(unet.diffusers_config, unet.from_diffusers, unet.diffusers_layout),
-    WanTransformer: Diffusers(wan.diffusers_config, wan.from_diffusers, wan.diffusers_layout),
+    DiT: _of_diffusers(dit),
+    Flux: _of_diffusers(flux),
+    MMDiT: _of_diffusers(mmdit, mmdit.with_grid_of_table),
+    T5Encoder: _of_transformers(t5),
+    TinyAutoencoder: _of_diffusers(tiny_autoencoder),
+    UNet: _of_diffusers(unet),
+    WanTransformer: _of_diffusers(wan),
 }
 # The `_class_name` of a config.json, or the one entry of `architectures` in those of transformers.
 # Transformer2DModel is the old name of diffusers' DiT.

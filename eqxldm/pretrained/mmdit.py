@@ -164,10 +164,7 @@ def diffusers_layout(mmdit: MMDiT) -> Layout:
         "final_linear": "proj_out",
     }
     streams = dict(text=DIFFUSERS_TEXT, image=DIFFUSERS_IMAGE)
-    leaves = _ends(mmdit, names, scale_first=True)
-    for field, stack, first in mmdit.stacks():
-        leaves |= joint_stack(field, stack, first, streams, scale_first=True)
-    return Layout(leaves, {TABLE: lambda: _positions(mmdit)}, writes_fixed=True)
+    return _layout(mmdit, names, streams, TABLE, scale_first=True)
 
 
 def original_layout(mmdit: MMDiT) -> Layout:
@@ -188,14 +185,18 @@ def original_layout(mmdit: MMDiT) -> Layout:
         "final_modulation.linear": "final_layer.adaLN_modulation.1",
         "final_linear": "final_layer.linear",
     }
-    leaves = _ends(mmdit, names, scale_first=False)
-    for field, stack, first in mmdit.stacks():
-        leaves |= joint_stack(field, stack, first, ORIGINAL, scale_first=False)
-    return Layout(leaves, {"pos_embed": lambda: _positions(mmdit)}, writes_fixed=True)
+    return _layout(mmdit, names, ORIGINAL, "pos_embed", scale_first=False)
 
 
-def _ends(mmdit: MMDiT, names: dict[str, Any], *, scale_first: bool) -> Leaves:
-    """What is not in the blocks; an MLP's name has a place for its two numbers."""
+def _layout(
+    mmdit: MMDiT,
+    names: dict[str, Any],
+    streams: dict[str, StreamNames],
+    table: str,
+    *,
+    scale_first: bool,
+) -> Layout:
+    """`names` are of what is not in the blocks; an MLP's has a place for its two numbers."""
     ours = mmdit.config
     conv = patch_conv(ours.in_channels, ours.patch_size)
     leaves = linear("patch_embedding", names["patch_embedding"], conv)
@@ -206,7 +207,10 @@ def _ends(mmdit: MMDiT, names: dict[str, Any], *, scale_first: bool) -> Leaves:
                 leaves |= linear(f"{field}.linear{n}", name.format(number))
     leaves |= linear("context_embedding", "context_embedder")
     leaves |= final_modulation(names["final_modulation.linear"], scale_first=scale_first)
-    return leaves | linear("final_linear", names["final_linear"])
+    leaves |= linear("final_linear", names["final_linear"])
+    for field, stack, first in mmdit.stacks():
+        leaves |= joint_stack(field, stack, first, streams, scale_first=scale_first)
+    return Layout(leaves, {table: lambda: _positions(mmdit)}, writes_fixed=True)
 
 
 def final_modulation(theirs: str, *, scale_first: bool) -> Leaves:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from beartype.door import is_bearable
 
 from ..train.options import Range
+from ..train.run import as_dict
 from ..train.terminal import UserError
 
 SolverName = Literal[
@@ -111,9 +112,7 @@ def to_json(options: Generate) -> dict[str, Any]:
     >>> to_json(Generate(model=Path("a"), n=2))["model"]
     'a'
     """
-    plain = lambda value: str(value) if isinstance(value, Path) else value
-    held = {k: plain(v) for k, v in dataclasses.asdict(options).items() if k not in NOT_KEPT}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()}
+    return {name: value for name, value in as_dict(options).items() if name not in NOT_KEPT}
 
 
 def check_request(options: Generate, *, takes_text: bool, makes_clips: bool = False) -> None:

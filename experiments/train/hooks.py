@@ -4,7 +4,8 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,34 @@ from .run import RunFolder, versions
 from .telemetry import Telemetry
 from .terminal import Interrupted, Signals, StageBar, UserError, say
 
-if TYPE_CHECKING:
-    from .loop import Moment, Settings
-
 LATE = 2  # steps after which a step's metrics are fetched: they have been computed by then
 HIDDEN = ("norms", "skipped", "skipped_in_row")  # metrics that are no line's numbers
+
+
+class Moment(NamedTuple):
+    """What a hook sees after a step: its number, whether it was the last, and what it left.
+
+    The state's arrays are donated to the next step: use or copy them before returning. The metrics
+    may not have been computed yet.
+    """
+
+    step: int
+    last: bool
+    state: Any
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A stage's batch, how often it is logged and saved, and what of it stays."""
+
+    batch_size: int
+    save_every: int = 250  # steps between checkpoints
+    keep: int = 2  # of the newest checkpoints
+    keep_every: int | None = None  # every checkpoint whose step is a multiple of this stays
+    log_every: int = 20  # steps between lines of the log
+    unit: str = "images"  # what a batch is made of
+    patience: int = 10  # so many steps in a row without a finite loss and gradient stop the run
 
 
 class LossNotFinite(UserError):
@@ -46,7 +70,7 @@ class Log:
         telemetry: Telemetry,
         bar: StageBar,
         batches: DevicePrefetch,
-        settings: "Settings",
+        settings: Settings,
         *,
         start: int,
         info: dict[str, Any],
@@ -61,7 +85,7 @@ class Log:
         self._first: float | None = None  # when the first step had been dispatched, so compiled
         self._mark = (self._begin, start, 0.0)  # of the last report: time, step, seconds of waiting
 
-    def __call__(self, now: "Moment") -> None:
+    def __call__(self, now: Moment) -> None:
         self._pending.append((now.step, now.metrics))
         self._step = now.step
         if self._first is None:
@@ -157,7 +181,7 @@ class Checkpoint:
         with contextlib.suppress(UserError):  # a loop on its own has no configuration
             self._about["config"] = run.config()
 
-    def __call__(self, now: "Moment") -> None:
+    def __call__(self, now: Moment) -> None:
         self.save(now.step, now.state, wait=now.last)
 
     def save(self, step: int, state: PyTree, *, wait: bool = True) -> None:
@@ -205,7 +229,7 @@ class Snapshot:
         self._run, self._stage, self._select, self.every = run, stage, select, every
         run.file(f"snapshots/{stage}")
 
-    def __call__(self, now: "Moment") -> None:
+    def __call__(self, now: Moment) -> None:
         try:
             with open_snapshots(self._run, self._stage) as snapshots:
                 if not from_primary(now.step in snapshots.steps()):
@@ -237,7 +261,7 @@ class Evaluate:
         self.every, self._measure, self._telemetry, self._run = every, measure, telemetry, run
         self._rewound = False
 
-    def __call__(self, now: "Moment") -> None:
+    def __call__(self, now: Moment) -> None:
         if not self._rewound:  # a run that was stopped measures these steps again
             self._run.rewind_log("evaluation", now.step - 1)
             self._rewound = True
@@ -262,7 +286,7 @@ class Stop:
         self._signals, self._mesh, self._checkpoint = signals, mesh, checkpoint
         self._on_their_way: deque[jax.Array] = deque()
 
-    def __call__(self, now: "Moment") -> None:
+    def __call__(self, now: Moment) -> None:
         signum = self._pending()
         if signum is not None:
             self._checkpoint.save(now.step, now.state)

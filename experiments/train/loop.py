@@ -3,8 +3,7 @@
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -18,26 +17,13 @@ from eqxldm.devices import one_program_at_a_time
 from eqxldm.distributed import from_primary
 from eqxldm.sharding import batch_sharding, check_batch, place, shardings
 
-from .hooks import Checkpoint, Log, Stop
+from .hooks import Checkpoint, Log, Moment, Settings, Stop
 from .run import RunFolder
 from .telemetry import Telemetry
 from .terminal import Interrupted, Signals, StageBar, UserError, say, user_errors
 
 Step = Callable[..., tuple[Any, dict[str, Any]]]
 IN_FLIGHT = 2  # steps dispatched ahead of the one that has finished
-
-
-class Moment(NamedTuple):
-    """What a hook sees after a step: its number, whether it was the last, and what it left.
-
-    The state's arrays are donated to the next step: use or copy them before returning. The metrics
-    may not have been computed yet.
-    """
-
-    step: int
-    last: bool
-    state: Any
-    metrics: dict[str, Any]
 
 
 class Hook(Protocol):
@@ -87,19 +73,6 @@ def train(
             if number % hook.every == 0 or now.last:
                 hook(now)
     return state
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A stage's batch, how often it is logged and saved, and what of it stays."""
-
-    batch_size: int
-    save_every: int = 250  # steps between checkpoints
-    keep: int = 2  # of the newest checkpoints
-    keep_every: int | None = None  # every checkpoint whose step is a multiple of this stays
-    log_every: int = 20  # steps between lines of the log
-    unit: str = "images"  # what a batch is made of
-    patience: int = 10  # so many steps in a row without a finite loss and gradient stop the run
 
 
 def run_stage(

@@ -14,7 +14,8 @@ from eqxldm.distributed import all_gather
 from eqxldm.sharding import build_placed, own_rows
 from eqxldm.training import exponential, init_state, make_train_step
 
-from .loop import Hook, Settings, run_stage
+from .hooks import Settings
+from .loop import Hook, run_stage
 from .run import RunFolder
 from .streams import stream_key, stream_seed
 from .telemetry import LogOptions, Telemetry
