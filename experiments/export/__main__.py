@@ -19,9 +19,9 @@ import numpy as np
 from eqxldm import uniform_times
 from eqxldm.quantization import quantize
 from eqxldm.serving.export import PLATFORMS, Exportable, save_bundle
+from eqxldm.serving.pipeline import Decoder
 from eqxldm.sharding import make_mesh
 
-from ..serve.generators import Decoder
 from ..train.__main__ import given, parsed
 from ..train.checks import check_writable
 from ..train.commands import Which, run_folder

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import eqxldm as ex
 from eqxldm import pipelines, pretrained
 from eqxldm.serving import Defaults, Generator, from_pipeline
+from eqxldm.serving.pipeline import Decoder, solvers_that_fit
 from eqxldm.sharding import make_mesh
 from eqxldm.training import in_dtype
 
 from ..train.conditions import Captions, Condition, Labels
-from ..train.config import Config, SamplingConfig, SolverName
+from ..train.config import Config, SamplingConfig
 from ..train.few_steps import FEW_STEP
 from ..train.finished import open_finished
-from ..train.methods import DTYPES, Method, make_solver, make_times
+from ..train.methods import DTYPES, SOLVERS, Method, make_times
 from ..train.run import RunFolder
 from ..train.streams import stream_number
 from ..train.terminal import user_errors
@@ -44,15 +45,6 @@ class RunMap(eqx.Module):
 
     def __call__(self, x_t, t, s, cond, *, key=None):
         return self.make(self.network)(x_t, t, s, cond, key=key)
-
-
-class Decoder(eqx.Module):
-    """The decoder of a run's space."""
-
-    space: Any
-
-    def __call__(self, z):
-        return self.space.decode(z)
 
 
 def from_run(path: Path) -> Generator:
@@ -100,19 +92,8 @@ def solvers_of(method: Method, config: Config) -> dict[str, ex.AbstractSolver]:
     """The solvers that sample this run; of a consistency function there is none but its map."""
     if config.objective == "scm":
         return {}
-    found = {}
-    names: tuple[SolverName, ...] = SolverName.__args__
-    for name in names:
-        if name == "map":
-            continue
-        sampling = SamplingConfig(solver=name, steps=3)
-        solver = make_solver(method, sampling)
-        try:
-            ex.check_combination(method.diffusion, solver, make_times(method, sampling))
-        except ValueError:
-            continue
-        found[name] = solver
-    return found
+    known = SOLVERS | {"ddpm": ex.DDPM(method.variance)}
+    return solvers_that_fit(method.diffusion, make_times(method, SamplingConfig(steps=3)), known)
 
 
 def usual_sampling(config: Config, run: RunFolder) -> SamplingConfig:
