@@ -214,7 +214,7 @@ def _table(model: PyTree, layout: Layout) -> dict[str, Place]:
     places = same | places
     if isinstance(model, UNet):
         places |= {original_unet_name(n, model.config.blocks): p for n, p in places.items()}
-    return {_flat(name): place for name, place in places.items()} | places
+    return {name.replace(".", "_"): place for name, place in places.items()} | places
 
 
 def original_unet_name(name: str, blocks: int) -> str:
@@ -293,10 +293,6 @@ def _split(name: str) -> tuple[str, str, str] | None:
             layer += ".0"
         return part, layer, role
     return None
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def _metadata(path: Path, header: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, bool]]:

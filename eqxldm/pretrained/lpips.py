@@ -1,7 +1,6 @@
 """LPIPS: the published weights, their names and where they are put."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..models import LPIPS, AlexLPIPS
 from .files import open_safetensors
-from .layout import Layout, Part, Tensor, WeightsError, fill, own_layout
+from .layout import Layout, Part, WeightsError, fill, own_layout
 from .parts import Leaves, conv
 from .torch_files import open_arrays, open_torch
 
@@ -152,8 +151,9 @@ def published_layout(lpips: LPIPS) -> Layout:
 
 
 def _heads(lpips: LPIPS | AlexLPIPS) -> Leaves:
+    whole = lambda head: head.reshape(1, -1, 1, 1)
     return {
-        f".heads[{i}]": (Part(f"lin{i}.model.1.weight", (), np.ravel, _to_1c11),)
+        f".heads[{i}]": (Part(f"lin{i}.model.1.weight", (), np.ravel, whole),)
         for i in range(len(lpips.heads))
     }
 
@@ -184,7 +184,9 @@ def _load(folder: Path, like: LPIPS, vgg16: PublishedFile, heads: PublishedFile)
         )
     for file in (vgg16, heads):
         _check(folder / file.name, file)
-    tensors = _used(open_torch(folder / vgg16.name)) | open_torch(folder / heads.name)
+    vgg = open_torch(folder / vgg16.name)
+    tensors = {name: tensor for name, tensor in vgg.items() if name not in UNUSED}
+    tensors |= open_torch(folder / heads.name)
     source = f"{folder}: {vgg16.name} with {heads.name}"
     return fill(like, published_layout(like), tensors, source=source)
 
@@ -197,11 +199,3 @@ def _check(path: Path, file: PublishedFile) -> None:
             f"{path} is not the published file: its {file.algorithm} is {found}, that of the "
             f"published one begins with {file.checksum}. Fetch it again from {file.source}"
         )
-
-
-def _used(vgg16: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in vgg16.items() if name not in UNUSED}
-
-
-def _to_1c11(head: np.ndarray) -> np.ndarray:
-    return head.reshape(1, -1, 1, 1)

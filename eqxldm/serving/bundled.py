@@ -56,9 +56,10 @@ def from_bundle(path: str | Path) -> Generator:
         prediction = PREDICTIONS[said["prediction"]]
         prediction = LearnedRange(prediction) if said["learned_range"] else prediction
         diffusion = Diffusion(PATHS[said["path"]](), prediction)
-        table = said["path"] == "ddpm"
         shift = float(said["shift"])
-        times = _table_times if table else lambda steps: shifted_times(steps, shift)
+        times = lambda steps: shifted_times(steps, shift)
+        if said["path"] == "ddpm":
+            times = lambda steps: timestep_times(TIMESTEPS, respace(TIMESTEPS, [steps]))
         interval = said["interval"]
         usual = Defaults(
             said["solver"],
@@ -109,10 +110,6 @@ def _check(bundle: Bundle) -> None:
         raise ValueError(f"null is {said['null']!r}")
     if not all(isinstance(name, str) for name in said["condition"].get("names", [])):
         raise ValueError("the classes have names that are no text")
-
-
-def _table_times(steps: int) -> Any:
-    return timestep_times(TIMESTEPS, respace(TIMESTEPS, [steps]))
 
 
 def _reader(bundle: Bundle) -> Callable[[str | None, int | None], Any]:

@@ -144,7 +144,8 @@ def train_diffusion(
     state = build_placed(lambda: build()[0], job.mesh)
     start = job.start if few and job.start is not None else None
     if start is not None:
-        state = _started(state, static, optimizer, start.denoiser)
+        begun = warm_start(eqx.combine(state.params, static), start.denoiser)
+        state = init_state(begun, optimizer, num_emas=len(state.ema))[0]
     teacher = () if start is None or config.objective != "scm" else (start.denoiser,)
     network = eqx.combine(jax.eval_shape(lambda s: s.params, state), static)
 
@@ -178,12 +179,6 @@ def train_diffusion(
         hooks=hooks,
     )
     return finish(state)
-
-
-def _started(state: Any, static: Any, optimizer: Any, finished: Any) -> Any:
-    """The state at step 0 of a network that begins as a finished denoiser."""
-    network = warm_start(eqx.combine(state.params, static), finished)
-    return init_state(network, optimizer, num_emas=len(state.ema))[0]
 
 
 def load_start(config: Config, path: Path, mesh: Mesh) -> Trained:

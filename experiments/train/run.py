@@ -253,16 +253,13 @@ class RunFolder:
         if not self.primary or not path.exists():
             return
         entries = self.log_entries()
-        stays = lambda e: e["stage"] != stage or not _after(e.get("step", 0), step)
+        later = lambda at: isinstance(at, (int, float)) and at > step
+        stays = lambda e: e["stage"] != stage or not later(e.get("step", 0))
         remaining = [entry for entry in entries if stays(entry)]
         text = "".join(json.dumps(entry) + "\n" for entry in remaining)
         if text.encode() != path.read_bytes():
             with replacing(path) as temporary:
                 temporary.write_text(text)
-
-
-def _after(logged: Any, step: int) -> bool:
-    return isinstance(logged, (int, float)) and logged > step
 
 
 def _with_defaults(found: Any, defaults: Any, name: str = "") -> tuple[dict[str, Any], list[str]]:

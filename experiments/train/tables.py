@@ -209,9 +209,12 @@ def make(options: Options) -> None:
                 built, draws = building.pop(n).result()
                 networks, seconds = train(built, data, n)
                 drawn = {how: _measured(draw, networks, labels, compare) for how, draw in draws}
-                drawn = {how: scores | _how(rows[n].sampling[how]) for how, scores in drawn.items()}
+                for how, sampling in rows[n].sampling.items():
+                    told = ("solver", "steps", "guidance")
+                    drawn[how] |= {name: getattr(sampling, name) for name in told}
                 about = _about(built, seconds) | noise | settings
-                found[n] = {"row": n, **about, "device": _device(), "sampled": drawn}
+                device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+                found[n] = {"row": n, **about, "device": device, "sampled": drawn}
                 with replacing(path(n)) as temporary:
                     temporary.write_text(json.dumps(found[n], indent=1) + "\n")
                 _write(out, found, name)
@@ -240,7 +243,7 @@ def _prepared(
 
 def _measured(
     draw: Draw, networks: list[Any], labels: Any, compare: Callable[[Any], Comparison]
-) -> dict[str, list[float]]:
+) -> dict[str, Any]:
     """The scores of each seed's network, sampled so, and images a second."""
     scores: dict[str, list[float]] = {"fd": [], "accuracy": [], "images_per_second": []}
     for seed, network in enumerate(networks):
@@ -252,10 +255,6 @@ def _measured(
     return scores
 
 
-def _how(sampling: SamplingConfig) -> dict[str, Any]:
-    return {"solver": sampling.solver, "steps": sampling.steps, "guidance": sampling.guidance}
-
-
 def _about(built: Built, seconds: float) -> dict[str, Any]:
     return {
         "parameters": built.parameters,
@@ -264,10 +263,6 @@ def _about(built: Built, seconds: float) -> dict[str, Any]:
         "batch_size": built.config.diffusion.batch_size,
         "seconds": seconds,
     }
-
-
-def _device() -> str:
-    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from eqxldm.audio import (
     read_wav,
     wav_bytes,
 )
-from eqxldm.data import MovingClip, MovingDigits, read_clips
+from eqxldm.data import MovingDigits, read_clips
 from eqxldm.data.clips import Wanted
 from eqxldm.data.errors import DataError
 from eqxldm.durable import check_is_file, replacing
@@ -105,7 +105,7 @@ def measured_sound(
     frames = np.stack([clip.frames for clip in clips])
     waves: list[Any] = [source.wave(clip) for clip in clips]
     mels = np.stack([ears.mel(wave) for wave in waves])
-    struck = [_struck(clip, ears.fps) for clip in clips]
+    struck = [[(f / ears.fps, int(clip.digits[k])) for f, k in clip.bounces] for clip in clips]
     truth: list[Any] = [[time for time, _ in events] for events in struck]
     key = stream_key(job.command.seed, "sound/drawn")
     draw = lambda what, **given: drawing.draw(texts, key, what=what, name=what, **given)
@@ -141,10 +141,6 @@ def measured_sound(
     leave(job.run.file, "sound-of-clip", sounds, of_clips, ears, truth)
     leave(job.run.file, "clip-of-sound", videos, waves, ears)
     return rows
-
-
-def _struck(clip: MovingClip, fps: float) -> list[tuple[float, int]]:
-    return [(frame / fps, int(clip.digits[k])) for frame, k in clip.bounces]
 
 
 def leave(
