@@ -9,7 +9,6 @@ import struct
 import threading
 
 import numpy as np
-import pytest
 
 from eqxldm.data import (
     DATASETS,
@@ -84,9 +83,8 @@ def files_below(folder):
 CACHED = ["tiny", *sorted(f"tiny/{name}" for name in NAMES)]
 
 
-@pytest.fixture
-def mirror(tmp_path):
-    """Starts mirrors: `mirror(contents)` is a `Mirror` and the list of requested paths."""
+def mirrors(tmp_path):
+    """A fixture that starts mirrors: `mirror(contents)` is a `Mirror` and the requested paths."""
     servers = []
 
     def start(contents):

@@ -35,9 +35,12 @@ from mnist_files import (
     files_below,
     fill,
     md5,
+    mirrors,
     spec,
     splits,
 )
+
+mirror = pytest.fixture(mirrors)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,21 @@ from eqxldm.data import (
     read_idx,
 )
 
-from mnist_files import CONTENTS, NAMES, PACKED, arrays, check, fill, idx, pack, spec, splits
+from mnist_files import (
+    CONTENTS,
+    NAMES,
+    PACKED,
+    arrays,
+    check,
+    fill,
+    idx,
+    mirrors,
+    pack,
+    spec,
+    splits,
+)
+
+mirror = pytest.fixture(mirrors)
 
 # IDX files
 

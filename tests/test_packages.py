@@ -41,10 +41,13 @@ from mnist_files import (
     files_below,
     fill,
     md5,
+    mirrors,
     pack,
     spec,
     splits,
 )
+
+mirror = pytest.fixture(mirrors)
 
 
 @pytest.fixture(autouse=True)
