@@ -7,8 +7,8 @@ in the vocabulary is a token, then of the rest the longest `##` piece, and so on
 from functools import partial
 from pathlib import Path
 
-from .clip import encode_with
-from .errors import TokenizerError, library
+from .clip import encode_with, open_core
+from .errors import TokenizerError
 from .tokenizer import Tokenizer
 
 BEGIN, END, PADDING = "[CLS]", "[SEP]", "[PAD]"
@@ -32,16 +32,7 @@ def bert_tokenizer(path: str | Path, *, longest: int = LONGEST) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"BERT's tokenizer: there is no file {path}.")
-    lib = library("tokenizers")
-    try:
-        core = lib.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises its errors as plain exceptions
-        raise TokenizerError(f"{path} is damaged or no tokenizer: {error}") from error
-    if not isinstance(core.model, lib.models.WordPiece):
-        kind = type(core.model).__name__
-        raise TokenizerError(f"{path} is of the kind {kind}; BERT has WordPiece.")
-    core.no_truncation()
-    core.no_padding()
+    core = open_core(path, "WordPiece", "BERT has")
     ids = [core.token_to_id(token) for token in (BEGIN, END, PADDING)]
     for token, found in zip((BEGIN, END, PADDING), ids, strict=True):
         if found is None:

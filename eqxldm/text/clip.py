@@ -7,6 +7,7 @@ published list.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerError, library
@@ -96,6 +97,24 @@ def clip_tokenizer(
         longest=longest,
         fixed=True,
     )
+
+
+def open_core(path: Path, kind: str, whose: str) -> Any:
+    """The `tokenizers.Tokenizer` of a file, whose own cutting and padding do not count.
+
+    **Raises** `TokenizerError` if it is damaged, or of another `kind` of model than `whose` is.
+    """
+    lib = library("tokenizers")
+    try:
+        core = lib.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises its errors as plain exceptions
+        raise TokenizerError(f"{path} is damaged or no tokenizer: {error}") from error
+    if type(core.model).__name__ != kind:
+        found = type(core.model).__name__
+        raise TokenizerError(f"{path} is of the kind {found}; {whose} {kind}.")
+    core.no_truncation()
+    core.no_padding()
+    return core
 
 
 def encode_with(core: Any, text: str) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .clip import encode_with
+from .clip import encode_with, open_core
 from .errors import TokenizerError, library
 from .tokenizer import Tokenizer
 
@@ -43,16 +43,7 @@ def t5_tokenizer(path: str | Path, *, longest: int = LONGEST) -> Tokenizer:
 
 
 def _of_json(path: Path) -> tuple[Any, Any, Any, int]:
-    lib = library("tokenizers")
-    try:
-        core = lib.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises its errors as plain exceptions
-        raise TokenizerError(f"{path} is damaged or no tokenizer: {error}") from error
-    if not isinstance(core.model, lib.models.Unigram):
-        kind = type(core.model).__name__
-        raise TokenizerError(f"{path} is of the kind {kind}; T5 and umT5 have Unigram.")
-    core.no_truncation()
-    core.no_padding()
+    core = open_core(path, "Unigram", "T5 and umT5 have")
     ids = core.token_to_id(END), core.token_to_id(PADDING)
     return partial(encode_with, core), *ids, core.get_vocab_size()
 
