@@ -21,7 +21,6 @@ import numpy as np
 from ..train.terminal import UserError
 
 PATH = "/v1/images/generations"
-READY_SECONDS = 300.0
 
 
 @dataclass

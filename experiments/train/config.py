@@ -308,8 +308,3 @@ class Config:
         """Height and width of what networks see."""
         h, w = self.size
         return h + 2 * self.pictures.pad, w + 2 * self.pictures.pad
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of the images, `(c, h, w)`, without their border."""
-        return self.pictures.channels, *self.size
