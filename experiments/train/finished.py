@@ -38,8 +38,8 @@ class Finished:
     ) -> tuple[Job, Reference]:
         """A job on these images, or else those of the training, and the real ones that samples
         are compared with."""
-        config, run, condition, noted = self.config, self.run, self.condition, self.about["path"]
-        images = images or (None if noted is None else Path(noted))
+        config, run, condition = self.config, self.run, self.condition
+        images = images or (Path(self.about["path"]) if self.about.get("path") else None)
         source = open_source(config, images)
         test = open_test(config, images, inputs.test_images, source)
         reference = Reference(config, source, test, condition, strict=inputs.strict)
