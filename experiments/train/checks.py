@@ -26,7 +26,6 @@ from .networks import (
     make_autoencoder,
     make_denoiser,
     make_discriminator,
-    space_shape,
 )
 from .sampling import Sampler
 from .streams import stream_order
@@ -186,7 +185,7 @@ def check_networks(
 
     def draw() -> Any:
         space = make_space()
-        shape = space_shape(config, space)
+        shape = space.latent_shape(*config.padded)
         network = make_denoiser(config, shape, condition, attention=attention)
         cond = jax.tree.map(lambda a: jnp.asarray(a)[None], condition.null)
         draw = sampler.function(shape, condition.null)

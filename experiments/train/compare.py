@@ -24,7 +24,7 @@ from .commands import train
 from .conditions import make_condition
 from .config import Config
 from .job import Inputs
-from .networks import make_autoencoder, make_denoiser, space_shape
+from .networks import make_autoencoder, make_denoiser
 from .options import Range, Samples, check, read_options
 from .presets import preset
 from .run import CONFIG, RunFolder, as_dict, write_json
@@ -74,8 +74,8 @@ def frozen(config: Config) -> Config:
 def step_cost(config: Config) -> int:
     """Multiply-adds of the DiT of captions, of one example, without the encoder of captions."""
     condition = make_condition(config, "text", 0)
-    build = lambda: make_denoiser(config, space_shape(config, make_autoencoder(config)), condition)
-    network = eqx.filter_eval_shape(build)
+    shape = eqx.filter_eval_shape(lambda: make_autoencoder(config)).latent_shape(*config.padded)
+    network = eqx.filter_eval_shape(lambda: make_denoiser(config, shape, condition))
     return multiply_adds(network, config.text.max_length)
 
 

@@ -33,7 +33,7 @@ from .few_steps import FEW_STEP, warm_start
 from .hooks import Evaluate, Snapshot, open_snapshots
 from .job import Job, read_data
 from .methods import DTYPES, diffusion_rate, make_decays, make_method
-from .networks import Pixels, Shape, Space, make_denoiser, space_shape
+from .networks import Pixels, Shape, Space, make_denoiser
 from .options import read_options
 from .run import RunFolder
 from .sampling import Trained
@@ -128,7 +128,7 @@ def train_diffusion(
 ) -> Trained:
     """The averaged network, trained on images or on fresh samples of the cached posteriors."""
     config, options, compute = job.config, job.config.diffusion, job.compute
-    shape = space_shape(config, space)
+    shape = space.latent_shape(*config.padded)
     build = lambda: diffusion_state(
         config, shape, job.condition, remat=compute.remat, attention=compute.attention
     )
@@ -245,7 +245,7 @@ def load_finished(
         if not (run.path / AUTOENCODER).exists():
             raise UserError(f"the run in {run.path} is not finished: no {AUTOENCODER}.")
         space = load_vae(run.path, config.pictures.channels, option="run")
-    shape, steps = space_shape(config, space), config.diffusion.steps
+    shape, steps = space.latent_shape(*config.padded), config.diffusion.steps
     build = lambda: diffusion_state(config, shape, condition)
     like, static, _ = eqx.filter_eval_shape(build)
     if sigma_rel is not None:

@@ -199,8 +199,3 @@ def dit_sizes(config: Config) -> dict[str, Any]:
     names = ("depth", "width", "num_heads", "patch_size")
     given = {name: getattr(config.dit, name) for name in names}
     return {n: getattr(published.config, n) if v is None else v for n, v in given.items()}
-
-
-def space_shape(config: Config, space: Space) -> Shape:
-    """The shape of what the denoiser sees: a latent, or an image with its border."""
-    return space.latent_shape(*config.padded)

@@ -32,7 +32,6 @@ from .config import SamplingConfig
 from .evaluate import Comparison, accuracy, frechet
 from .few_steps import variants
 from .job import Compute
-from .networks import space_shape
 from .options import MaybeSteps, Range, Samples, check
 from .presets import preset
 from .seeds import Built, Draw, build, posteriors, train
@@ -184,7 +183,7 @@ def make(options: Options) -> None:
     with in_folder(job, options.images, overwrite=False):
         features = train_classifier(job)
         space = obtain_autoencoder(job)
-    shape, condition = space_shape(job.config, space), job.condition
+    shape, condition = space.latent_shape(*job.config.padded), job.condition
     rows = (modern_rows if name == "modern" else few_rows)(options, shape)
     for wanted in options.only:
         if wanted not in rows:
