@@ -63,11 +63,13 @@ RULES: tuple[Rule, ...] = (
     Rule(r"weight\.(values|scale)"),
     # Layers that `tensor` does not divide.
     Rule(
-        r"(patch_bottleneck|patch_embedding|context_embedding|final_linear|pooled|project|project_layer)\.weight",
+        r"(patch_bottleneck|patch_embedding|context_embedding|final_linear|cell_map|pooled|project|project_layer)\.weight",
         None,
         True,
     ),
-    Rule(r"(patch_embedding|context_embedding|final_linear|pooled|project|project_layer)\.bias"),
+    Rule(
+        r"(patch_embedding|context_embedding|final_linear|cell_map|pooled|project|project_layer)\.bias"
+    ),
     Rule(
         r"(time|step|pooled|guidance|added|strength|low|high)_embedding\.linear[12]\.weight",
         None,

@@ -656,3 +656,19 @@ def test_labels_inside_pass_the_check_unchanged():
     np.testing.assert_array_equal(out, run(dit, LATENT, T, LABEL))
     with pytest.raises(RuntimeError, match=r"label must lie in 0 \.\. 5"):
         eqx.filter_jit(guarded)(dit, LATENT, T, jnp.array(9))
+
+
+def test_a_network_takes_latents_of_another_size_with_the_same_weights():
+    options = dict(patch_size=(1, 2, 2), depth=1, width=24, num_heads=2, rope=nn.RoPE((4, 4, 4)))
+    dit = filled(lambda: DiT((3, 4, 4, 4), **options, key=jax.random.key(0)))
+    image = dit.with_spatial((1, 4, 8))
+    assert image.shape == (3, 1, 4, 8) and dit.shape == (3, 4, 4, 4)
+    x = jax.random.normal(jax.random.key(1), (3, 1, 4, 8))
+    other = eqx.tree_at(lambda d: jax.tree.leaves(eqx.filter(d, eqx.is_array)),
+                        DiT((3, 1, 4, 8), **options, key=jax.random.key(2)),
+                        jax.tree.leaves(eqx.filter(dit, eqx.is_array)))  # fmt: skip
+    np.testing.assert_array_equal(run(image, x, T), run(other, x, T))
+    with pytest.raises(ValueError, match="DiT: x_t must have shape"):
+        image(jnp.ones((3, 4, 4, 4)), T)
+    with pytest.raises(ValueError, match="divi"):
+        dit.with_spatial((1, 4, 7))

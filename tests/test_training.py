@@ -281,6 +281,30 @@ def test_adamw_equals_its_formula():
         w = np.asarray(params.weight, np.float64)
 
 
+def test_muon_turns_each_hidden_matrix_by_one_length_and_leaves_the_rest_to_adam():
+    dit = small_dit()
+    params = eqx.filter((dit, nn.Conv(3, 8, 3, key=jax.random.key(2))), eqx.is_inexact_array)
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def update(optimizer):
+        return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+
+    muon, adamw = update(training.muon(0.1)), update(training.adamw(0.1))
+    adams = dict(named_leaves(adamw))
+    matrices = []
+    for path, leaf in named_leaves(muon).items():
+        outer = "patch_embedding" in path or "final_linear" in path
+        if not path.endswith("weight") or outer:
+            np.testing.assert_allclose(leaf, adams[path], rtol=1e-5, atol=1e-7, err_msg=path)
+            continue
+        kernel = leaf.ndim == 4  # of the convolution; blocks, and q, k and v, are stacked
+        matrices += [leaf.reshape(-1, 8)] if kernel else list(leaf.reshape(-1, *leaf.shape[-2:]))
+    assert len(matrices) > 8
+    for matrix in matrices:
+        singular = np.linalg.svd(matrix, compute_uv=False) / (0.02 * np.sqrt(max(matrix.shape)))
+        assert 0.6 < singular.min() and singular.max() < 1.25
+
+
 @pytest.mark.parametrize("norm", [0.5, 5.0])
 def test_clipping_is_of_the_global_norm(norm):
     # Adam's first moment after one step is (1 - b1) times the clipped gradient.

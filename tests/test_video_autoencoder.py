@@ -20,6 +20,7 @@ SMALL = dict(channels=(4, 4, 4), blocks=1, decoder_blocks=1)
 FORMS = {
     "wan 2.1": SMALL | dict(channels=(4, 6, 6)),
     "wan 2.2": SMALL | dict(patch_size=2, shortcuts=True),
+    "cell map": SMALL | dict(cell_map=True, attention=False, quant_convs=False),
 }
 
 
@@ -70,10 +71,36 @@ def test_files_give_back_the_same_model(ae, tmp_path):
     pretrained.save(ae, tmp_path / "ae.safetensors")
     assert eqx.tree_equal(pretrained.load(tmp_path / "ae.safetensors"), ae)
     layouts = pretrained.video_autoencoder
+    if ae.config.cell_map:
+        with pytest.raises(pretrained.WeightsError, match="it has a cell_map"):
+            pretrained.export(ae, tmp_path / "folder")
+        return
     for layout in (layouts.original_layout, layouts.diffusers_layout):
         assert eqx.tree_equal(pretrained.load_state(ae, pretrained.to_state(ae, layout)), ae)
     with pytest.raises(pretrained.WeightsError, match="1 blocks a level, not 2"):
         pretrained.export(ae, tmp_path / "folder")
+
+
+def test_a_cell_map_starts_as_a_projection_and_its_transpose():
+    make = partial(CausalVideoAutoencoder, 1, 3, cell_map=True, quant_convs=False)
+    ae = make(**SMALL, key=KEY)
+    x = jax.random.normal(KEY, (1, 9, 8, 8))
+    down, up = ae.encoder.cell_map, ae.decoder.cell_map
+    np.testing.assert_array_equal(up.weight, down.weight[:3].T)
+    np.testing.assert_allclose(up.weight.T @ up.weight, np.eye(3), atol=1e-5)
+    cell = x[:, 5:, 4:8, :4].reshape(-1)  # of the last latent frame, second row, first column
+    quiet = eqx.tree_at(
+        lambda m: m.encoder.head, ae, replace_fn=lambda h: jax.tree.map(lambda a: a * 0, h)
+    )
+    posterior = quiet.posterior(x)
+    np.testing.assert_allclose(posterior.mean[:, 2, 1, 0], down.weight[:3] @ cell, atol=1e-5)
+    np.testing.assert_allclose(posterior.logvar, -6.0)
+    # The decoder's convolutions begin at nothing: of a latent a projection of the clip is left.
+    again = quiet.decode(posterior.mean)
+    np.testing.assert_allclose(
+        again[:, 5:, 4:8, :4].reshape(-1), up.weight @ (up.weight.T @ cell), atol=1e-5
+    )
+    np.testing.assert_allclose(quiet.encode(again)[:, 1:], posterior.mean[:, 1:], atol=1e-5)
 
 
 def test_the_published_sizes_have_the_published_counts():

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..nn.attention import Attention, attend
 from ..nn.conditioning import Conditioning, embed_condition, embed_times
 from ..nn.embeddings import LabelEmbedding, Sinusoid, sincos_positions
+from ..nn.fields import with_fields
 from ..nn.linear import Linear, normal, zeros
 from ..nn.modulation import Modulation
 from ..nn.patchify import patch_grid, patch_sizes, patchify, unpatchify
@@ -231,6 +232,23 @@ class DiT(eqx.Module):
         if not isinstance(self.embed_cond, LabelEmbedding):
             raise ValueError("DiT: only a network with num_classes has a null label.")
         return self.embed_cond.null
+
+    def with_spatial(self, spatial: tuple[int, ...]) -> "DiT":
+        """The same weights for latents of another size, as many axes and channels.
+
+        No parameter depends on the size: a network of clips is one of images, which are clips of
+        one frame (Wan 2025 trains both), and one of 256 pixels can go on with 512.
+
+        **Raises** `ValueError` for a size that patches do not divide.
+
+        >>> dit = DiT((4, 4, 8, 8), patch_size=(1, 2, 2), depth=1, width=24, num_heads=2,
+        ...           key=jax.random.key(0))
+        >>> dit.with_spatial((1, 8, 8))(jnp.ones((4, 1, 8, 8)), jnp.array(0.5)).shape
+        (4, 1, 8, 8)
+        """
+        config = replace(self.config, shape=(self.shape[0], *spatial))
+        _check(config)
+        return with_fields(self, config=config)
 
     def __call__(
         self,

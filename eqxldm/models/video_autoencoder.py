@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,9 +22,23 @@ from ..nn.causal_conv import (
     repeat_up,
 )
 from ..nn.conv import depth_to_space, space_to_depth
+from ..nn.fields import with_fields
+from ..nn.linear import Linear
 from ..nn.norms import RMSNorm
 from .config import arguments, make_record
 from .latents import NormalisedLatents, Posterior, normalised
+
+
+class Cell(NamedTuple):
+    """What one latent pixel stands for: `channels x time x side x side` numbers."""
+
+    channels: int
+    time: int
+    side: int
+
+    @property
+    def numbers(self) -> int:
+        return self.channels * self.time * self.side**2
 
 
 class VideoEncoder(eqx.Module):
@@ -41,10 +55,13 @@ class VideoEncoder(eqx.Module):
     norm: RMSNorm
     head: CausalConv3d
     quant: CausalConv3d | None
+    cell_map: Linear | None
     patch_size: int = eqx.field(static=True)
     shortcuts: bool = eqx.field(static=True)
+    cell: Cell = eqx.field(static=True)
 
-    def __init__(self, config: "CausalVideoAutoencoderConfig", *, key):
+    def __init__(self, config: "CausalVideoAutoencoderConfig", cell_map: Linear | None, *, key):
+        self.cell_map, self.cell = cell_map, config.cell
         channels, blocks = config.channels, config.blocks
         times: Any = config.time_levels  # which the autoencoder has filled in
         keys = iter(jax.random.split(key, 7 + len(channels) * (blocks + 1)))
@@ -60,8 +77,8 @@ class VideoEncoder(eqx.Module):
                 self.downs.append(ClipDownsample(out, time=times[i], key=next(keys)))
         self.middle = _middle(width, config.attention, keys)
         self.norm = RMSNorm(width, SMALLEST)
-        moments = 2 * config.latent_channels
-        self.head = CausalConv3d(width, moments, 3, key=next(keys))
+        moments, gain = 2 * config.latent_channels, 0.1 if config.cell_map else 1.0
+        self.head = CausalConv3d(width, moments, 3, gain=gain, key=next(keys))
         self.quant = None
         if config.quant_convs:
             self.quant = CausalConv3d(moments, moments, 1, key=next(keys))
@@ -69,7 +86,7 @@ class VideoEncoder(eqx.Module):
     def __call__(
         self, x: Float[Array, "f h w c"], cache: FrameCache | None = None
     ) -> Float[Array, "zf zh zw zc"]:
-        x = jax.vmap(lambda frame: space_to_depth(frame, self.patch_size))(x)
+        clip, x = x, jax.vmap(lambda frame: space_to_depth(frame, self.patch_size))(x)
         x = self.stem(x, cache)
         for i, level in enumerate(self.levels):
             before = x
@@ -82,7 +99,10 @@ class VideoEncoder(eqx.Module):
                 x = x + average_down(before, x.shape[-1], time, 1 if down is None else 2)
         x = _through(self.middle, x, cache)
         x = self.head(jax.nn.silu(self.norm(x)), cache)
-        return x if self.quant is None else self.quant(x)
+        x = x if self.quant is None else self.quant(x)
+        if self.cell_map is None:
+            return x
+        return x + self.cell_map(average_down(clip, self.cell.numbers, *self.cell[1:]))
 
 
 class VideoDecoder(eqx.Module):
@@ -101,10 +121,13 @@ class VideoDecoder(eqx.Module):
     ups: list[ClipUpsample]
     norm: RMSNorm
     head: CausalConv3d
+    cell_map: Linear | None
     patch_size: int = eqx.field(static=True)
     shortcuts: bool = eqx.field(static=True)
+    cell: Cell = eqx.field(static=True)
 
-    def __init__(self, config: "CausalVideoAutoencoderConfig", *, key):
+    def __init__(self, config: "CausalVideoAutoencoderConfig", cell_map: Linear | None, *, key):
+        self.cell_map, self.cell = cell_map, config.cell
         channels: Any = config.decoder_channels  # which the autoencoder has filled in
         blocks: Any = config.decoder_blocks
         times: Any = config.time_levels
@@ -122,8 +145,9 @@ class VideoDecoder(eqx.Module):
                 width = out if config.shortcuts else out // 2
                 self.ups.append(ClipUpsample(out, width, time=times[-1 - i], key=next(keys)))
         self.norm = RMSNorm(width, SMALLEST)
+        gain = 0.0 if config.cell_map else 1.0
         self.head = CausalConv3d(
-            width, config.in_channels * config.patch_size**2, 3, key=next(keys)
+            width, config.in_channels * config.patch_size**2, 3, gain=gain, key=next(keys)
         )
 
     def features(
@@ -148,7 +172,11 @@ class VideoDecoder(eqx.Module):
         self, z: Float[Array, "zf zh zw zc"], cache: FrameCache | None = None
     ) -> Float[Array, "f h w c"]:
         x = self.head(self.features(z, cache), cache)
-        return jax.vmap(lambda frame: depth_to_space(frame, self.patch_size))(x)
+        x = jax.vmap(lambda frame: depth_to_space(frame, self.patch_size))(x)
+        if self.cell_map is None:
+            return x
+        mapped, first = self.cell_map(z), cache is None or cache.first
+        return x + repeat_up(mapped, x.shape[-1], *self.cell[1:], first=first)
 
 
 @dataclass(frozen=True)
@@ -174,8 +202,15 @@ class CausalVideoAutoencoderConfig:
     attention: bool = True
     shortcuts: bool = False
     quant_convs: bool = True
+    cell_map: bool = False
     shift: float | tuple[float, ...] = 0.0
     scale: float | tuple[float, ...] = 1.0
+
+    @property
+    def cell(self) -> Cell:
+        """What a latent pixel stands for."""
+        time = 2 ** sum(self.time_levels or ())
+        return Cell(self.in_channels, time, self.patch_size * 2 ** (len(self.channels) - 1))
 
     def build(self, *, key) -> "CausalVideoAutoencoder":
         """The autoencoder, with random weights."""
@@ -210,6 +245,11 @@ class CausalVideoAutoencoder(NormalisedLatents):
     - `attention`: single-head self-attention within each frame, in the middle.
     - `shortcuts`: around each level a path without parameters (Wan 2.2).
     - `quant_convs`: a 1 x 1 x 1 convolution on the moments and one on the raw latent.
+    - `cell_map`: beside the convolutions a linear map of each latent pixel's cell, its own frames
+      and pixels (the first frame's with zeros before it), to the moments, and one back. It starts
+      as a projection onto a random subspace and learns within some hundred steps what principal
+      components give, while the convolutions start at nothing and learn the rest: for small
+      budgets of training.
     - `shift`, `scale`: of the normalised latent, a number or one a latent channel.
 
     `config` is its `CausalVideoAutoencoderConfig`. Batches are made by `jax.vmap`.
@@ -241,7 +281,9 @@ class CausalVideoAutoencoder(NormalisedLatents):
         name = "CausalVideoAutoencoder"
         config = _completed(make_record(CausalVideoAutoencoderConfig, name, sizes | options))
         k1, k2 = jax.random.split(key)
-        self.encoder, self.decoder = VideoEncoder(config, key=k1), VideoDecoder(config, key=k2)
+        down, up = _cell_maps(config, jax.random.fold_in(key, 2))
+        self.encoder = VideoEncoder(config, down, key=k1)
+        self.decoder = VideoDecoder(config, up, key=k2)
         self.config = config
 
     @property
@@ -252,12 +294,12 @@ class CausalVideoAutoencoder(NormalisedLatents):
     @property
     def factor(self) -> int:
         """How many pixels a latent's pixel is wide."""
-        return self.config.patch_size * 2 ** (len(self.config.channels) - 1)
+        return self.config.cell.side
 
     @property
     def time_factor(self) -> int:
         """How many frames a latent frame but the first stands for."""
-        return 2 ** sum(self.config.time_levels or ())
+        return self.config.cell.time
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latent's shape for such a clip; `ValueError` if it does not divide.
@@ -367,6 +409,22 @@ def _completed(config: CausalVideoAutoencoderConfig) -> CausalVideoAutoencoderCo
             "first must be even."
         )
     return normalised(config, config.shift, config.scale)
+
+
+def _cell_maps(
+    config: CausalVideoAutoencoderConfig, key: Any
+) -> tuple[Linear, Linear] | tuple[None, None]:
+    """The linear maps of a cell to moments and of a latent to a cell: at first each other's
+    transposes, and the posteriors' standard deviation `exp(-3)`."""
+    if not config.cell_map:
+        return None, None
+    n, latent = config.cell.numbers, config.latent_channels
+    basis = jax.nn.initializers.orthogonal()(key, (latent, n))
+    down = Linear(
+        n, 2 * latent, init=lambda _, shape: jnp.zeros(shape).at[:latent].set(basis), key=key
+    )
+    down = with_fields(down, bias=jnp.repeat(jnp.array([0.0, -6.0]), latent))
+    return down, Linear(latent, n, init=lambda *_: basis.T, key=key)
 
 
 def _blocks(widths: list[int], keys: Any) -> list[CausalResnetBlock]:

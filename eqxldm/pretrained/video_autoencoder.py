@@ -93,6 +93,7 @@ def diffusers_config(ae: CausalVideoAutoencoder) -> dict[str, Any]:
         ),
         "it has no attention": not ours.attention,
         "it has no quant_convs": not ours.quant_convs,
+        "it has a cell_map": ours.cell_map,
         f"its widths {channels} are no multiples of the first": not multiples,
         f"its decoder's widths {decoder} are not the encoder's times a number": (
             [decoder[0] * m for m in mult] != list(decoder)

@@ -28,6 +28,7 @@ from .loss import (
 from .optimizers import (
     adamw as adamw,
     decay_mask as decay_mask,
+    muon as muon,
 )
 from .state import (
     TrainState as TrainState,

@@ -9,7 +9,7 @@ import optax
 import eqxldm as ex
 from eqxldm.objectives import AbstractObjective, Denoising, Hybrid
 from eqxldm.solvers import Variance
-from eqxldm.training import constant, exponential, in_dtype, power_function
+from eqxldm.training import adamw, constant, exponential, in_dtype, muon, power_function
 
 from .config import Config, DiffusionConfig, PathName, SamplingConfig
 from .few_steps import FEW_STEP, AtScale, OfAnother, few_step_objective, make_flow_map
@@ -28,6 +28,7 @@ SOLVERS: dict[str, ex.AbstractSolver] = {
     "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
 }
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}  # by OptimizerName
 
 
 class Method(NamedTuple):

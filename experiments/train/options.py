@@ -4,7 +4,7 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from beartype.door import is_bearable
 
@@ -52,6 +52,7 @@ Count = Annotated[int, Range(1, 10**6)]
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 Samples = Annotated[int, Range(10, 10**8)]  # of fewer no distance and no neighbours are measured
 Side = Annotated[int, Range(8, 8192)]
+OptimizerName = Literal["adamw", "muon"]
 
 
 def check(options: Any, prefix: str = "") -> None:

@@ -10,7 +10,7 @@ import numpy as np
 STREAMS = frozenset(
     """classifier/model classifier/step classifier/data
     autoencoder/model autoencoder/step autoencoder/data autoencoder/statistics discriminator/model
-    diffusion/model diffusion/step diffusion/data
+    diffusion/model diffusion/step diffusion/data images/step images/data
     sound/model sound/step sound/data sound/drawn
     digits/model digits/step digits/data clips/model clips/step clips/data prediction
     masked/model masked/step masked/data twin/model twin/step twin/data

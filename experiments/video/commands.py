@@ -26,7 +26,7 @@ from ..train.streams import stream_key
 from ..train.telemetry import check_packages
 from ..train.terminal import Signals, UserError, say
 from .classifier import ClipClassifier, halved
-from .config import FPS, Config, Sample, SamplingOptions, Train, check_clips
+from .config import FPS, Config, Sample, SamplingOptions, Train, check_clips, earlier
 from .data import (
     Clips,
     WithSound,
@@ -77,6 +77,7 @@ def train(command: Train) -> None:
         mesh = make_mesh(parse_mesh(command.mesh))
         for options in parts_of(command):
             check_batch(options.batch_size, mesh)
+        check_batch(command.diffusion.image_batch_size, mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_network(command.config)
@@ -87,7 +88,7 @@ def train(command: Train) -> None:
         new = not (run.path / CONFIG).exists() or command.overwrite
         # Other clips are another run; the folder says which it is about.
         about = {**as_dict(command.config), "content": content}
-        run.open(about, overwrite=command.overwrite, defaults=as_dict(Config()))
+        run.open(about, overwrite=command.overwrite, defaults=as_dict(earlier()))
         found = run.metrics()
         if found is not None:
             say(f"{run.path} is finished; --overwrite starts anew.\n{summary(found)}")

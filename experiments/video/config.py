@@ -12,6 +12,7 @@ from ..train.options import (
     Depth,
     Few,
     MaybeSteps,
+    OptimizerName,
     Range,
     Rate,
     Samples,
@@ -61,12 +62,16 @@ class ClassifierOptions:
 class AutoencoderOptions:
     """The causal autoencoder, 4 x 8 x 8: a latent pixel is 8 x 8 pixels of four frames."""
 
-    steps: Steps = 1200  # Training steps.
-    batch_size: Batch = 24  # Crops in a step.
+    steps: Steps = 2400  # Training steps.
+    batch_size: Batch = 8  # Crops in a step.
     crop: Annotated[int, Range(16, 8192)] = 32  # The crops' height and width.
     crop_frames: FramesCount = 9  # The crops' frames, 4 k + 1.
-    learning_rate: Rate = 3e-3  # The peak, after 50 steps; then a cosine to 0.
+    optimizer: OptimizerName = "muon"
+    learning_rate: Rate = 1e-2  # The peak, after 50 steps; then a cosine to 0.
     channels: tuple[Width, Width, Width] = (16, 32, 64)  # Of the levels, of half the side each.
+    cell_map: bool = (
+        True  # A linear map of 4 x 8 x 8 pixels beside the convolutions, learned first.
+    )
     patch_size: Literal[2] = 2  # The side of the squares that are folded into channels first.
     blocks: Few = 1  # Residual blocks in a level.
     latent_channels: Width = 16  # Numbers in a latent pixel.
@@ -80,6 +85,10 @@ class DiffusionOptions:
 
     steps: Steps = 2000  # Training steps.
     batch_size: Batch = 32  # Clips in a step.
+    # Steps before these of the first frames alone, which are pictures; 0: none.
+    image_steps: MaybeSteps = 1000
+    image_batch_size: Batch = 128  # Pictures in such a step.
+    optimizer: OptimizerName = "muon"
     learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.01  # Of matrices.
@@ -135,13 +144,22 @@ class Config:
     seed: Seed = 0  # Of everything that is random.
 
 
+def earlier() -> Config:
+    """What options stand for that a run of an earlier version does not have."""
+    autoencoder = AutoencoderOptions(optimizer="adamw", cell_map=False)
+    return Config(
+        autoencoder=autoencoder, diffusion=DiffusionOptions(optimizer="adamw", image_steps=0)
+    )
+
+
 SMOKE = """
     --count 64 --test 20 --size 32 32 --frames 9 --classifier.steps 40 --classifier.channels 8
     --classifier.features 16 --classifier.batch-size 16
     --autoencoder.steps 60 --autoencoder.batch-size 4 --autoencoder.crop 16
     --autoencoder.crop-frames 5 --autoencoder.channels 8 8 8 --autoencoder.latent-channels 4
-    --diffusion.steps 60 --diffusion.batch-size 8 --diffusion.depth 2 --diffusion.width 48
-    --diffusion.num-heads 2 --diffusion.warmup 10 --sound.steps 60 --sound.batch-size 8
+    --diffusion.steps 60 --diffusion.batch-size 8
+    --diffusion.image-steps 20 --diffusion.image-batch-size 16 --diffusion.depth 2
+    --diffusion.width 48 --diffusion.num-heads 2 --diffusion.warmup 10 --sound.steps 60 --sound.batch-size 8
     --sound.width 32 --sound.latent-channels 8 --sampling.steps 4 --samples 12
     --run-dir runs/video-smoke
 """

@@ -17,6 +17,7 @@ from eqxldm.models import (
     DiT,
     TwoTowers,
 )
+from eqxldm.nn.fields import with_fields
 from eqxldm.training import in_dtype
 
 from ..train.methods import DTYPES
@@ -38,6 +39,7 @@ def make_autoencoder(config: Config, *, key: Any) -> CausalVideoAutoencoder:
         time_levels=(True, True),
         attention=False,
         quant_convs=False,
+        cell_map=options.cell_map,
         key=key,
     )
 
@@ -60,6 +62,10 @@ class KnownFrames(eqx.Module):
     def network(self) -> DiT:
         """What is saved."""
         return self.dit
+
+    def with_frames(self, count: int) -> "KnownFrames":
+        """The same weights for clips of another number of latent frames."""
+        return with_fields(self, dit=self.dit.with_spatial((count, *self.dit.shape[2:])))
 
     def __call__(
         self, x_t: Float[Array, "c f h w"], t: Float[Array, ""], cond: PyTree, *, key: Any = None

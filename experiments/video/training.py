@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,16 +27,12 @@ from eqxldm.distributed import barrier
 from eqxldm.models import CausalVideoAutoencoder, SoundAutoencoder
 from eqxldm.objectives import Denoising, JointDenoising, kl_to_standard_normal
 from eqxldm.sharding import batch_vmap
-from eqxldm.training import (
-    adamw,
-    make_loss,
-    measure_latents,
-)
+from eqxldm.training import make_loss, measure_latents
 
 from ..train.autoencoder import Encoder
 from ..train.classifier import ConvClassifier, classifier_loss, classifier_optimizer
 from ..train.diffusion import draw_latents
-from ..train.methods import warmup_cosine
+from ..train.methods import OPTIMIZERS, warmup_cosine
 from ..train.run import RunFolder
 from ..train.stages import Stages
 from ..train.streams import stream_seed
@@ -159,7 +155,7 @@ def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
 
     build = lambda: make_autoencoder(config, key=job.stages.key("autoencoder/model"))
     rate = warmup_cosine(options.learning_rate, options.steps, min(50, options.steps // 2))
-    optimizer = adamw(rate, b2=0.99, clip_norm=1.0)
+    optimizer = OPTIMIZERS[options.optimizer](rate, b2=0.99, clip_norm=1.0)
 
     def loss(model: Any, batch: Any, key: Any, context: Any) -> Any:
         crop_key, key = jax.random.split(key)
@@ -256,17 +252,20 @@ def null_text(job_condition: Any) -> Any:
 
 
 def make_prepare(
-    job: Job, autoencoder: CausalVideoAutoencoder, sound: SoundAutoencoder | None = None
+    job: Job,
+    autoencoder: CausalVideoAutoencoder,
+    sound: SoundAutoencoder | None = None,
+    frames: int | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`prepare(batch, key)`: fresh latents of the cached posteriors, and what is told of them: the
     caption, at times not, and at times the first latent frames. With `sound` the latents are of
-    both, as a dict."""
+    both, as a dict. `frames`: only so many latent frames of each clip, the first ones."""
     options = job.command.diffusion
     null = null_text(job.condition) if job.captioned else None
 
     def prepare(batch: Any, key: Any) -> dict[str, Any]:
         draw_key, drop_key, known_key, count_key = jax.random.split(key, 4)
-        z = draw_latents(autoencoder, batch, draw_key)
+        z = draw_latents(autoencoder, batch, draw_key)[:, :, :frames]
         n, _, f = z.shape[:3]
         told = jax.random.bernoulli(known_key, options.known_share, (n,))
         count = jax.random.randint(count_key, (n,), 1, max(f, 2)) * told * (f > 1)
@@ -291,29 +290,44 @@ def train_diffusion(
     latents: Latents,
     sound: SoundAutoencoder | None = None,
 ) -> Any:
-    """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end."""
+    """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end.
+
+    At first of pictures, the clips' first frames, which are a fraction of a clip's tokens: what
+    digits look like, and which words mean them, is learned there many times as fast.
+    """
     config, options = job.command.config, job.command.diffusion
     shape = latent_shape(job, autoencoder)
-
     key, captioned = job.stages.key("diffusion/model"), job.captioned
-    build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
-    warmup = min(options.warmup, options.steps - 1)
-    rate = warmup_cosine(options.learning_rate, options.steps, warmup)
-    optimizer = adamw(rate, b2=0.99, weight_decay=options.weight_decay, clip_norm=1.0)
     plain = ex.logit_normal_time()
     times = lambda key, n: ex.shift_time(plain(key, n), options.shift)
     objective: Any = Denoising(DIFFUSION, ex.constant_weight, times)
     if sound is not None:
         shares = {name: getattr(config.sound, name) for name in ("given", "alone", "apart")}
         objective = JointDenoising(DIFFUSION, PARTS, times, **shares)
-    loss = make_loss(objective, prepare=make_prepare(job, autoencoder, sound))
-    batches = latent_batches(
-        latents,
-        options.batch_size,
-        flip=False,
-        **job.stages.order("diffusion", options.batch_size),
-    )
-    decay = options.ema_decay
-    return job.stages.average(
-        "diffusion", build, optimizer, loss, batches, options, ema_decay=decay
-    )
+
+    def stage(name: str, build: Any, length: Any, frames: int | None) -> Any:
+        warmup = min(options.warmup, length.steps - 1)
+        rate = warmup_cosine(options.learning_rate, length.steps, warmup)
+        make = OPTIMIZERS[options.optimizer]
+        optimizer = make(rate, b2=0.99, weight_decay=options.weight_decay, clip_norm=1.0)
+        loss = make_loss(objective, prepare=make_prepare(job, autoencoder, sound, frames))
+        order = job.stages.order(name, length.batch_size)
+        batches = latent_batches(latents, length.batch_size, flip=False, **order)
+        decay = options.ema_decay
+        return job.stages.average(name, build, optimizer, loss, batches, length, ema_decay=decay)
+
+    build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
+    if options.image_steps and sound is None and shape[1] > 1:
+        enough = options.image_batch_size <= len(job.clips.train)
+        size = options.image_batch_size if enough else options.batch_size
+        pictures = Pictures(options.image_steps, size)
+        image = stage("images", lambda: build().with_frames(1), pictures, 1)
+        build = lambda: image.with_frames(shape[1])
+    return stage("diffusion", build, options, None)
+
+
+class Pictures(NamedTuple):
+    """The length of the stage of pictures."""
+
+    steps: int
+    batch_size: int
