@@ -43,7 +43,7 @@ class ClipOptions:
     condition: Literal["auto", "text", "none"] = "auto"
     digits: Annotated[int, Range(1, 9)] = 2  # Digits in a clip that is made.
     sound: bool = False  # Digits sound when they bounce, and clips are made with their sound.
-    count: Samples = 6144  # Clips that are made to learn from, where no folder is given.
+    count: Samples = 4096  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
 
 
@@ -51,9 +51,9 @@ class ClipOptions:
 class ClassifierOptions:
     """The networks that measure: of digits, where digits move, and of whole clips."""
 
-    steps: Steps = 400  # Training steps of each.
+    steps: Steps = 600  # Training steps of each.
     batch_size: Batch = 64  # Examples in a step.
-    learning_rate: Rate = 2e-3  # The peak, after a tenth of the steps; then a cosine to 0.
+    learning_rate: Rate = 3e-3  # The peak, after a tenth of the steps; then a cosine to 0.
     channels: Width = 32  # Of the first convolution; the second has twice as many.
     features: Width = 128  # Units of the layer whose values are the features.
 
@@ -62,7 +62,7 @@ class ClassifierOptions:
 class AutoencoderOptions:
     """The causal autoencoder, 4 x 8 x 8: a latent pixel is 8 x 8 pixels of four frames."""
 
-    steps: Steps = 2400  # Training steps.
+    steps: Steps = 2000  # Training steps.
     batch_size: Batch = 8  # Crops in a step.
     crop: Annotated[int, Range(16, 8192)] = 32  # The crops' height and width.
     crop_frames: FramesCount = 9  # The crops' frames, 4 k + 1.
@@ -83,16 +83,16 @@ class AutoencoderOptions:
 class DiffusionOptions:
     """The spacetime transformer and how it learns."""
 
-    steps: Steps = 2000  # Training steps.
+    steps: Steps = 1100  # Training steps.
     batch_size: Batch = 32  # Clips in a step.
     # Steps before these of the first frames alone, which are pictures; 0: none.
-    image_steps: MaybeSteps = 1000
-    image_batch_size: Batch = 128  # Pictures in such a step.
+    image_steps: MaybeSteps = 600
+    image_batch_size: Batch = 96  # Pictures in such a step.
     optimizer: OptimizerName = "muon"
     learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.01  # Of matrices.
-    ema_decay: Share = 0.998  # Of the average of the weights, which is what is used.
+    ema_decay: Share = 0.995  # Of the average of the weights, which is what is used.
     shift: Annotated[float, Range(0, 100, "(]")] = 2.0  # Of the time: above 1, more of the noisy.
     caption_dropout: Share = 0.1  # The share of the clips whose caption is not told.
     known_share: Share = 0.3  # The share of the clips whose first frames are told.
@@ -126,7 +126,7 @@ class SoundOptions:
 class SamplingOptions:
     """How clips are drawn."""
 
-    solver: Literal["euler", "heun", "dpmsolver++", "unipc"] = "heun"
+    solver: Literal["euler", "heun", "dpmsolver++", "unipc"] = "dpmsolver++"
     steps: Annotated[int, Range(1, 10_000)] = 20  # Of the solver.
     guidance: Annotated[float, Range(0, 100)] = 2.0  # By the caption; 1 is none.
 
@@ -154,14 +154,13 @@ def earlier() -> Config:
 
 SMOKE = """
     --count 64 --test 20 --size 32 32 --frames 9 --classifier.steps 40 --classifier.channels 8
-    --classifier.features 16 --classifier.batch-size 16
-    --autoencoder.steps 60 --autoencoder.batch-size 4 --autoencoder.crop 16
-    --autoencoder.crop-frames 5 --autoencoder.channels 8 8 8 --autoencoder.latent-channels 4
-    --diffusion.steps 60 --diffusion.batch-size 8
-    --diffusion.image-steps 20 --diffusion.image-batch-size 16 --diffusion.depth 2
-    --diffusion.width 48 --diffusion.num-heads 2 --diffusion.warmup 10 --sound.steps 60 --sound.batch-size 8
-    --sound.width 32 --sound.latent-channels 8 --sampling.steps 4 --samples 12
-    --run-dir runs/video-smoke
+    --classifier.features 16 --classifier.batch-size 16 --autoencoder.steps 60
+    --autoencoder.batch-size 4 --autoencoder.crop 16 --autoencoder.crop-frames 5
+    --autoencoder.channels 8 8 8 --autoencoder.latent-channels 4 --diffusion.steps 60
+    --diffusion.batch-size 8 --diffusion.image-steps 20 --diffusion.image-batch-size 16
+    --diffusion.depth 2 --diffusion.width 48 --diffusion.num-heads 2 --diffusion.warmup 10
+    --sound.steps 60 --sound.batch-size 8 --sound.width 32 --sound.latent-channels 8
+    --sampling.steps 4 --samples 12 --run-dir runs/video-smoke
 """
 
 

@@ -167,20 +167,20 @@ def some_clips(source: ImageSource, count: int, clips: ClipOptions) -> tuple[Fra
 
 
 @dataclass(frozen=True)
-class SaidPairs:
-    """A condition: which pairs of a digit and a direction a caption names, `(40,)`."""
+class Said:
+    """A condition: which digits and which directions a caption names, `(14,)`."""
 
-    def __call__(self, record: ImageRecord) -> Float[np.ndarray, " 40"]:
-        return pairs_of(record.caption or "")
+    def __call__(self, record: ImageRecord) -> Float[np.ndarray, " 14"]:
+        return said_by(record.caption or "")
 
 
-def pairs_of(caption: str) -> Float[np.ndarray, " 40"]:
-    """1 where `10 * direction + digit` is in the caption.
+def said_by(caption: str) -> Float[np.ndarray, " 14"]:
+    """1 at each digit that is in the caption, and at `10 +` each direction.
 
-    >>> np.flatnonzero(pairs_of("a 3 moving up and a 7 moving right"))
-    array([ 7, 33])
+    >>> np.flatnonzero(said_by("a 3 moving up and a 7 moving right"))
+    array([ 3,  7, 10, 13])
     """
-    found = np.zeros(40, np.float32)
+    found = np.zeros(14, np.float32)
     for digit, direction in read_caption(caption):
-        found[10 * DIRECTIONS.index(direction) + digit] = 1
+        found[digit] = found[10 + DIRECTIONS.index(direction)] = 1
     return found

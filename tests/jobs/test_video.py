@@ -20,7 +20,7 @@ from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, sample, summary
 from experiments.video.config import Sample, Train, check_clips, smoke
-from experiments.video.data import open_clips_of, pairs_of, some_clips
+from experiments.video.data import open_clips_of, said_by, some_clips
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, to_clips, to_frames
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
@@ -243,7 +243,7 @@ def test_captions_are_judged_by_what_was_tracked():
     assert measure.tracked(frames, swapped)["digits"] == 0
     assert measure.tracked(frames, swapped)["directions"] < found["directions"]
     assert measure.tracked(0 * frames, texts) == {"seen": 0.0}
-    assert pairs_of("a 4 moving down").sum() == 1 and pairs_of("nothing").sum() == 0
+    assert said_by("a 4 moving down").sum() == 2 and said_by("nothing").sum() == 0
     noisy = frames ^ np.uint8(16)
     assert psnr_by_frame(frames, noisy) == pytest.approx(20 * np.log10(255 / 16) * np.ones(17))
 
