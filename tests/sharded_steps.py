@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import eqxldm as ex
 from eqxldm import nn, sharding, training
 from eqxldm.models import DiT
-from eqxldm.training import AutoencoderState, adamw, constant, init_state
+from eqxldm.training import AutoencoderState, adamw, constant, init_state, muon
 
 from helpers import filled, small_autoencoder, small_discriminator
 
@@ -39,7 +39,7 @@ def diffusion():
 
 
 def modern():
-    """The newer form, with a term that compares the examples of a batch."""
+    """The newer form and Muon, with a term that compares the examples of a batch."""
     dit = filled(
         lambda: DiT(
             (4, 8, 8), patch_size=2, depth=2, width=32, num_heads=4, num_classes=5,
@@ -48,7 +48,7 @@ def modern():
         ),
         size=0.1,
     )  # fmt: skip
-    optimizer = adamw(1e-4, clip_norm=1.0)
+    optimizer = muon(1e-4, clip_norm=1.0)
     state, static = init_state(dit, optimizer, num_emas=1)
     flow = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
     objective = ex.Denoising(flow, cosine=0.5, early=0.5, dispersive=0.5)
