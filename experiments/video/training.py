@@ -294,8 +294,8 @@ def train_diffusion(
 ) -> Any:
     """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end.
 
-    At first of pictures, the clips' first frames, which are a fraction of a clip's tokens: what
-    digits look like, and which words mean them, is learned there many times as fast.
+    At first of pictures, the clips' first frames, which are a fraction of a clip's tokens: of what
+    digits look like, and which words mean them, four times as many a second are seen there.
     """
     config, options = job.command.config, job.command.diffusion
     shape = latent_shape(job, autoencoder)
