@@ -177,6 +177,29 @@ def test_a_flow_map_shares_a_server_with_the_ode(generator):
             assert np.abs(picture.astype(int) - want).max() <= 1
 
 
+def test_more_images_than_a_call_has_rows_for_take_turns_in_full_calls(generator):
+    seen = []
+    observe = lambda name, value: seen.append(value) if name == "rows" else None
+    with running(generator, slots=5, sizes=(4,), decodes=(4,), observe=observe) as engine:
+        wanted = request(steps=6, guidance=2.0, interval=(0.0, 1.0), n=5, previews=6)
+        queue = Queue()
+        engine.submit(wanted, queue.put)
+        found, done = {}, dict.fromkeys(range(5), 0)
+        while len(found) < 5:
+            event = queue.get(timeout=30)
+            if isinstance(event, Picture):
+                found[event.index] = pixels(event.data)
+                continue
+            done[event.index] = event.step
+            # Nobody is more than a turn behind.
+            going = [step for index, step in done.items() if index not in found]
+            assert max(done.values()) - min(going) <= 2
+        assert engine.together == 2
+    assert seen == [4] * 15  # five images of six guided calls, two at a time
+    for index, picture in found.items():
+        np.testing.assert_allclose(picture, expected(generator, wanted, index)[1], atol=1)
+
+
 def test_images_that_come_while_the_device_is_busy_share_a_call(generator):
     class Busy:
         done = threading.Event()

@@ -25,7 +25,7 @@ class Options:
     bundle: Path  # The file that make export wrote.
     host: str = "127.0.0.1"  # The address; 0.0.0.0 is every one of this machine's.
     port: int = 8000  # 0 takes a free one, which is printed.
-    slots: int = 8  # Images that are drawn at once.
+    slots: int = 16  # Images that are on their way at once.
     queue: int = 64  # Images that may wait; others are refused.
 
 

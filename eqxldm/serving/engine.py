@@ -34,7 +34,10 @@ BACKLOG = 16  # decoded batches that wait to be delivered, before drawing waits 
 
 
 class Engine(AbstractEngine):
-    """Draws requests with a `Generator`: step by step, as many together as there are slots.
+    """Draws requests with a `Generator`: step by step, in network calls that many share.
+
+    Where more images are on their way than the largest call has rows for, they take turns, so that
+    calls are full: a guided image takes two rows, and one where it is not guided.
 
     `start` compiles and begins, in a thread of its own; `submit` hands in a request. What a request
     leads to is given to its `send`, from another thread: `Preview`s, a `Picture` for each of its
@@ -67,7 +70,7 @@ class Engine(AbstractEngine):
         self,
         generator: Generator,
         *,
-        slots: int = 8,
+        slots: int = 16,
         queue: int = 64,
         sizes: tuple[int, ...] | None = None,
         decodes: tuple[int, ...] | None = None,
@@ -99,6 +102,10 @@ class Engine(AbstractEngine):
             raise RequestError(400, str(error)) from error
         return plan, jax.tree.map(np.asarray, cond)
 
+    @property
+    def together(self) -> int:
+        return min(self.slots, self.programs.images)
+
     def is_quick(self, request: Request) -> bool:
         # No text to encode, and a plan that is made.
         known = self.programs.plans.has(request.solver, request.steps)
@@ -128,8 +135,7 @@ class Engine(AbstractEngine):
         for follows in (False, True):
             draws = [d for d in self._active if (d.job.request.solver == MAP) == follows]
             if draws:
-                self._step(draws, follows)
-        self._show()
+                self._show(self._step(draws, follows))
 
     def gather(self) -> None:
         # Nothing is under way that must go on: who begins now shares a call with all that come
@@ -168,38 +174,42 @@ class Engine(AbstractEngine):
         self._decode(noises, finite=None)
 
     def _step(self, draws, follows):
-        """One network call of each image, in as few calls as the largest size allows."""
-        most = self.programs.sizes[-1]
-        while draws:
-            rows, taken = [], []
-            self._counts[:, 1] = -1
-            for draw in draws:
-                request, plan = draw.job.request, draw.job.plan
-                t, (low, high) = plan.times[draw.done], request.interval
-                guides = request.guidance != 1 and not follows
-                guides = guides and np.float32(low) <= t <= np.float32(high)
-                if len(rows) + 1 + guides > most:
-                    break
-                own = len(rows)
-                rows.append((draw.slot, 0))
-                if guides:
-                    rows.append((draw.slot, 1))
-                self._numbers[draw.slot, 0] = request.guidance if guides else 1.0
-                self._numbers[draw.slot, 1:] = plan.rows[draw.done]
-                solver = 0 if follows else self.programs.solvers[request.solver]
-                self._counts[draw.slot] = draw.done, solver, own, len(rows) - 1
-                taken.append(draw)
-            size = fitting(self.programs.sizes, len(rows))
-            padded = np.zeros((size, 2), np.int32)
-            padded[: len(rows)] = rows
-            call = self.programs.follow if follows else self.programs.advance
-            self._flights.append(call(self._numbers.copy(), self._counts.copy(), padded))
-            self.observe("rows", len(rows))
-            self.observe("size", size)
-            self._keep_pace()
-            for draw in taken:
-                draw.done += 1
-            draws = draws[len(taken) :]
+        """A network call of as many of the images as it has rows for; returns these.
+
+        The next one begins with those that had to wait.
+        """
+        most, rows, taken = self.programs.sizes[-1], [], []
+        self._counts[:, 1] = -1
+        for draw in draws:
+            request, plan = draw.job.request, draw.job.plan
+            t, (low, high) = plan.times[draw.done], request.interval
+            guides = request.guidance != 1 and not follows
+            guides = guides and np.float32(low) <= t <= np.float32(high)
+            if len(rows) + 1 + guides > most:
+                continue
+            own = len(rows)
+            rows.append((draw.slot, 0))
+            if guides:
+                rows.append((draw.slot, 1))
+            self._numbers[draw.slot, 0] = request.guidance if guides else 1.0
+            self._numbers[draw.slot, 1:] = plan.rows[draw.done]
+            solver = 0 if follows else self.programs.solvers[request.solver]
+            self._counts[draw.slot] = draw.done, solver, own, len(rows) - 1
+            taken.append(draw)
+        size = fitting(self.programs.sizes, len(rows))
+        padded = np.zeros((size, 2), np.int32)
+        padded[: len(rows)] = rows
+        call = self.programs.follow if follows else self.programs.advance
+        self._flights.append(call(self._numbers.copy(), self._counts.copy(), padded))
+        self.observe("rows", len(rows))
+        self.observe("size", size)
+        self._keep_pace()
+        for draw in taken:
+            draw.done += 1
+        if len(taken) < len(draws):
+            with self._wake:
+                self._active = [d for d in self._active if d not in taken] + taken
+        return taken
 
     def _keep_pace(self):
         """Waits for a call that was dispatched before: a new request joins soon, and the device is
@@ -210,18 +220,18 @@ class Engine(AbstractEngine):
             self._flights.popleft().block_until_ready()
         self.keep_time()
 
-    def _show(self):
-        """Decodes what is finished and what is to be seen on the way."""
+    def _show(self, draws):
+        """Decodes what is finished of these and what is to be seen on the way."""
         wanted = []
-        for draw in self._active:
+        for draw in draws:
             if draw.done in draw.shown:
                 wanted.append(((draw.slot, 1), (draw, draw.done, "estimate")))
             if draw.done == draw.job.plan.calls:
                 wanted.append(((draw.slot, 0), (draw, draw.done, "final")))
             elif draw.job.request.trajectory:
                 wanted.append(((draw.slot, 0), (draw, draw.done, "state")))
-        self._decode(wanted, self._flights[-1] if self._flights else None)
-        finished = [d for d in self._active if d.done == d.job.plan.calls]
+        self._decode(wanted, self._flights[-1])
+        finished = [d for d in draws if d.done == d.job.plan.calls]
         for draw in finished:
             if draw.job.request.trajectory:
                 times = np.linspace(0.0, 1.0, FRAMES)

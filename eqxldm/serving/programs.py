@@ -58,14 +58,14 @@ class Programs:
         self,
         generator: Generator,
         *,
-        slots: int = 8,
+        slots: int = 16,
         sizes: tuple[int, ...] | None = None,
         decodes: tuple[int, ...] | None = None,
     ):
         each = 2 if generator.guided and generator.solvers else 1  # a flow map is not guided
-        most = slots * each
         self.generator, self.slots = generator, slots
-        self.sizes = powers_of_two(most) if sizes is None else tuple(sorted(sizes))
+        self.sizes = powers_of_two(max(slots, each)) if sizes is None else tuple(sorted(sizes))
+        self.images = self.sizes[-1] // each
         self.decodes = powers_of_two(slots) if decodes is None else tuple(sorted(decodes))
         if self.sizes[-1] < each:
             raise ValueError(f"Programs: sizes {self.sizes} do not hold an image with guidance.")

@@ -57,6 +57,11 @@ class AbstractEngine(abc.ABC):
         """Pieces of work that have a slot."""
         return len(self._active)
 
+    @property
+    def together(self) -> int:
+        """Pieces of work that share a network call, at most."""
+        return self.slots
+
     def is_quick(self, request: Any) -> bool:
         """Whether `submit` takes microseconds: an event loop then leaves it to no thread."""
         return False
@@ -97,7 +102,7 @@ class AbstractEngine(abc.ABC):
         with self._wake:
             pieces = [d for d in [*self._active, *self._waiting] if not d.job.ended]
         calls = sum(piece.left for piece in pieces)
-        return max(1, round(calls * self._step_seconds / self.slots))
+        return max(1, round(calls * self._step_seconds / self.together))
 
     def start(self, progress: Callable[[str], None] | None = None) -> None:
         """Compiles, then works, until `stop`; returns at once. `ready` is set when it may begin."""

@@ -42,7 +42,7 @@ class Bench:
     guidance: Annotated[float, Range(0, 50)] | None = None  # By default the run's.
     seconds: Annotated[float, Range(0, 600, "(]")] = 5.0  # Of each measurement.
     rounds: Annotated[int, Range(1, 100)] = 1  # Of all measurements; the median one is shown.
-    slots: Annotated[int, Range(1, 256)] = 8  # As in serving.
+    slots: Annotated[int, Range(1, 256)] | None = None  # As in serving.
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def _round(options: Bench, asked: Asked, draw: Any) -> Round:
         calls = Load(times, {}, sum(times))
         found[BARE.format(batch), ""] = Seen(calls, batch * calls.rate)
     said = str(asked.steps), str(asked.guidance)
-    ours = ["serve", *asked.place, "--port", "0", "--slots", str(options.slots)]
+    ours = ["serve", *asked.place, "--port", "0"]
+    ours += [] if options.slots is None else ["--slots", str(options.slots)]
     servers: list[tuple[str, str, list[str], Path | None]] = [
         ("one at a time", "experiments.serve.naive", [*asked.place, asked.solver, *said], None),
         (OURS, "experiments.serve", ours, None),

@@ -30,7 +30,8 @@ class Serve:
     model: Path | None = None  # A diffusers folder, with a model_index.json; or one of LLaDA.
     host: str = "127.0.0.1"  # The address; 0.0.0.0 is every one of this machine's.
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 takes a free one, which is printed.
-    slots: Annotated[int, Range(1, 256)] = 8  # Images, or texts, that are drawn at once.
+    # Images, or texts, that are on their way at once: 16, or 8. A call has as many rows for images.
+    slots: Annotated[int, Range(1, 256)] | None = None
     queue: Annotated[int, Range(1, 100_000)] = 64  # Those that may wait; others are refused.
     # Network rows of the one call that is compiled: each image or text then is the same bit for
     # bit, whoever else is there. By default some sizes are, and a small load costs less.
@@ -62,8 +63,8 @@ def make_engine(
     """Its engine, not started."""
     limits = Limits(images=options.images, seconds=options.seconds)
     sizes = None if options.rows is None else (options.rows,)
-    given: dict[str, Any] = dict(slots=options.slots, queue=options.queue, sizes=sizes)
-    given |= dict(limits=limits, observe=observe)
+    given: dict[str, Any] = dict(queue=options.queue, sizes=sizes, limits=limits, observe=observe)
+    given |= {} if options.slots is None else dict(slots=options.slots)
     with user_errors(ValueError, what=f"--rows {options.rows}"):
         if isinstance(generator, TextGenerator):
             return TextEngine(generator, **given)
