@@ -18,7 +18,7 @@ from .latents import NormalisedLatents, Posterior, normalised
 class SoundBlock(eqx.Module):
     """`x + conv(silu(norm(conv(silu(norm(x))))))` over time: convolutions of three steps, causal.
 
-    >>> SoundBlock(8, key=jax.random.key(0))(jnp.ones((5, 8))).shape
+    >>> SoundBlock(8, key=jax.random.key(0))(jax.numpy.ones((5, 8))).shape
     (5, 8)
     """
 
@@ -42,7 +42,7 @@ class SoundBlock(eqx.Module):
 class SoundCoder(eqx.Module):
     """Steps `(n, in)` to steps `(n, out)`: a linear layer, `SoundBlock`s, a norm, a linear layer.
 
-    >>> SoundCoder(6, 8, 2, 4, key=jax.random.key(0))(jnp.ones((5, 6))).shape
+    >>> SoundCoder(6, 8, 2, 4, key=jax.random.key(0))(jax.numpy.ones((5, 6))).shape
     (5, 4)
     """
 
@@ -103,7 +103,7 @@ class SoundAutoencoder(NormalisedLatents):
     **Raises** `ValueError` for sizes below 1, and for a spectrogram that does not divide.
 
     >>> autoencoder = SoundAutoencoder(40, 8, width=16, key=jax.random.key(0))
-    >>> z = autoencoder.encode(jnp.zeros((40, 12)))
+    >>> z = autoencoder.encode(jax.numpy.zeros((40, 12)))
     >>> z.shape, autoencoder.decode(z).shape
     ((8, 3), (40, 12))
     """
