@@ -214,7 +214,7 @@ def test_images_that_come_while_the_device_is_busy_share_a_call(generator):
     )  # fmt: skip
     seen, queues = [], [Queue() for _ in range(3)]
     observe = lambda name, value: seen.append(value) if name == "rows" else None
-    with running(served, slots=4, sizes=(4,), decodes=(4,), observe=observe) as engine:
+    with running(served, slots=8, sizes=(4,), decodes=(4,), observe=observe) as engine:
         engine._flights.append(Busy())
         for i, queue in enumerate(queues):
             engine.submit(request("map", 1, 1.0, seed=i), queue.put)

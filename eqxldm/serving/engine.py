@@ -140,7 +140,8 @@ class Engine(AbstractEngine):
     def gather(self) -> None:
         # Nothing is under way that must go on: who begins now shares a call with all that come
         # until the device has done those before. It goes on with what is to be decoded meanwhile.
-        while self._flights and not self._active and len(self._waiting) < self.slots:
+        # Half of the slots are enough: the others' answers are on their way then.
+        while self._flights and not self._active and len(self._waiting) < self.slots // 2:
             self._flights.popleft().block_until_ready()
 
     def more_threads(self) -> list[threading.Thread]:
@@ -179,6 +180,8 @@ class Engine(AbstractEngine):
         The next one begins with those that had to wait.
         """
         most, rows, taken = self.programs.sizes[-1], [], []
+        if follows:  # the answers of one half go out while the device has the other
+            most = min(most, max(1, self.slots // 2))
         self._counts[:, 1] = -1
         for draw in draws:
             request, plan = draw.job.request, draw.job.plan
