@@ -126,6 +126,25 @@ def small_dit(*, seed=0, **changes):
     return DiT((3, 4, 8), **{**sizes, **changes}, key=jax.random.key(seed))
 
 
+@eqx.filter_jit
+def run(dit, *args):
+    """A network's output, compiled."""
+    return dit(*args)
+
+
+@eqx.filter_jit
+def value_and_gradient(dit, *args):
+    """A network's output, and the gradient of a weighted sum of it."""
+
+    def loss(dit):
+        out = dit(*args)
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    gradient, out = eqx.filter_grad(loss, has_aux=True)(dit)
+    return out, gradient
+
+
 def small_autoencoder(*, seed=0, in_channels=1, latent_channels=2, **changes):
     sizes = dict(channels=(8, 16), blocks=1, groups=4)
     key = jax.random.key(seed)

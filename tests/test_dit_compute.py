@@ -13,7 +13,7 @@ from eqxldm import nn
 from eqxldm.models import save_matmuls, save_narrow
 from eqxldm.nn import RMSNorm, cudnn_attend
 
-from helpers import filled, relative_error, small_dit, tree_error
+from helpers import filled, relative_error, run, small_dit, tree_error, value_and_gradient
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -22,22 +22,6 @@ T, LABEL = jnp.array(0.3), jnp.array(2)
 LATENT = jax.random.normal(jax.random.key(7), (3, 4, 8))
 BF16 = jnp.bfloat16
 EMBED = nn.Linear(5, 16, key=jax.random.key(4))
-
-
-@eqx.filter_jit
-def run(dit, *args):
-    return dit(*args)
-
-
-@eqx.filter_jit
-def value_and_gradient(dit, *args):
-    def loss(dit):
-        out = dit(*args)
-        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-        return jnp.sum(out.astype(jnp.float32) * weights), out
-
-    gradient, out = eqx.filter_grad(loss, has_aux=True)(dit)
-    return out, gradient
 
 
 def heads_like(*shape, dtype=BF16):

@@ -77,7 +77,8 @@ def train(command: Train) -> None:
         mesh = make_mesh(parse_mesh(command.mesh))
         for options in parts_of(command):
             check_batch(options.batch_size, mesh)
-        check_batch(command.diffusion.image_batch_size, mesh)
+        if command.diffusion.image_steps and not command.clips.sound:
+            check_batch(command.diffusion.image_batch_size, mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_network(command.config)

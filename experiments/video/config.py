@@ -85,7 +85,7 @@ class DiffusionOptions:
 
     steps: Steps = 1100  # Training steps.
     batch_size: Batch = 32  # Clips in a step.
-    # Steps before these of the first frames alone, which are pictures; 0: none.
+    # Steps before these of the first frames alone, which are pictures; 0: none, as with `--sound`.
     image_steps: MaybeSteps = 600
     image_batch_size: Batch = 96  # Pictures in such a step.
     optimizer: OptimizerName = "muon"

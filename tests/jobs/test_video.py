@@ -31,6 +31,7 @@ TINY = """--frames 5 --size 32 32 --count 10 --test 10 --classifier.steps 2
     --classifier.channels 2 --classifier.features 4 --autoencoder.steps 2 --autoencoder.batch-size 4
     --autoencoder.crop 16 --autoencoder.crop-frames 5 --autoencoder.channels 4 4 4
     --autoencoder.latent-channels 2 --diffusion.steps 2 --diffusion.batch-size 4
+    --diffusion.image-steps 2 --diffusion.image-batch-size 4
     --diffusion.depth 1 --diffusion.width 24 --diffusion.num-heads 2 --diffusion.warmup 1
     --sampling.solver euler --sampling.steps 2 --samples 10 --sampling-batch 10""".split()
 
