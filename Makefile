@@ -170,10 +170,10 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
 
-train-video: $(if $(VIDEOS),$(VIDEO),$(RUNTIME)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SOUND=1; SMOKE=1
+train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SOUND=1; SMOKE=1
 	$(CLIPS) train $(OF_CLIPS)
 
-sample-video: $(RUNTIME) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
+sample-video: $(WITH_TEXT) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
 	$(CLIPS) sample $(OF_SAMPLES)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)

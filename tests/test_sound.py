@@ -214,6 +214,15 @@ def test_a_part_that_is_given_costs_nothing():
     assert objective.loss(exact, inputs(), t, None, key=jax.random.key(0))[0] < 1e-9
 
 
+def test_parts_are_weighted_by_their_own_times():
+    flow = ex.Diffusion(ex.LinearFlow(), ex.predict_x0)
+    objective = JointDenoising(flow, ("video", "sound"), weight=ex.velocity_weight(ex.predict_x0))
+    off = lambda x_t, t, cond, *, key=None: {n: x + 1 for n, x in inputs().items()}
+    t = {"video": jnp.array(0.5), "sound": jnp.array(0.1)}
+    parts = objective.loss(off, inputs(), t, None, key=jax.random.key(0))[1]
+    assert parts["video"] == pytest.approx(4) and parts["sound"] == pytest.approx(100)
+
+
 def test_one_network_samples_both_and_either_from_the_other():
     """Of two correlated Gaussians the velocity is known: samples must have their covariance."""
     rho = 0.8

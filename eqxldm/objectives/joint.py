@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from ..diffusion import Diffusion
+from ..loss_weights import Weight, constant_weight
 from ..times import TimeSampler, uniform_time
 from .base import AbstractObjective, Aux, Context
 
 
 class JointDenoising(AbstractObjective):
-    """Train a network of several parts: the sum over parts of `mean (out - target)^2`.
+    """Train a network of several parts: the sum over parts of `w(t) mean (out - target)^2`.
 
     The times of the parts are of one of four kinds, in each example:
 
@@ -25,7 +26,8 @@ class JointDenoising(AbstractObjective):
       so never quite the times that are used).
 
     **Arguments**: `parts` are the names; `given`, `alone` and `apart` the shares of the examples,
-    the rest has one time. `x0` of the loss, and what the network takes and gives, are dicts.
+    the rest has one time; `weight` is one of `eqxldm.loss_weights`, by default the constant 1. `x0`
+    of the loss, and what the network takes and gives, are dicts.
 
     **Raises** `ValueError` for shares that are negative or more than 1 together.
 
@@ -41,6 +43,7 @@ class JointDenoising(AbstractObjective):
     given: float = eqx.field(static=True, default=0.4)
     alone: float = eqx.field(static=True, default=0.1)
     apart: float = eqx.field(static=True, default=0.1)
+    weight: Weight = eqx.field(static=True, default=constant_weight)
 
     def __check_init__(self):
         shares = self.given, self.alone, self.apart
@@ -80,6 +83,9 @@ class JointDenoising(AbstractObjective):
             x_t[name] = self.diffusion.noise(x0[name], times[name], eps)
             targets[name] = self.diffusion.target(x0[name], times[name], eps)
         out = denoiser(x_t, times, cond, key=keys[0])
-        error = lambda name: jnp.mean((out[name].astype(jnp.float32) - targets[name]) ** 2)
+        weight = lambda t: self.weight(self.diffusion.path.coefficients(t))
+        error = lambda name: (
+            weight(times[name]) * jnp.mean((out[name].astype(jnp.float32) - targets[name]) ** 2)
+        )
         errors = {name: jnp.where(times[name] > 0, error(name), 0.0) for name in self.parts}
         return jnp.sum(jnp.stack(list(errors.values()))), errors

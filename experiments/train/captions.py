@@ -15,7 +15,7 @@ from .terminal import say, user_errors
 @functools.cache
 def caption_tokenizer(merges: int) -> Tokenizer:
     """CLIP's tokenizer with its commonest merges; the list of them is fetched at the first time."""
-    with user_errors(TokenizerError, what="--text.tokens clip"):
+    with user_errors(TokenizerError, what="captions in CLIP's tokens"):
         return clip_tokenizer(*byte_pairs(fetch_clip_vocabulary(log=say), merges))
 
 

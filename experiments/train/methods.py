@@ -27,6 +27,12 @@ SOLVERS: dict[str, ex.AbstractSolver] = {
     "unipc": ex.UniPC(),
     "sde-dpmsolver++": ex.DPMSolverPP2M(1.0),
 }
+PREDICTIONS: dict[str, ex.Prediction] = {
+    "velocity": ex.predict_velocity,
+    "eps": ex.predict_eps,
+    "v": ex.predict_v,
+    "x0": ex.predict_x0,
+}
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 OPTIMIZERS = {"adamw": adamw, "muon": muon}  # by OptimizerName
 
@@ -93,12 +99,7 @@ def _denoising(config: DiffusionConfig) -> Method:
     one, which the `ddpm` path alone has.
     """
     path, names = _path(config.path), (config.path, config.prediction)
-    prediction: ex.Prediction = {
-        "velocity": ex.predict_velocity,
-        "eps": ex.predict_eps,
-        "v": ex.predict_v,
-        "x0": ex.predict_x0,
-    }[config.prediction]
+    prediction = PREDICTIONS[config.prediction]
     if config.learned_range:
         if config.path != "ddpm" or config.weight != "constant":
             raise UserError(

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -112,9 +113,14 @@ def from_dict(kind: type[T], values: Any, where: Path) -> T:
     return built
 
 
-def read_options(kind: type[T], run: RunFolder, *others: str) -> T:
-    """The options that a run folder belongs to; `others` are what else is noted beside them."""
-    found = run.config(as_dict(kind()))
+def read_options(
+    kind: type[T], run: RunFolder, *others: str, earlier: Callable[[], T] | None = None
+) -> T:
+    """The options that a run folder belongs to; `others` are what else is noted beside them.
+
+    Options that the run's version did not have are those of `earlier()`, by default the defaults.
+    """
+    found = run.config(as_dict((earlier or kind)()))
     options = {name: value for name, value in found.items() if name not in others}
     return from_dict(kind, options, run.path / CONFIG)
 

@@ -44,13 +44,13 @@ from .networks import (
     SoundingClips,
     make_autoencoder,
     make_denoiser,
+    make_diffusion,
     sound_shape,
 )
 from .pictures import can_write_mp4, check_ending, grid_frames, save_animation, save_filmstrip
 from .sound import train_sound
 from .sound_drawing import SoundDrawing, make_drawing
 from .training import (
-    DIFFUSION,
     Job,
     cache_latents,
     train_autoencoder,
@@ -137,7 +137,7 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         shape = autoencoder.latent_shape(config.clips.frames, *config.clips.size)
         denoiser = make_denoiser(config, shape, captioned=captioned, key=key)
         trained = Trained(autoencoder, denoiser, config, captioned)
-        z = DIFFUSION.sample_prior(shape, key=key)
+        z = denoiser.diffusion.sample_prior(shape, key=key)
         cond = {"known": z, "mask": jnp.zeros(shape[1])}
         cond |= {"text": jnp.asarray(trained.null())} if captioned else {}
         crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
@@ -305,7 +305,7 @@ def summary(metrics: dict[str, Any]) -> str:
 def load_trained(folder: Path) -> tuple[Trained, list[str]]:
     """The networks of a finished run, and the captions of its test clips."""
     run = RunFolder(folder)
-    config = read_options(Config, run, "content")
+    config = read_options(Config, run, "content", earlier=earlier)
     if not (folder / DENOISER).exists() or not (folder / TEXTS).exists():
         raise UserError(f"the run in {folder} is not finished: run the train command again.")
     repair = "Train again with --overwrite."
@@ -323,7 +323,7 @@ def load_trained(folder: Path) -> tuple[Trained, list[str]]:
     if not isinstance(autoencoder, CausalVideoAutoencoder) or not fits:
         raise UserError(f"the run in {folder} is damaged: its networks are others. {repair}")
     told: Any = SoundingClips if config.clips.sound else KnownFrames
-    denoiser = told(network, DTYPES[config.diffusion.dtype])
+    denoiser = told(network, make_diffusion(config), DTYPES[config.diffusion.dtype])
     trained = Trained(autoencoder, denoiser, config, texts is not None, heard)
     return trained, texts or [""]
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from eqxldm.text import MERGES
+
 from ..train.options import (
     Batch,
     Count,
@@ -83,25 +85,32 @@ class AutoencoderOptions:
 class DiffusionOptions:
     """The spacetime transformer and how it learns."""
 
-    steps: Steps = 1100  # Training steps.
-    batch_size: Batch = 32  # Clips in a step.
+    steps: Steps = 4000  # Training steps.
+    batch_size: Batch = 16  # Clips in a step.
     # Steps before these of the first frames alone, which are pictures; 0: none, as with `--sound`.
-    image_steps: MaybeSteps = 600
-    image_batch_size: Batch = 96  # Pictures in such a step.
-    optimizer: OptimizerName = "muon"
-    learning_rate: Rate = 2e-3  # The peak, after the warm-up; then a cosine to 0.
+    image_steps: MaybeSteps = 2400
+    image_batch_size: Batch = 48  # Pictures in such a step.
+    optimizer: OptimizerName = "adamw"
+    learning_rate: Rate = 4e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
     weight_decay: Weight = 0.01  # Of matrices.
     ema_decay: Share = 0.995  # Of the average of the weights, which is what is used.
     shift: Annotated[float, Range(0, 100, "(]")] = 2.0  # Of the time: above 1, more of the noisy.
     caption_dropout: Share = 0.1  # The share of the clips whose caption is not told.
+    # What the network's output means; the loss is that of the velocity which it says.
+    prediction: Literal["v", "x0", "velocity"] = "v"
     known_share: Share = 0.3  # The share of the clips whose first frames are told.
     depth: Depth = 6  # Blocks.
     width: Width = 144  # Numbers in a token, a multiple of six.
     num_heads: Width = 6  # Heads of the attention.
     patch_size: tuple[Few, Few, Few] = (1, 2, 2)  # Latent frames, rows and columns in a token.
     text_depth: Depth = 1  # Blocks of the encoder of captions.
-    max_length: Annotated[int, Range(2, 10**4)] = 40  # Bytes of a caption, and its start.
+    # What a caption is cut into: byte pairs as CLIP does (the extra "text"), or its bytes.
+    tokens: Literal["clip", "bytes"] = "clip"
+    # Of CLIP's list of byte pairs, the commonest first: fewer cut rare words into more tokens.
+    merges: Annotated[int, Range(0, MERGES)] = 4096
+    # Tokens of a caption that are read, with those of start and end.
+    max_length: Annotated[int, Range(2, 10**4)] = 16
     dtype: Literal["float32", "bfloat16"] = "float32"  # What the transformer computes in.
 
 
@@ -148,7 +157,8 @@ def earlier() -> Config:
     """What options stand for that a run of an earlier version does not have."""
     autoencoder = AutoencoderOptions(optimizer="adamw", cell_map=False)
     return Config(
-        autoencoder=autoencoder, diffusion=DiffusionOptions(optimizer="adamw", image_steps=0)
+        autoencoder=autoencoder,
+        diffusion=DiffusionOptions(image_steps=0, prediction="velocity", tokens="bytes"),
     )
 
 

@@ -14,7 +14,6 @@ from eqxldm.data import (
     ImageSource,
     MovingDigits,
     Wanted,
-    caption_bytes,
     clips_digest,
     no_condition,
     open_mnist,
@@ -22,6 +21,7 @@ from eqxldm.data import (
     write_clips,
 )
 
+from ..train.conditions import Captions
 from ..train.run import RunFolder
 from ..train.terminal import UserError, say
 from .config import FPS, ClipOptions, Config, Train
@@ -119,7 +119,7 @@ def moving_digits(command: Train) -> Clips:
 
 
 def choose_condition(config: Config, clips: Clips) -> Any:
-    """What the network is told of a record: the bytes of its caption, or nothing."""
+    """What the network is told of a record: the tokens of its caption, or nothing."""
     kind = config.clips.condition
     if kind == "text" and not clips.captioned:
         raise UserError(
@@ -128,7 +128,14 @@ def choose_condition(config: Config, clips: Clips) -> Any:
         )
     if kind == "none" or not clips.captioned:
         return no_condition
-    return caption_bytes(config.diffusion.max_length)
+    return captions_of(config).read
+
+
+def captions_of(config: Config) -> Captions:
+    """How captions become tokens."""
+    options = config.diffusion
+    merges = options.merges if options.tokens == "clip" else None
+    return Captions(options.max_length, merges)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 import eqxldm as ex
-from eqxldm.data import caption_bytes
 from eqxldm.models import CausalVideoAutoencoder, SoundAutoencoder
 
 from ..train.methods import SOLVERS
 from ..train.terminal import StageBar
 from .config import Config, SamplingOptions
+from .data import captions_of
 from .networks import KnownFrames, SoundingClips, to_clips, to_frames
-from .training import DIFFUSION
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 
@@ -33,7 +32,7 @@ class Trained(NamedTuple):
 
     def null(self) -> Any:
         """The ids of a caption that says nothing."""
-        return caption_bytes(self.config.diffusion.max_length).tokens("")
+        return captions_of(self.config).null
 
 
 class Drawn(NamedTuple):
@@ -62,7 +61,7 @@ class Drawing:
 
             def one(cond: Any, key: Any) -> Any:
                 noise_key, solver_key = jax.random.split(key)
-                z = DIFFUSION.sample_prior(self._shape, key=noise_key)
+                z = denoiser.diffusion.sample_prior(self._shape, key=noise_key)
                 return autoencoder.decode(self._end(denoiser, z, cond, solver_key))
 
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
@@ -72,9 +71,10 @@ class Drawing:
 
     def _end(self, network: Any, x: Any, cond: Any, key: Any = None) -> Any:
         """Where the noise `x` leads, guided by the caption."""
+        diffusion = self.trained.denoiser.diffusion
         if self._null is not None and self._guidance != 1:
             network = ex.guide(network, {**cond, "text": jnp.asarray(self._null)}, self._guidance)
-        return ex.sample(network, DIFFUSION, self._solver, self._times, x, cond, key=key)
+        return ex.sample(network, diffusion, self._solver, self._times, x, cond, key=key)
 
     def _conditions(self, autoencoder: Any, text: Any, first: Any) -> dict[str, Any]:
         known, mask = known_latents(autoencoder, first, self._shape)
@@ -98,7 +98,7 @@ class Drawing:
         """What `draw(text, first, given, numbers)` makes of all, a batch after the other: frames,
         the first of which are those that are known, and whatever else."""
         config, n, made = self.trained.config, len(texts), []
-        tokens = caption_bytes(config.diffusion.max_length).tokens
+        tokens = captions_of(config).read.tokens
         if first is None:
             first = np.zeros((n, 0, *config.clips.size, config.clips.channels), np.uint8)
         with StageBar(name, n, "clip") as bar:

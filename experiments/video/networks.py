@@ -8,23 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+import eqxldm as ex
 from eqxldm import nn
 from eqxldm.data.pixels import to_float, to_uint8
 from eqxldm.models import (
     ByteTextEncoder,
+    CaptionEncoder,
     CausalVideoAutoencoder,
     CrossAttentionDiTBlock,
     DiT,
     TwoTowers,
 )
 from eqxldm.nn.fields import with_fields
+from eqxldm.text import vocabulary_size
 from eqxldm.training import in_dtype
 
-from ..train.methods import DTYPES
+from ..train.methods import DTYPES, PREDICTIONS
 from .config import FPS, Config
 from .data import FOLD, MEL_FRAMES
 
 LEAST_TIME = 1e-3  # below it the velocity of a known frame is that at this time
+
+
+def make_diffusion(config: Config) -> ex.Diffusion:
+    """The straight way from data to noise, and what the network says there."""
+    return ex.Diffusion(ex.LinearFlow(), PREDICTIONS[config.diffusion.prediction])
 
 
 def make_autoencoder(config: Config, *, key: Any) -> CausalVideoAutoencoder:
@@ -45,17 +53,18 @@ def make_autoencoder(config: Config, *, key: Any) -> CausalVideoAutoencoder:
 
 
 class KnownFrames(eqx.Module):
-    """A denoiser of clips that may be told the first latent frames: `(x_t, t, cond) -> velocity`.
+    """A denoiser of clips that may be told the first latent frames: `(x_t, t, cond) -> out`.
 
     `cond` is `{"known": (c, f, h, w), "mask": (f,)}`, and `"text"` of a network with captions.
     Where the mask is 1, the transformer sees the known latent in place of the noisy one, and a
-    channel that says so. The velocity there needs no network: on the way from `x_0` at `t = 0` to
-    noise at `t = 1` it is `(x_t - x_0) / t`, which is exact. So the loss counts the other frames
+    channel that says so. What is to be said there needs no network: `x_0` is known, and so the
+    velocity of the way from it to `x_t`, `(x_t - x_0) / t`. So the loss counts the other frames
     alone, and a solver ends at the known frames: one network draws clips, goes on from a picture,
     and predicts what follows a few frames.
     """
 
     dit: DiT
+    diffusion: ex.Diffusion
     dtype: Any = eqx.field(static=True, default=jnp.float32)
 
     @property
@@ -71,16 +80,17 @@ class KnownFrames(eqx.Module):
         self, x_t: Float[Array, "c f h w"], t: Float[Array, ""], cond: PyTree, *, key: Any = None
     ) -> Float[Array, "c f h w"]:
         out = in_dtype(self.dit, self.dtype)(_seen(x_t, cond), t, cond.get("text"))
-        return _with_known(out, x_t, t, cond)
+        return _with_known(self.diffusion, out, x_t, t, cond)
 
 
 class SoundingClips(eqx.Module):
-    """`KnownFrames` of clips with sound: `(x_t, t, cond) -> velocity` of `{"video", "sound"}`.
+    """`KnownFrames` of clips with sound: `(x_t, t, cond) -> out`, dicts of `"video"` and `"sound"`.
 
     Frames may be told as there, whatever is known of the sound.
     """
 
     towers: TwoTowers
+    diffusion: ex.Diffusion
     dtype: Any = eqx.field(static=True, default=jnp.float32)
 
     @property
@@ -93,7 +103,7 @@ class SoundingClips(eqx.Module):
         x = {"video": _seen(video, cond), "sound": x_t["sound"]}
         out = self.towers(jax.tree.map(lambda a: a.astype(self.dtype), x), t, cond.get("text"))
         out = jax.tree.map(lambda a: a.astype(jnp.float32), out)
-        return out | {"video": _with_known(out["video"], video, t["video"], cond)}
+        return out | {"video": _with_known(self.diffusion, out["video"], video, t["video"], cond)}
 
 
 def _seen(x_t: Float[Array, "c f h w"], cond: PyTree) -> Float[Array, "c_and_one f h w"]:
@@ -103,10 +113,23 @@ def _seen(x_t: Float[Array, "c f h w"], cond: PyTree) -> Float[Array, "c_and_one
     return jnp.concatenate([seen, jnp.broadcast_to(mask, (1, *x_t.shape[1:]))])
 
 
-def _with_known(out: Any, x_t: Any, t: Any, cond: PyTree) -> Float[Array, "c f h w"]:
-    """The network's velocity, and the exact one where frames are known."""
-    exact = (x_t - cond["known"].astype(x_t.dtype)) / jnp.maximum(t, LEAST_TIME)
+def _with_known(
+    diffusion: ex.Diffusion, out: Any, x_t: Any, t: Any, cond: PyTree
+) -> Float[Array, "c f h w"]:
+    """The network's output, and what it should be where frames are known."""
+    at = diffusion.path.coefficients(jnp.maximum(t, LEAST_TIME))
+    known = cond["known"].astype(x_t.dtype)
+    exact = ex.convert(ex.predict_x0, diffusion.prediction, at, x_t, known)
     return jnp.where(cond["mask"][None, :, None, None] > 0, exact, out[: len(x_t)])
+
+
+def make_text_encoder(config: Config, *, key: Any) -> ByteTextEncoder | CaptionEncoder:
+    """The transformer of captions, which is trained along."""
+    options = config.diffusion
+    size = options.width, options.text_depth, options.num_heads, options.max_length
+    if options.tokens == "bytes":
+        return ByteTextEncoder(*size, key=key)
+    return CaptionEncoder(*size, vocabulary_size(options.merges), key=key)
 
 
 def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> DiT:
@@ -119,9 +142,7 @@ def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: A
     third = 2 * (size // 6)
     given: dict[str, Any] = {}
     if captioned:
-        given["embed_cond"] = ByteTextEncoder(
-            options.width, options.text_depth, options.num_heads, options.max_length, key=text_key
-        )
+        given["embed_cond"] = make_text_encoder(config, key=text_key)
         given["block"] = CrossAttentionDiTBlock
     return DiT(
         (latent[0] + 1, *latent[1:]),
@@ -146,8 +167,6 @@ def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key
     frames = np.array([0.0, *(4 * np.arange(1, latent[1]) - 1.5)]) / fps
     seconds = frames.reshape(-1, options.patch_size[0]).mean(1)
     step = FOLD / (fps * MEL_FRAMES)
-    text = dict(max_length=options.max_length, key=text_key)
-    embed = ByteTextEncoder(options.width, options.text_depth, options.num_heads, **text)
     return TwoTowers(
         (latent[0] + 1, *latent[1:]),
         sound_shape(config),
@@ -157,7 +176,7 @@ def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key
         depth=options.depth,
         width=options.width,
         num_heads=options.num_heads,
-        embed_cond=embed if captioned else None,
+        embed_cond=make_text_encoder(config, key=text_key) if captioned else None,
         clock_rate=1 / step,
         remat=None,
         key=key,
@@ -174,7 +193,7 @@ def make_denoiser(config: Config, latent: tuple[int, ...], *, captioned: bool, k
     sound, dtype = config.clips.sound, DTYPES[config.diffusion.dtype]
     make, told = (make_towers, SoundingClips) if sound else (make_dit, KnownFrames)
     network: Any = make(config, latent, captioned=captioned, key=key)
-    return told(network, dtype)
+    return told(network, make_diffusion(config), dtype)
 
 
 def to_clips(frames: Any) -> Float[Array, "n c f h w"]:

@@ -10,7 +10,6 @@ import eqxldm as ex
 from .config import SamplingOptions
 from .drawing import Drawing, Drawn, Frames, Trained
 from .networks import sound_shape, to_clips, to_frames
-from .training import DIFFUSION
 
 # What is drawn: both parts, the one of the two while the other is given, or each without the other.
 What = Literal["both", "sound", "video", "apart"]
@@ -31,10 +30,10 @@ class SoundDrawing(Drawing):
 
         def latents(denoiser: Any, cond: Any, key: Any, given: Any, what: What) -> Any:
             keys = jax.random.split(key, 4)
-            noise = lambda name, k: DIFFUSION.sample_prior(shapes[name], key=keys[k])
+            noise = lambda name, k: denoiser.diffusion.sample_prior(shapes[name], key=keys[k])
             if what == "both":
                 made = ex.together(denoiser, shapes)
-                x = DIFFUSION.sample_prior((made.size,), key=keys[0])
+                x = denoiser.diffusion.sample_prior((made.size,), key=keys[0])
                 return made.split(self._end(made.denoiser, x, cond))
             parts = ("video", "sound") if what == "apart" else (what,)
             out = dict(given)

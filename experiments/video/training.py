@@ -40,11 +40,10 @@ from ..train.terminal import Signals, StageBar
 from .classifier import ClipClassifier, halved, turned_clips
 from .config import Train
 from .data import Clips, Said, frames_of, strip_size
-from .networks import make_autoencoder, make_denoiser, to_clips
+from .networks import make_autoencoder, make_denoiser, make_diffusion, to_clips
 
 PARTS = ("video", "sound")
 BEGINNING = 5  # frames
-DIFFUSION = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
 
 
 @dataclass
@@ -302,10 +301,12 @@ def train_diffusion(
     key, captioned = job.stages.key("diffusion/model"), job.captioned
     plain = ex.logit_normal_time()
     times = lambda key, n: ex.shift_time(plain(key, n), options.shift)
-    objective: Any = Denoising(DIFFUSION, ex.constant_weight, times)
+    diffusion = make_diffusion(config)
+    weight = ex.velocity_weight(diffusion.prediction)
+    objective: Any = Denoising(diffusion, weight, times)
     if sound is not None:
         shares = {name: getattr(config.sound, name) for name in ("given", "alone", "apart")}
-        objective = JointDenoising(DIFFUSION, PARTS, times, **shares)
+        objective = JointDenoising(diffusion, PARTS, times, **shares, weight=weight)
 
     def stage(name: str, build: Any, length: Any, frames: int | None) -> Any:
         warmup = min(options.warmup, length.steps - 1)

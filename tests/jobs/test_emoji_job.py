@@ -57,7 +57,7 @@ def test_the_job_trains_on_captions_and_draws_what_was_held_out(
     monkeypatch.setattr(text.clip, "library", _absent)
     captions.caption_tokenizer.cache_clear()
     assert call("sample", *where, "--prompt", "noto thing 3") == 2
-    assert "--text.tokens clip: no library" in capsys.readouterr().err
+    assert "captions in CLIP's tokens: no library" in capsys.readouterr().err
     captions.caption_tokenizer.cache_clear()
 
 

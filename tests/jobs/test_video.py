@@ -18,7 +18,7 @@ from eqxldm.data.clips import Wanted
 from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
-from experiments.video.commands import check_network, sample, summary
+from experiments.video.commands import check_network, load_trained, sample, summary
 from experiments.video.config import Sample, Train, check_clips, smoke
 from experiments.video.data import open_clips_of, said_by, some_clips
 from experiments.video.measuring import Measure, psnr_by_frame
@@ -33,6 +33,7 @@ TINY = """--frames 5 --size 32 32 --count 10 --test 10 --classifier.steps 2
     --autoencoder.latent-channels 2 --diffusion.steps 2 --diffusion.batch-size 4
     --diffusion.image-steps 2 --diffusion.image-batch-size 4
     --diffusion.depth 1 --diffusion.width 24 --diffusion.num-heads 2 --diffusion.warmup 1
+    --diffusion.tokens bytes
     --sampling.solver euler --sampling.steps 2 --samples 10 --sampling-batch 10""".split()
 
 
@@ -178,6 +179,19 @@ def test_networks_and_captions_of_a_run_that_are_not_what_was_written(run, tmp_p
         shutil.rmtree(copy)
 
 
+def test_a_run_of_an_earlier_version_predicts_what_it_learned(run, tmp_path):
+    assert load_trained(run)[0].denoiser.diffusion.prediction is ex.predict_v
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for name in ("prediction", "tokens", "merges"):
+        del config["diffusion"][name]
+    (copy / "config.json").write_text(json.dumps(config))
+    trained = load_trained(copy)[0]
+    assert trained.denoiser.diffusion.prediction is ex.predict_velocity
+    assert trained.config.diffusion.tokens == "bytes"
+
+
 def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measure(tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -205,19 +219,23 @@ class Guess:
         return 0 * x + 7.0
 
 
-def test_known_frames_end_where_they_are_and_cost_nothing():
+@pytest.mark.parametrize("prediction", [ex.predict_velocity, ex.predict_v, ex.predict_x0])
+def test_known_frames_end_where_they_are_and_cost_nothing(prediction):
     shape, key = (2, 3, 4, 4), jax.random.key(0)
     x0, eps = jax.random.normal(key, (2, *shape))
     mask = jnp.array([1.0, 1.0, 0.0])
     cond = {"known": x0 * mask[:, None, None], "mask": mask}
-    denoiser = KnownFrames(Guess())  # type: ignore[arg-type]
+    flow = ex.Diffusion(ex.LinearFlow(), prediction)
+    denoiser = KnownFrames(Guess(), flow)  # type: ignore[arg-type]
     t = jnp.array(0.4)
     out = denoiser((1 - t) * x0 + t * eps, t, cond)
-    assert np.allclose(out[:, :2], (eps - x0)[:, :2], atol=1e-5) and (out[:, 2] == 7).all()
-    flow = ex.Diffusion(ex.LinearFlow(), ex.predict_velocity)
-    end = ex.sample(denoiser, flow, ex.Heun(), ex.shifted_times(6, 2.0), eps, cond)
+    assert np.allclose(out[:, :2], flow.target(x0, t, eps)[:, :2], atol=1e-5)
+    assert (out[:, 2] == 7).all()
+    end = ex.sample(denoiser, flow, ex.DPMSolverPP2M(), ex.shifted_times(6, 2.0), eps, cond)
     assert np.allclose(end[:, :2], x0[:, :2], atol=1e-4)
-    assert np.allclose(end[:, 2], eps[:, 2] - 7, atol=1e-4)
+    if prediction is not ex.predict_v:
+        guess = 7.0 if prediction is ex.predict_x0 else eps[:, 2] - 7
+        assert np.allclose(end[:, 2], guess, atol=1e-4)
 
 
 def test_clips_become_floats_and_bytes_again():

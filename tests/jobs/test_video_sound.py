@@ -49,8 +49,8 @@ TINY = """--frames 5 --size 32 32 --count 10 --test 10 --digits 1 --classifier.s
     --autoencoder.batch-size 4 --autoencoder.crop 16 --autoencoder.crop-frames 5
     --autoencoder.channels 4 4 4 --autoencoder.latent-channels 2 --diffusion.steps 2
     --diffusion.batch-size 4 --diffusion.depth 1 --diffusion.width 24 --diffusion.num-heads 2
-    --diffusion.warmup 1 --sampling.solver euler --sampling.steps 2 --samples 10
-    --sampling-batch 10""".split()
+    --diffusion.warmup 1 --diffusion.tokens bytes --sampling.solver euler --sampling.steps 2
+    --samples 10 --sampling-batch 10""".split()
 LATENT = (2, 2, 4, 4)
 
 
