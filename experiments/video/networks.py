@@ -27,7 +27,7 @@ from ..train.methods import DTYPES, PREDICTIONS
 from .config import FPS, Config
 from .data import FOLD, MEL_FRAMES
 
-LEAST_TIME = 1e-3  # below it the velocity of a known frame is that at this time
+LEAST_TIME = 1e-3  # below it what is said of a known frame is that at this time
 
 
 def make_diffusion(config: Config) -> ex.Diffusion:

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,15 @@ from PIL import Image
 import eqxldm as ex
 from eqxldm.data import MovingDigits, center_crop, read_clips
 from eqxldm.data.clips import Wanted
+from eqxldm.text import vocabulary_size
 from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, load_trained, sample, summary
-from experiments.video.config import Sample, Train, check_clips, smoke
-from experiments.video.data import open_clips_of, said_by, some_clips
+from experiments.video.config import Config, Sample, Train, check_clips, smoke
+from experiments.video.data import captions_of, open_clips_of, said_by, some_clips
 from experiments.video.measuring import Measure, psnr_by_frame
-from experiments.video.networks import KnownFrames, to_clips, to_frames
+from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
 
 RNG = np.random.default_rng(0)
@@ -236,6 +239,18 @@ def test_known_frames_end_where_they_are_and_cost_nothing(prediction):
     if prediction is not ex.predict_v:
         guess = 7.0 if prediction is ex.predict_x0 else eps[:, 2] - 7
         assert np.allclose(end[:, 2], guess, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "last"), [("clip", vocabulary_size(8) - 1), ("bytes", 256)])
+def test_captions_are_byte_pairs_or_bytes(tokens, last):
+    small: Any = dict(depth=1, width=24, num_heads=2, tokens=tokens, merges=8, max_length=4)
+    config = Config(diffusion=replace(Train().diffusion, **small))
+    make = partial(make_denoiser, config, (2, 2, 4, 4), key=jax.random.key(0))
+    read = make(captioned=True).dit.embed_cond
+    assert jnp.isfinite(read(jnp.array([last, 1, 2])).tokens).all()
+    assert jnp.isnan(read(jnp.array([last + 1, 1, 2])).tokens).any()  # no such token
+    assert make(captioned=False).dit.embed_cond is None
+    assert captions_of(config).merges == (8 if tokens == "clip" else None)
 
 
 def test_clips_become_floats_and_bytes_again():
