@@ -68,8 +68,9 @@ EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 RUNS = --preset $(or $(PRESET),mnist) $(if $(RUN),--run-dir "$(RUN)") $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 RUN_OF_SOUND = $(if $(SMOKE),runs/sound-smoke,runs/sound)
-OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),--sound --run-dir $(RUN_OF_SOUND)) \
-	$(if $(SIZE),--size $(SIZE)) \
+# A step of both towers costs twice that of clips alone.
+SOUNDING = --sound --run-dir $(RUN_OF_SOUND) $(if $(SMOKE),,--diffusion.steps 2400)
+OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),$(SOUNDING)) $(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
 	$(if $(FPS),--fps $(FPS)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
 OF_SAMPLES = $(if $(SOUND)$(CLIP)$(WAV),--run-dir $(RUN_OF_SOUND)) $(if $(CLIP),--clip "$(CLIP)") \
