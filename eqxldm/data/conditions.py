@@ -58,13 +58,24 @@ class CaptionBytes:
 
     def tokens(self, text: str) -> Int32[np.ndarray, " n"]:
         """The ids of a text; those of `""` are a start token alone, a caption that says nothing."""
-        content = text.replace("\0", " ").encode("utf-8", "replace")[: self.max_length - 1]
-        # What is cut off in the middle of a character goes as a whole.
-        content = content.decode("utf-8", "ignore").encode()
+        content = self._read(text)
         ids = np.full(self.max_length, PADDING, np.int32)
         ids[0] = START
         ids[1 : 1 + len(content)] = np.frombuffer(content, np.uint8)
         return ids
+
+    def cut(self, text: str) -> str:
+        """The end of a text that finds no room.
+
+        >>> CaptionBytes(6).cut("a catfish")
+        'fish'
+        """
+        return text.encode("utf-8", "replace")[len(self._read(text)) :].decode("utf-8", "ignore")
+
+    def _read(self, text: str) -> bytes:
+        content = text.replace("\0", " ").encode("utf-8", "replace")[: self.max_length - 1]
+        # What is cut off in the middle of a character goes as a whole.
+        return content.decode("utf-8", "ignore").encode()
 
 
 def caption_bytes(max_length: int) -> CaptionBytes:

@@ -333,8 +333,7 @@ def wanted_samples(command: Sample, condition: Any) -> tuple[Wanted, int]:
         raise UserError("--prompt: the run has no captions.")
     if isinstance(condition, Captions):
         prompt = command.prompt or ""
-        if cut := getattr(condition.read, "cut", lambda text: "")(prompt):
-            say(f"The prompt is too long for the network; this was cut off: {cut}")
+        condition.say_cut(prompt)
         return condition.wanted(command.n, (prompt,)), square
     if not isinstance(condition, Labels):
         return condition.wanted(command.n), square

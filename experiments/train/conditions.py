@@ -14,7 +14,7 @@ from eqxldm.data import ImageSource, caption_bytes, label_condition, no_conditio
 from .captions import CaptionTokens
 from .config import Config
 from .frozen_text import CAPTIONS, ENCODER, FrozenText, load_encoder
-from .terminal import UserError
+from .terminal import UserError, say
 
 KindName = Literal["label", "text", "none"]
 SHOWN = 10  # classes, or rows, in the pictures
@@ -89,6 +89,11 @@ class Captions:
         cond = jax.tree.map(lambda *rows: np.stack(rows)[at], *self._conditions(texts))
         chosen = tuple(texts[i] for i in at.tolist())
         return Wanted(count, cond, None if labels is None else np.asarray(labels)[at], chosen)
+
+    def say_cut(self, prompt: str) -> None:
+        """Says which end of a prompt is not read."""
+        if cut := self.read.cut(prompt):
+            say(f"The prompt is too long for the network; this was cut off: {cut}")
 
     def _conditions(self, texts: Sequence[str]) -> list[Any]:
         return [self.read.tokens(text) for text in texts]

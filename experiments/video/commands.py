@@ -11,7 +11,14 @@ import numpy as np
 
 import eqxldm as ex
 from eqxldm import pretrained
-from eqxldm.data import ANIMATION_ENDINGS, VIDEO_ENDINGS, DataError, Wanted, decode_and_crop
+from eqxldm.data import (
+    ANIMATION_ENDINGS,
+    VIDEO_ENDINGS,
+    DataError,
+    Wanted,
+    decode_and_crop,
+    no_condition,
+)
 from eqxldm.data.clips import read_clips
 from eqxldm.distributed import is_primary
 from eqxldm.durable import check_is_file, read_file
@@ -30,9 +37,11 @@ from .config import FPS, Config, Sample, SamplingOptions, Train, check_clips, ea
 from .data import (
     Clips,
     WithSound,
+    captions_of,
     choose_condition,
     identity,
     open_clips_of,
+    say_long_captions,
     some_clips,
     spectrogram_of,
 )
@@ -97,6 +106,8 @@ def train(command: Train) -> None:
         try:
             clips = open_clips_of(command, run)
             condition = choose_condition(command.config, clips)
+            if command.videos is not None and condition is not no_condition:
+                say_long_captions(command.config, clips)
             if command.clips.sound:
                 condition = WithSound(condition, spectrogram_of(command.clips))
             check_batches(command, clips)
@@ -335,6 +346,7 @@ def sample(command: Sample) -> None:
     clips = trained.config.clips
     if command.prompt is not None and not trained.captioned:
         raise UserError(f"--prompt: the run in {command.run_dir} knows no captions.")
+    captions_of(trained.config).say_cut(command.prompt or "")
     windows = not clips.sound  # of which longer clips are made
     if windows and ((command.overlap - 1) % 4 or command.overlap >= clips.frames):
         raise UserError(

@@ -131,6 +131,18 @@ def choose_condition(config: Config, clips: Clips) -> Any:
     return captions_of(config).read
 
 
+def say_long_captions(config: Config, clips: Clips) -> None:
+    """Says how many captions are longer than what is read of them, of the clips that measure."""
+    cut = captions_of(config).read.cut
+    texts = [clips.test[i].caption or "" for i in range(len(clips.test))]
+    long = [text for text in texts if cut(text)]
+    if long:
+        say(
+            f"captions: {len(long)} of {len(texts)} are longer than --diffusion.max-length "
+            f"{config.diffusion.max_length}, and their ends are not read; the first: {long[0]}"
+        )
+
+
 def captions_of(config: Config) -> Captions:
     """How captions become tokens."""
     options = config.diffusion

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -23,7 +24,13 @@ from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, load_trained, sample, summary
 from experiments.video.config import Config, Sample, Train, check_clips, smoke
-from experiments.video.data import captions_of, open_clips_of, said_by, some_clips
+from experiments.video.data import (
+    captions_of,
+    open_clips_of,
+    said_by,
+    say_long_captions,
+    some_clips,
+)
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
@@ -94,13 +101,14 @@ def test_a_run_leaves_numbers_animations_and_filmstrips(run, mnist, capsys):
         main(["train", "--mnist", str(mnist), "--run-dir", str(run), *TINY, "--seed", "1"])
 
 
-def test_a_finished_run_goes_on_from_a_picture_and_makes_long_clips(run, tmp_path):
+def test_a_finished_run_goes_on_from_a_picture_and_makes_long_clips(run, tmp_path, capsys):
     Image.fromarray(RNG.integers(0, 256, (40, 40), dtype=np.uint8)).save(tmp_path / "a.png")
     out = tmp_path / "b.png"
     options = ["--run-dir", str(run), "--sampling.steps", "1", "--sampling.guidance", "2"]
     options = [o.replace("sampling.", "") for o in options]
     long = ["--first", str(tmp_path / "a.png"), "--frames", "8", "--overlap", "1", "--n", "2"]
-    main(["sample", *options, *long, "--prompt", "a 3 moving up", "--out", str(out)])
+    main(["sample", *options, *long, "--prompt", "a 3 moving upwards", "--out", str(out)])
+    assert "this was cut off: rds\n" in capsys.readouterr().out
     (tmp_path / "b.apng").write_bytes(out.read_bytes())
     (clip,) = read_clips(tmp_path / "b.apng", Wanted(8, (64, 136), 1))
     given = read_clips(tmp_path / "b.apng", Wanted(1, (72, 140), 1))[0][0, 4:68:2, 4:68:2, 0]
@@ -195,7 +203,9 @@ def test_a_run_of_an_earlier_version_predicts_what_it_learned(run, tmp_path):
     assert trained.config.diffusion.tokens == "bytes"
 
 
-def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measure(tmp_path):
+def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measure(
+    tmp_path, capsys
+):
     folder = tmp_path / "videos"
     folder.mkdir()
     for k in range(24):
@@ -209,6 +219,13 @@ def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measu
     assert len(found.train) == 14 and len(found.test) == 10 and not found.captioned
     frames, texts = some_clips(found.test, 99, clips)
     assert frames.shape == (10, 5, 16, 16, 3) and set(texts) == {""}
+    captions = {f"{k}.webp": "a square" if k % 2 else "a square of 20 pixels" for k in range(24)}
+    (folder / "captions.json").write_text(json.dumps(captions))
+    config = replace(command, diffusion=replace(command.diffusion, tokens="bytes")).config
+    say_long_captions(config, open_clips_of(command, RunFolder(tmp_path / "other")))
+    assert re.search(
+        r"[1-9] of 10 are longer than .* 16, .* the first: a square of", capsys.readouterr().out
+    )
     with pytest.raises(UserError, match=r"\d+ clips of 5 frames; needed are 20"):
         for file in sorted(folder.iterdir())[6:]:
             file.unlink()

@@ -13,14 +13,14 @@ from PIL import Image
 
 from eqxldm import pretrained
 from eqxldm.audio import Tones, read_wav, wav_bytes
-from eqxldm.data import MovingDigits, caption_bytes
+from eqxldm.data import MovingDigits
 from eqxldm.models import SoundAutoencoder
 from experiments.train.run import RunFolder, as_dict, write_json
 from experiments.train.terminal import UserError
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, load_trained, summary
 from experiments.video.config import Sample, Train, check_clips
-from experiments.video.data import WithSound, open_clips_of, spectrogram_of
+from experiments.video.data import WithSound, captions_of, open_clips_of, spectrogram_of
 from experiments.video.drawing import Drawn
 from experiments.video.listening import Ears, check_sound, measured_sound
 from experiments.video.networks import SoundingClips, make_autoencoder, make_denoiser, sound_shape
@@ -41,7 +41,7 @@ CONFIG = replace(
     DEFAULT.config,
     clips=CLIPS,
     autoencoder=replace(DEFAULT.autoencoder, channels=(4, 4, 4), latent_channels=2),
-    diffusion=replace(DEFAULT.diffusion, depth=1, width=24, num_heads=2),
+    diffusion=replace(DEFAULT.diffusion, depth=1, width=24, num_heads=2, tokens="bytes"),
     sound=replace(DEFAULT.sound, width=8, blocks=1, latent_channels=3),
 )
 TINY = """--frames 5 --size 32 32 --count 10 --test 10 --digits 1 --classifier.steps 2
@@ -172,9 +172,9 @@ def test_sounds_are_compared_with_bounces_and_with_those_of_other_clips(run, tmp
 def test_a_batch_has_the_latents_of_both_and_known_frames_cost_nothing(run):
     trained, _ = load_trained(run)
     source = MovingDigits(DISC, np.array([4]), 2, count=1, frames=5, size=32, tones=Tones())
-    told = WithSound(caption_bytes(40), spectrogram_of(CLIPS))(source[0])
+    told = WithSound(captions_of(CONFIG).read, spectrogram_of(CLIPS))(source[0])
     job: Any = Job(replace(DEFAULT, clips=CLIPS), None, None, None, None, None)
-    job.condition = WithSound(caption_bytes(40), spectrogram_of(CLIPS))
+    job.condition = WithSound(captions_of(CONFIG).read, spectrogram_of(CLIPS))
     assert job.captioned
     moments = jnp.ones((3, *LATENT))
     batch: Any = {"mean": moments, "logvar": -9 * moments}
@@ -192,7 +192,8 @@ def test_a_batch_has_the_latents_of_both_and_known_frames_cost_nothing(run):
     cond = {"known": x0["video"], "mask": jnp.array([1.0, 0.0]), "text": told["text"]}
     noisy, t = jax.tree.map(lambda a: 0.5 * a + 0.5, x0), dict.fromkeys(x0, jnp.array(0.5))
     out = eqx.filter_jit(denoiser)(noisy, t, cond)
-    assert np.allclose(out["video"][:, 0], (1 - x0["video"])[:, 0], atol=1e-4)
+    exact = denoiser.diffusion.target(x0["video"], 0.5, jnp.ones_like(x0["video"]))
+    assert np.allclose(out["video"][:, 0], exact[:, 0], atol=1e-4)
     assert (out["video"][:, 1] == 0).all() and (out["sound"] == 0).all()  # untrained
 
 
