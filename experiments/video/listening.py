@@ -146,7 +146,7 @@ def measured_sound(
 def leave(
     file: Any, name: str, made: Drawn, waves: list[Any], ears: Ears, truth: list[Any] | None = None
 ) -> None:
-    """Of the first clips a picture, sounds, and MP4 files where they can be written.
+    """Of the first clips a picture, an animation, sounds, and MP4 files where these can be written.
 
     `file` makes a path of a name. `truth`: when digits bounce; otherwise it is what is tracked.
     """
@@ -160,6 +160,8 @@ def leave(
         )
     ]
     save_png(file(f"{name}-sound.png"), np.concatenate(parts))
+    playing = [sounding(clip, mel) for clip, mel in zip(frames, mels, strict=False)]
+    save_animation(file(f"{name}-sounding.png"), np.concatenate(playing, 2), ears.fps)
     for k, clip in enumerate(frames):
         with replacing(file(f"{name}-{k}.wav")) as temporary:
             temporary.write_bytes(wav_bytes(waves[k], ears.mel.rate))
@@ -179,16 +181,11 @@ def sound_strip(
 
     Between them marks: above, orange, when digits bounce; below, blue, when tones begin.
     """
-    from matplotlib import colormaps
-
-    f, h, w, c = frames.shape
-    row = frames.transpose(1, 0, 2, 3).reshape(h, f * w, c)
-    row = np.repeat(row, 3, 2) if c == 1 else row[..., :3]
+    f, h, w, _ = frames.shape
+    row = coloured_frames(frames).transpose(1, 0, 2, 3).reshape(h, f * w, 3)
     row[:, w::w] = 70  # thin lines between the frames
-    coloured = colormaps["magma"](np.clip((mel.T[::-1] + 1) / 2, 0, 1))[..., :3]
-    sound = (255 * coloured).astype(np.uint8).repeat(2, 0)
     across = -(-f * w // len(mel))
-    sound = sound.repeat(across, 1)[:, : f * w]
+    sound = coloured_sound(mel).repeat(across, 1)[:, : f * w]
     marks = np.full((16, f * w, 3), 24, np.uint8)
     for top, colour, times in ((0, MARK, seen), (8, INK, heard)):
         for time in times:
@@ -197,6 +194,34 @@ def sound_strip(
             marks[top : top + 8, max(x - 2, 0) : x + 3] = colour
     gap = np.full((10, f * w, 3), 96, np.uint8)
     return np.concatenate([row, marks, sound, gap])
+
+
+def sounding(
+    frames: UInt8[np.ndarray, "f h w c"], mel: Float[np.ndarray, "m bands"]
+) -> UInt8[np.ndarray, "f H W 3"]:
+    """A clip that plays, twice as large, above its spectrogram: what has sounded is bright."""
+    f, _, w, _ = frames.shape
+    clip, sound = coloured_frames(frames).repeat(2, 1).repeat(2, 2), coloured_sound(mel)
+    width = max(2 * w, len(mel)) + 8
+    # A grey frame: digits bounce off its inner edge.
+    side = lambda x: ((width - x.shape[2]) // 2, (width - x.shape[2] + 1) // 2)
+    centred = lambda x: np.pad(x, ((0, 0), (4, 4), side(x), (0, 0)), constant_values=70)
+    heard = np.arange(len(mel)) < (1 + np.arange(f))[:, None] * (len(mel) / f)
+    sounds = np.where(heard[:, None, :, None], sound, sound // 4)
+    return np.concatenate([centred(clip), centred(sounds)], 1)
+
+
+def coloured_frames(frames: UInt8[np.ndarray, "f h w c"]) -> UInt8[np.ndarray, "f h w 3"]:
+    """Grey frames in three channels; those of colour as they are."""
+    return np.repeat(frames, 3, 3) if frames.shape[3] == 1 else frames[..., :3].copy()
+
+
+def coloured_sound(mel: Float[np.ndarray, "m bands"]) -> UInt8[np.ndarray, "H m 3"]:
+    """A spectrogram as a picture, two rows a band, the highest above."""
+    from matplotlib import colormaps
+
+    coloured = colormaps["magma"](np.clip((mel.T[::-1] + 1) / 2, 0, 1))[..., :3]
+    return (255 * coloured).astype(np.uint8).repeat(2, 0)
 
 
 def check_sound(command: Sample, config: Config) -> None:

@@ -22,7 +22,7 @@ from experiments.video.commands import check_network, load_trained, summary
 from experiments.video.config import Sample, Train, check_clips
 from experiments.video.data import WithSound, captions_of, open_clips_of, spectrogram_of
 from experiments.video.drawing import Drawn
-from experiments.video.listening import Ears, check_sound, measured_sound
+from experiments.video.listening import Ears, check_sound, measured_sound, sounding
 from experiments.video.networks import SoundingClips, make_autoencoder, make_denoiser, sound_shape
 from experiments.video.pictures import save_animation
 from experiments.video.training import Job, make_prepare
@@ -167,6 +167,19 @@ def test_sounds_are_compared_with_bounces_and_with_those_of_other_clips(run, tmp
     assert rows["sounds of clips"]["right_tone"] > 0.9
     assert (tmp_path / "sound-of-clip-3.wav").exists()
     assert (tmp_path / "sample-sound.png").exists()
+    with Image.open(tmp_path / "sound-of-clip-sounding.png") as animation:
+        assert animation.n_frames == 17
+
+
+def test_what_has_sounded_is_bright():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 1), dtype=np.uint8)
+    shown = sounding(frames, np.ones((32, 5)))
+    assert shown.shape == (4, 12 + 8 + 10 + 8, 40, 3)
+    assert (shown[:, 4:16:2, 14:26:2] == frames).all()
+    sounds = shown[:, -14:-4, 4:-4]
+    for k in range(4):
+        assert (sounds[k, :, : 8 * (k + 1)].max(-1) > 200).all()
+        assert (sounds[k, :, 8 * (k + 1) :].max(-1) < 80).all()
 
 
 def test_a_batch_has_the_latents_of_both_and_known_frames_cost_nothing(run):
