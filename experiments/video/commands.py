@@ -147,10 +147,10 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         autoencoder = make_autoencoder(config, key=key)
         shape = autoencoder.latent_shape(config.clips.frames, *config.clips.size)
         denoiser = make_denoiser(config, shape, captioned=captioned, key=key)
-        trained = Trained(autoencoder, denoiser, config, captioned)
         z = denoiser.diffusion.sample_prior(shape, key=key)
         cond = {"known": z, "mask": jnp.zeros(shape[1])}
-        cond |= {"text": jnp.asarray(trained.null())} if captioned else {}
+        # Any ids: those of captions may need a list that is fetched, for clips that have none.
+        cond |= {"text": jnp.zeros(config.diffusion.max_length, int)} if captioned else {}
         crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
         frames = min(config.autoencoder.crop_frames, config.clips.frames)
         part = jnp.zeros((config.clips.channels, frames, *crop))
@@ -346,7 +346,8 @@ def sample(command: Sample) -> None:
     clips = trained.config.clips
     if command.prompt is not None and not trained.captioned:
         raise UserError(f"--prompt: the run in {command.run_dir} knows no captions.")
-    captions_of(trained.config).say_cut(command.prompt or "")
+    if command.prompt is not None:  # what cuts it may have to be fetched first
+        captions_of(trained.config).say_cut(command.prompt)
     windows = not clips.sound  # of which longer clips are made
     if windows and ((command.overlap - 1) % 4 or command.overlap >= clips.frames):
         raise UserError(
