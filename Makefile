@@ -153,8 +153,8 @@ sample-imagenet: $(RUNTIME) ## LABEL=207 N=16 STEPS=250 GUIDANCE=4.0 SOLVER=ddpm
 evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
 	$(JOB) evaluate $(IMAGENET) $(EVALUATE)
 
-train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder; SMOKE=1
-	$(JOB) autoencoder $(IMAGENET) $(PICTURES) $(ON) $(ARGS)
+train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder PRESET=cifar10; SMOKE=1
+	$(JOB) autoencoder $(if $(PRESET),--preset $(PRESET),$(IMAGENET)) $(PICTURES) $(ON) $(ARGS)
 
 generate: $(WITH_TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png FRAMES=33 LORA=file QUANTIZE=int8; FROM=made.png
 	.venv/bin/python -m experiments.generate $(GENERATE)

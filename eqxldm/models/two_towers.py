@@ -88,12 +88,13 @@ class TowersBlock(eqx.Module):
         mlp_ratio: float,
         *,
         text: bool = False,
+        swiglu: bool = False,
         attention: Attention = attend,
         key,
     ):
         k1, k2, k3, k4 = jax.random.split(key, 4)
         block = CrossAttentionDiTBlock if text else DiTBlock
-        options: dict[str, Any] = dict(qk_norm=RMSNorm, attention=attention)
+        options: dict[str, Any] = dict(qk_norm=RMSNorm, swiglu=swiglu, attention=attention)
         self.video = block(width, num_heads, mlp_ratio, **options, key=k1)
         self.sound = block(width, num_heads, mlp_ratio, **options, key=k2)
         self.to_video = Exchange(width, num_heads, attention=attention, key=k3)
@@ -165,6 +166,7 @@ class TwoTowersConfig:
     num_heads: int
     embed_cond: Any = None
     mlp_ratio: float = 4.0
+    swiglu: bool = False
     clock_rate: float = 16.0
     time_embedding: Any = PUBLISHED_TIME
     attention: Attention = attend
@@ -203,7 +205,7 @@ class TwoTowers(eqx.Module):
       vector is added to both times.
     - `clock_rate`: radians a second of the fastest pair of features. About one radian between two
       steps of the sound can tell them apart.
-    - `mlp_ratio`, `time_embedding`, `attention`, `remat`, `unroll`: as of a `DiT`.
+    - `mlp_ratio`, `swiglu`, `time_embedding`, `attention`, `remat`, `unroll`: as of a `DiT`.
 
     **Raises** `ValueError` for sizes or seconds that do not fit, and in the call for parts of
     another shape.
@@ -247,7 +249,8 @@ class TwoTowers(eqx.Module):
         self.sound = Tower(config.sound_shape, 1, width, time, key=k2)
         _check(config, self.video.grid)
         self.embed_cond = build_part(options.get("embed_cond", config.embed_cond), key=k3)
-        kind: dict[str, Any] = dict(attention=config.attention, text=self.embed_cond is not None)
+        kind: dict[str, Any] = dict(attention=config.attention, swiglu=config.swiglu)
+        kind["text"] = self.embed_cond is not None
         make = lambda key: TowersBlock(width, num_heads, config.mlp_ratio, **kind, key=key)
         self.blocks = Stack(make, depth, remat=config.remat, unroll=config.unroll, key=k4)
         self.config = config

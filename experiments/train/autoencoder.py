@@ -33,7 +33,13 @@ from .config import Config
 from .data import decoded
 from .job import Job
 from .methods import DTYPES, warmup_cosine
-from .networks import Autoencoder, GreyThroughColour, make_autoencoder, make_discriminator
+from .networks import (
+    Autoencoder,
+    GreyThroughColour,
+    lpips_of,
+    make_autoencoder,
+    make_discriminator,
+)
 from .run import file_digest, read_json, write_json
 from .streams import stream_order
 from .terminal import UserError, user_errors
@@ -207,8 +213,9 @@ def _train_autoencoder(job: Job) -> AutoencoderKL:
     phases = autoencoder_phases(config, statics, optimizers)
     # A network's weights are an argument of the step: as constants they would be compiled in.
     perceptual = []
-    if job.lpips is not None:
-        perceptual = [place(MeanDistance(job.lpips, options.perceptual_weight), job.mesh)]
+    if job.lpips is not None and options.perceptual_weight > 0:
+        lpips = lpips_of(job.lpips, config.pictures.channels)
+        perceptual = [place(MeanDistance(lpips, options.perceptual_weight), job.mesh)]
     batches = job.images(
         "autoencoder", options.batch_size, size=crop_size(config), condition=no_condition
     )

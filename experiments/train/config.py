@@ -109,7 +109,8 @@ class AutoencoderConfig:
     attention: bool = True  # Self-attention in the deepest level.
     # Between image and reconstruction: absolute or squared error.
     distance: Literal["l1", "l2"] = "l1"
-    perceptual_weight: Weight = 1.0  # Of LPIPS, where --lpips gives its weights.
+    # Of LPIPS, where --lpips gives its weights; 0 only measures by it.
+    perceptual_weight: Weight = 1.0
     kl_weight: Weight = 1e-6  # Of the posterior's divergence from N(0, I), in nats a pixel value.
     ema_decay: Share = 0.999  # Of the average of the weights, which is what encodes and decodes.
     gan_weight: Weight = 0.5  # Times the adaptive weight; 0 trains without the discriminator.

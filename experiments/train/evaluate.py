@@ -18,6 +18,7 @@ from eqxldm.data.pixels import to_float, to_uint8
 from eqxldm.distributed import from_primary, is_primary, local_mesh, replicate
 from eqxldm.durable import replacing
 from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
+from eqxldm.models import LPIPS
 from eqxldm.sharding import batch_sharding
 
 from .classifier import VALUES, Described, Features, Images, map_images
@@ -28,7 +29,7 @@ from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
 from .methods import check_sampling
-from .networks import Autoencoder
+from .networks import Autoencoder, lpips_of
 from .run import METRICS, RunFolder, as_dict, versions
 from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
 from .streams import stream_key, stream_order
@@ -323,15 +324,20 @@ class Measuring:
         return np.concatenate(samples) if samples else np.zeros((0, 1, 1, 1), np.uint8)
 
     def autoencoder(self, autoencoder: Autoencoder) -> dict[str, float]:
-        """PSNR, SSIM and Fréchet distance of reconstructions, and reconstructions.png."""
+        """PSNR, SSIM and Fréchet distance of reconstructions, and reconstructions.png.
+
+        And LPIPS, where its weights were given, whether or not it was trained on.
+        """
         originals = self._reference.first(RECONSTRUCTED)
         rebuilt = reconstruct(autoencoder, originals, self._config.pictures.pad)
         pairs = np.concatenate([originals[:PAIRS], rebuilt[:PAIRS]])
         grid = image_grid(pairs, min(PAIRS, len(originals)))
         save_png(self._run.file("reconstructions.png"), grid)
         real, fake = (self._features(images).features for images in (originals, rebuilt))
+        lpips = self._job.lpips
         return {
             **pixel_scores(originals, rebuilt),
+            **({} if lpips is None else lpips_score(originals, rebuilt, lpips)),
             "reconstruction_fd": frechet_distance(real, fake),
         }
 
@@ -394,6 +400,25 @@ def pixel_scores(originals: Images, rebuilt: Images) -> dict[str, float]:
         scores.append((psnr(x, y), ssim(x, y)))
     of_each = [jnp.concatenate(parts) for parts in zip(*scores, strict=True)]
     return {"psnr_db": float(jnp.mean(of_each[0])), "ssim": float(jnp.mean(of_each[1]))}
+
+
+def lpips_score(
+    originals: Images, rebuilt: Images, lpips: LPIPS, batch: int = 64
+) -> dict[str, float]:
+    """The mean of LPIPS over pairs of images, grey ones as three equal channels."""
+    mesh = local_mesh()
+
+    @eqx.filter_jit
+    def distances(distance, pairs):
+        x, y = (to_float(part) for part in jnp.split(pairs, 2, axis=-1))
+        return jax.vmap(distance)(x, y)
+
+    distance = lpips_of(lpips, originals.shape[-1])
+    size = -(-min(batch, len(originals)) // mesh.size) * mesh.size
+    put = lambda part: jax.device_put(part, batch_sharding(mesh))
+    pairs = np.concatenate([originals, rebuilt], axis=-1)
+    found = map_images(distances, replicate(distance, mesh), pairs, size, put)
+    return {"lpips": float(np.mean(found))}
 
 
 def write_curves(run: RunFolder) -> None:

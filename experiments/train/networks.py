@@ -57,6 +57,25 @@ class GreyThroughColour(eqx.Module):
         return jnp.mean(self.colour.decode(z), axis=0, keepdims=True)
 
 
+class LPIPSOfGrey(eqx.Module):
+    """LPIPS of grey images, `(1, h, w)`, as three equal channels.
+
+    >>> lpips = LPIPSOfGrey(models.LPIPS(channels=(4, 4, 4, 4, 4), key=jax.random.key(0)))
+    >>> float(lpips(jnp.zeros((1, 16, 16)), jnp.zeros((1, 16, 16))))
+    0.0
+    """
+
+    colour: models.LPIPS
+
+    def __call__(self, x: Float[Array, "1 h w"], y: Float[Array, "1 h w"]) -> Float[Array, ""]:
+        return self.colour(jnp.repeat(x, 3, axis=0), jnp.repeat(y, 3, axis=0))
+
+
+def lpips_of(lpips: models.LPIPS, channels: int) -> models.LPIPS | LPIPSOfGrey:
+    """LPIPS of images with 1 channel or 3."""
+    return LPIPSOfGrey(lpips) if channels == 1 else lpips
+
+
 class Pixels(eqx.Module):
     """The image itself, in place of an autoencoder's latent."""
 

@@ -76,9 +76,11 @@ LATENT = "--dit.patch-size 2 --unet.channels 64 128"
 SMALL_UNETS = {"latent": "--unet.channels 16 32", "pixel": "--unet.channels 8 16 32"}
 MNIST_UNETS = {"latent": "--unet.channels 64 128", "pixel": "--unet.channels 16 32 64"}
 
-# What newer transformers have: the blocks, and a term on the velocity's direction.
+# What newer transformers have: the blocks, and an auxiliary head, by which they are guided.
 BLOCKS = "--dit.norm rms --dit.swiglu --dit.rope --dit.qk-norm"
-MODERN = f"{BLOCKS} --diffusion.cosine 0.5"
+MODERN = f"""
+    {BLOCKS} --diffusion.early 0.25 --dit.early-depth 2 --sampling.internal-guidance 1.4
+"""
 # On ImageNet with the rest of LightningDiT's recipe (Yao et al. 2025), and an auxiliary head.
 MODERN_IMAGENET = f"""
     {BLOCKS} --diffusion.cosine 1 --diffusion.early 0.25 --dit.early-depth 8
@@ -104,7 +106,9 @@ JIT_SMALL = "--dit.bottleneck 16 --dit.condition-tokens 4 --dit.tokens-start 2"
 FLOW = """
     --diffusion.path flow --diffusion.prediction velocity --diffusion.no-learned-range
 """
-ONE_CALL = "--sampling.solver map --sampling.steps 1 --sampling.guidance 1"
+ONE_CALL = """
+    --sampling.solver map --sampling.steps 1 --sampling.guidance 1 --sampling.internal-guidance 1
+"""
 
 
 def few_steps(found: Train, started: bool) -> Train:

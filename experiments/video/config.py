@@ -103,6 +103,7 @@ class DiffusionOptions:
     depth: Depth = 6  # Blocks.
     width: Width = 144  # Numbers in a token, a multiple of six.
     num_heads: Width = 6  # Heads of the attention.
+    swiglu: bool = False  # MLPs with a gate, of as many parameters.
     patch_size: tuple[Few, Few, Few] = (1, 2, 2)  # Latent frames, rows and columns in a token.
     text_depth: Depth = 1  # Blocks of the encoder of captions.
     # What a caption is cut into: byte pairs as CLIP does (the extra "text"), or its bytes.

@@ -32,7 +32,7 @@ def changed(found, **groups):
 def tiny(**groups):
     """The modern form on pixels of 8 x 8, for seconds of training."""
     found = preset("smoke", space="pixel", form="modern")
-    found = changed(found, dit=dict(depth=2, width=16, num_heads=2, patch_size=4))
+    found = changed(found, dit=dict(depth=2, width=16, num_heads=2, patch_size=4, early_depth=1))
     found = changed(found, diffusion=dict(steps=3, batch_size=4, warmup=1))
     pictures = dataclasses.replace(found.pictures, channels=1)
     found = dataclasses.replace(found, size=(8, 8), pictures=pictures)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eqxldm.models import LPIPS
 from experiments.train import autoencoder as ae, commands
 from experiments.train.conditions import Labels
 from experiments.train.config import Config
@@ -18,6 +19,7 @@ from experiments.train.hooks import open_snapshots
 from experiments.train.options import read_options
 from experiments.train.run import RunFolder
 
+from helpers import filled
 from job_runs import SMALL, call, said, train, write_images
 
 FILES = {
@@ -241,12 +243,15 @@ def test_sampling_wants_a_finished_undamaged_run(copied, tmp_path, capsys):
     assert "diffusion is at step 8 of 12" in refused(copied)
 
 
-def test_the_autoencoder_alone_and_handed_on(finished, tmp_path, capsys):
+def test_the_autoencoder_alone_and_handed_on(finished, tmp_path, capsys, monkeypatch):
     alone, run = tmp_path / "alone", tmp_path / "run"
+    lpips = filled(lambda: LPIPS(channels=(4,) * 5, key=jax.random.key(0)))
+    monkeypatch.setattr(commands, "load_lpips", lambda folder: lpips)
     args = ["autoencoder", "--preset", "smoke", *SMALL, "--run-dir", alone]
-    assert call(*args) == 0
+    # Measured by LPIPS and not trained on it: the autoencoder is that of the run without.
+    assert call(*args, "--lpips", tmp_path, "--autoencoder.perceptual-weight", "0") == 0
     text = capsys.readouterr().out
-    assert f"train --vae {alone}" in text and "psnr_db" in text
+    assert f"train --vae {alone}" in text and "psnr_db" in text and "lpips" in text
     assert not {"latents", "samples.npz"} & {entry.name for entry in alone.iterdir()}
     assert ae.identity(ae.load_vae(alone, 3)) == ae.identity(ae.load_vae(finished, 3))
     assert train(run, "--vae", alone, "--latents", finished / "latents") == 0
