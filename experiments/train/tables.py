@@ -98,6 +98,7 @@ def both(*changes: Change) -> Change:
 BLOCKS = dit(norm="rms", swiglu=True, rope=True, qk_norm=True)
 EARLY = both(dit(early_depth=2), diffusion(early=0.25))
 COSINE, DISPERSIVE = diffusion(cosine=0.5), both(dit(early_depth=2), diffusion(dispersive=0.25))
+FLOW = diffusion(path="flow", prediction="velocity")
 X0 = diffusion(path="flow", prediction="x0", weight="velocity")
 IN_CONTEXT = dit(condition_tokens=1)
 TOKENS = dit(condition_tokens=1, time_tokens=1, modulated=False)
@@ -116,8 +117,9 @@ VARIANTS: dict[str, Change] = {
     "blocks, cosine": both(BLOCKS, COSINE),
     "blocks, head": both(BLOCKS, EARLY),
     "all": both(BLOCKS, EARLY, COSINE, DISPERSIVE, IN_CONTEXT),
-    "flow, velocity": diffusion(path="flow", prediction="velocity"),
+    "flow, velocity": FLOW,
     "flow, x0, velocity loss": X0,
+    "blocks, head, flow": both(BLOCKS, EARLY, FLOW),
     "time shift": both(),  # by the number of dimensions, which the autoencoder says
 }
 
@@ -133,6 +135,8 @@ def modern_rows(options: Options, shape: Any) -> dict[str, Row]:
             command = replace(command, sampling=replace(command.sampling, shift=shift))
         guided, plain = command.sampling, replace(command.sampling, guidance=1.0)
         sampling = {"guided": guided, "plain": plain}
+        if name == "published":  # as much guidance as an auxiliary head adds
+            sampling["guidance 2.4"] = replace(guided, guidance=2.4)
         if command.diffusion.early:
             sampling["internal 1.4"] = replace(plain, internal_guidance=1.4)
             sampling["guided, internal 1.4"] = replace(guided, internal_guidance=1.4)
@@ -298,9 +302,10 @@ def _lines(found: dict[str, Any], name: str) -> list[str]:
         counts = f"{row['parameters'] / 1e6:.2f} M | {row['multiply_adds'] / 1e6:.1f} M"
         fd = f"{cell(scores['guided'])} | {cell(scores['plain'])}"
         lines.append(f"| {n} | {counts} | {fd} | {cell(scores['guided'], 'accuracy', 3)} |")
-        for how in (how for how in scores if "internal" in how):
-            pair = (cell(scores[how]), "") if how.startswith("guided") else ("", cell(scores[how]))
-            lines.append(f"| {n}: {how} | | | {pair[0]} | {pair[1]} | |")
+        for how in (how for how in scores if how not in ("guided", "plain")):
+            pair = (cell(scores[how]), cell(scores[how], "accuracy", 3))
+            fd = f" | {pair[0]} |" if how.startswith("internal") else f"{pair[0]} | | {pair[1]}"
+            lines.append(f"| {n}: {how} | | | {fd} |")
     return lines
 
 

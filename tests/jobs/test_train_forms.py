@@ -170,10 +170,11 @@ def test_rows_of_the_tables_and_their_text(tmp_path):
             commands.check_options(row.command.config, sampling, row.command.compute)
     scores = {"fd": [1.0, 2.0], "accuracy": [0.5, 0.7], "images_per_second": [10.0, 30.0]}
     found = {"parameters": 2_000_000, "multiply_adds": 30_000_000, "seeds": 2}
-    found["sampled"] = {"guided": scores, "plain": scores, "internal 1.4": scores}
+    found["sampled"] = dict.fromkeys(["guided", "plain", "internal 1.4", "guidance 2.4"], scores)
     lines = tables._lines({"all": found}, "modern")
     assert lines[2] == "| all | 2.00 M | 30.0 M | 1.50 ± 0.71 | 1.50 ± 0.71 | 0.600 ± 0.141 |"
     assert lines[3] == "| all: internal 1.4 | | |  | 1.50 ± 0.71 | |"
+    assert lines[4] == "| all: guidance 2.4 | | | 1.50 ± 0.71 | | 0.600 ± 0.141 |"
     found["sampled"] = {"1": scores}
     lines = tables._lines({"flow": found}, "few-steps")
     assert lines[2] == "| flow | 1, guided | 1.50 ± 0.71 | 0.600 ± 0.141 | 20 |"
