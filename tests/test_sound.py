@@ -174,11 +174,11 @@ def test_towers_look_at_each_other_by_the_differences_of_their_seconds_alone(mad
     assert all(jnp.abs(skewed[n] - out[n]).max() > 1e-4 for n in out)
 
 
-def test_both_towers_can_have_gated_mlps(made):
+def test_both_towers_can_have_gated_mlps():
     gated, t = towers(swiglu=True), dict.fromkeys(SHAPES, jnp.array(0.5))
     blocks = gated.blocks.stacked
     assert blocks.video.gate is not None and blocks.sound.gate is not None
-    plain, out = made(inputs(), t), gated(inputs(), t)
+    out = gated(inputs(), t)
     # With the gates' layers closed the MLPs give their last bias alone, and the outputs move.
     closed = eqx.tree_at(
         lambda m: [m.blocks.stacked.video.gate.weight, m.blocks.stacked.video.gate.bias],
@@ -187,7 +187,6 @@ def test_both_towers_can_have_gated_mlps(made):
     )
     moved = closed(inputs(), t)
     assert all(jnp.abs(moved[n] - out[n]).max() > 1e-5 for n in out)
-    assert {n: a.shape for n, a in plain.items()} == {n: a.shape for n, a in out.items()}
 
 
 def test_towers_are_told_captions_and_refuse_what_does_not_fit(made):

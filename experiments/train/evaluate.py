@@ -378,16 +378,21 @@ def samples_grid(images: Images, wanted: Wanted) -> Images:
 
 def reconstruct(autoencoder: Autoencoder, images: Images, pad: int, batch: int = 64) -> Images:
     """Decodes the posterior's mode of each image, on all devices of this process."""
-    mesh = local_mesh()
 
     @eqx.filter_jit
     def through(autoencoder, images):
         x = to_float(images, pad=pad)
         return to_uint8(jax.vmap(lambda x: autoencoder.decode(autoencoder.encode(x)))(x), pad=pad)
 
+    return on_devices(through, autoencoder, images, batch)
+
+
+def on_devices(function: Callable[[Any, Any], Any], model: Any, images: Images, batch: int) -> Any:
+    """`map_images`, each batch divided over the devices of this process."""
+    mesh = local_mesh()
     size = -(-min(batch, len(images)) // mesh.size) * mesh.size
     put = lambda part: jax.device_put(part, batch_sharding(mesh))
-    return map_images(through, replicate(autoencoder, mesh), images, size, put)
+    return map_images(function, replicate(model, mesh), images, size, put)
 
 
 def pixel_scores(originals: Images, rebuilt: Images) -> dict[str, float]:
@@ -406,7 +411,6 @@ def lpips_score(
     originals: Images, rebuilt: Images, lpips: LPIPS, batch: int = 64
 ) -> dict[str, float]:
     """The mean of LPIPS over pairs of images, grey ones as three equal channels."""
-    mesh = local_mesh()
 
     @eqx.filter_jit
     def distances(distance, pairs):
@@ -414,10 +418,8 @@ def lpips_score(
         return jax.vmap(distance)(x, y)
 
     distance = lpips_of(lpips, originals.shape[-1])
-    size = -(-min(batch, len(originals)) // mesh.size) * mesh.size
-    put = lambda part: jax.device_put(part, batch_sharding(mesh))
     pairs = np.concatenate([originals, rebuilt], axis=-1)
-    found = map_images(distances, replicate(distance, mesh), pairs, size, put)
+    found = on_devices(distances, distance, pairs, batch)
     return {"lpips": float(np.mean(found))}
 
 

@@ -135,7 +135,7 @@ def modern_rows(options: Options, shape: Any) -> dict[str, Row]:
             command = replace(command, sampling=replace(command.sampling, shift=shift))
         guided, plain = command.sampling, replace(command.sampling, guidance=1.0)
         sampling = {"guided": guided, "plain": plain}
-        if name == "published":  # as much guidance as an auxiliary head adds
+        if name == "published":  # beside which guidance by an auxiliary head is to be seen
             sampling["guidance 2.4"] = replace(guided, guidance=2.4)
         if command.diffusion.early:
             sampling["internal 1.4"] = replace(plain, internal_guidance=1.4)
