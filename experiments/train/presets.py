@@ -78,9 +78,9 @@ MNIST_UNETS = {"latent": "--unet.channels 64 128", "pixel": "--unet.channels 16 
 
 # What newer transformers have: the blocks, and an auxiliary head, by which they are guided.
 BLOCKS = "--dit.norm rms --dit.swiglu --dit.rope --dit.qk-norm"
-MODERN = f"""
-    {BLOCKS} --diffusion.early 0.25 --dit.early-depth 2 --sampling.internal-guidance 1.4
-"""
+HEAD = "--diffusion.early 0.25 --dit.early-depth 2"
+INTERNAL = "--sampling.internal-guidance 1.4"
+MODERN = f"{BLOCKS} {HEAD} {INTERNAL}"
 # On ImageNet with the rest of LightningDiT's recipe (Yao et al. 2025), and an auxiliary head.
 MODERN_IMAGENET = f"""
     {BLOCKS} --diffusion.cosine 1 --diffusion.early 0.25 --dit.early-depth 8
@@ -111,15 +111,22 @@ ONE_CALL = """
 """
 
 
-def few_steps(found: Train, started: bool) -> Train:
-    """Of the preset's steps five eighths to learn the denoiser and two eighths for the map.
+def changed(command: Train, *words: str) -> Train:
+    """The command with options in the words of the command line; of one that comes twice the last
+    counts."""
+    return tyro.cli(Train, args=" ".join(words).split(), default=command)
 
-    A run that starts from a finished one makes the latter alone, at a quarter of the rate: what is
-    left of it there.
+
+def few_steps(found: Train, started: bool) -> Train:
+    """Of the preset's steps seven sixteenths to learn the denoiser, and half for the map.
+
+    The map sets in while the rate is still high, or it stays too smooth: samples of one call are
+    then right and too alike. A run that starts from a finished one makes a quarter of the steps,
+    all for the map, at a quarter of the rate.
     """
     diffusion, few = found.diffusion, found.few
-    steps = max(diffusion.steps // 4, 2)
-    pretrain = 0 if started else diffusion.steps * 5 // 8
+    steps = max(diffusion.steps // (4 if started else 2), 2)
+    pretrain = 0 if started else diffusion.steps * 7 // 16
     rate = diffusion.learning_rate / 4 if started else diffusion.learning_rate
     warmup = min(diffusion.warmup, (pretrain + steps) // 2)
     diffusion = replace(diffusion, steps=pretrain + steps, learning_rate=rate, warmup=warmup)
@@ -190,7 +197,6 @@ def preset(
         layers.append(ONE_CALL)
     if objective in DIFFERENTIATED:
         layers.append("--diffusion.dtype float32")
-    # Of an option that comes twice the last one counts.
     default = Train(preset=name, space=space, denoiser=denoiser, form=form, objective=objective)
-    found = tyro.cli(Train, args=" ".join(layers).split(), default=default)
+    found = changed(default, *layers)
     return few_steps(found, started) if objective in FEW_STEP else found

@@ -33,13 +33,12 @@ from .evaluate import Comparison, accuracy, frechet
 from .few_steps import variants
 from .job import Compute
 from .options import MaybeSteps, Range, Samples, check
-from .presets import preset
+from .presets import BLOCKS, HEAD, INTERNAL, changed, preset
 from .seeds import Built, Draw, build, posteriors, train
 from .streams import stream_key
 from .terminal import UserError, run_main, say
 
 BUILDERS = 4  # rows that are compiled while another one trains
-Change = Callable[[Train], Train]
 
 
 @dataclass(frozen=True)
@@ -78,68 +77,52 @@ class Row:
     sampling: dict[str, SamplingConfig]
 
 
-def dit(**changes: Any) -> Change:
-    return lambda c: replace(c, dit=replace(c.dit, **changes))
-
-
-def diffusion(**changes: Any) -> Change:
-    return lambda c: replace(c, diffusion=replace(c.diffusion, **changes))
-
-
-def both(*changes: Change) -> Change:
-    def apply(command: Train) -> Train:
-        for change in changes:
-            command = change(command)
-        return command
-
-    return apply
-
-
-BLOCKS = dit(norm="rms", swiglu=True, rope=True, qk_norm=True)
-EARLY = both(dit(early_depth=2), diffusion(early=0.25))
-COSINE, DISPERSIVE = diffusion(cosine=0.5), both(dit(early_depth=2), diffusion(dispersive=0.25))
-FLOW = diffusion(path="flow", prediction="velocity")
-X0 = diffusion(path="flow", prediction="x0", weight="velocity")
-IN_CONTEXT = dit(condition_tokens=1)
-TOKENS = dit(condition_tokens=1, time_tokens=1, modulated=False)
-VARIANTS: dict[str, Change] = {
-    "published": both(),
-    "QK norm": dit(qk_norm=True),
-    "RMSNorm": dit(norm="rms"),
-    "SwiGLU": dit(swiglu=True),
-    "RoPE": dit(rope=True),
+COSINE, DISPERSIVE = "--diffusion.cosine 0.5", "--dit.early-depth 2 --diffusion.dispersive 0.25"
+IN_CONTEXT = "--dit.condition-tokens 1"
+TOKENS = f"{IN_CONTEXT} --dit.time-tokens 1 --dit.no-modulated"
+VELOCITY = "--diffusion.path flow --diffusion.prediction velocity"
+X0 = "--diffusion.path flow --diffusion.prediction x0 --diffusion.weight velocity"
+VARIANTS = {
+    "published": "",
+    "QK norm": "--dit.qk-norm",
+    "RMSNorm": "--dit.norm rms",
+    "SwiGLU": "--dit.swiglu",
+    "RoPE": "--dit.rope",
     "blocks": BLOCKS,  # these four
     "cosine term": COSINE,
-    "auxiliary head": EARLY,
+    "auxiliary head": HEAD,
     "dispersive term": DISPERSIVE,
     "condition token": IN_CONTEXT,
     "tokens, no adaLN": TOKENS,
-    "blocks, cosine": both(BLOCKS, COSINE),
-    "blocks, head": both(BLOCKS, EARLY),
-    "all": both(BLOCKS, EARLY, COSINE, DISPERSIVE, IN_CONTEXT),
-    "flow, velocity": FLOW,
+    "blocks, cosine": f"{BLOCKS} {COSINE}",
+    "blocks, head": f"{BLOCKS} {HEAD}",
+    "all": f"{BLOCKS} {HEAD} {COSINE} {DISPERSIVE} {IN_CONTEXT}",
+    "flow, velocity": VELOCITY,
     "flow, x0, velocity loss": X0,
-    "blocks, head, flow": both(BLOCKS, EARLY, FLOW),
-    "time shift": both(),  # by the number of dimensions, which the autoencoder says
+    "blocks, head, flow": f"{BLOCKS} {HEAD} {VELOCITY}",
+    "time shift": "",  # by the number of dimensions, which the autoencoder says
 }
+# Beside these, what more guidance by the classes does: it may be all that the head's does.
+MORE_GUIDANCE = ("published", "blocks, head")
 
 
 def modern_rows(options: Options, shape: Any) -> dict[str, Row]:
     """The rows of the first table, guided as the preset is, and not."""
     base, rows = _base(options, "denoising"), {}
-    for name, change in VARIANTS.items():
-        command = change(base)
+    for name, words in VARIANTS.items():
+        command = changed(base, words)
         if name == "time shift":
             shift = ex.dimension_shift(shape)
-            command = diffusion(time_shift=shift)(command)
-            command = replace(command, sampling=replace(command.sampling, shift=shift))
+            command = changed(command, f"--diffusion.time-shift {shift} --sampling.shift {shift}")
         guided, plain = command.sampling, replace(command.sampling, guidance=1.0)
         sampling = {"guided": guided, "plain": plain}
-        if name == "published":  # beside which guidance by an auxiliary head is to be seen
+        if name in MORE_GUIDANCE:
             sampling["guidance 2.4"] = replace(guided, guidance=2.4)
         if command.diffusion.early:
-            sampling["internal 1.4"] = replace(plain, internal_guidance=1.4)
-            sampling["guided, internal 1.4"] = replace(guided, internal_guidance=1.4)
+            for how in ("plain", *(how for how in sampling if how != "plain")):
+                internal = changed(replace(command, sampling=sampling[how]), INTERNAL).sampling
+                told = f"internal {internal.internal_guidance:g}"
+                sampling[told if how == "plain" else f"{how}, {told}"] = internal
         rows[name] = Row(command, sampling)
     return rows
 
@@ -152,7 +135,7 @@ def few_rows(options: Options, shape: Any) -> dict[str, Row]:
         if name == "flow":
             few = _base(options, "imf")  # the same steps in all
             same = dict(steps=few.diffusion.steps, warmup=few.diffusion.warmup)
-            command = diffusion(**same)(command)
+            command = replace(command, diffusion=replace(command.diffusion, **same))
             steps = (1, 2, 4, 8, 20, 50)
             sampling = {str(n): replace(command.sampling, steps=n) for n in steps}
         else:
@@ -171,7 +154,8 @@ def _base(options: Options, objective: Any) -> Train:
     pretrain = round(found.few.pretrain * share)
     few = replace(found.few, pretrain=pretrain, warmup=round(found.few.warmup * share))
     warmup = min(found.diffusion.warmup, steps - 1)
-    return diffusion(steps=steps, warmup=warmup)(replace(found, few=few))
+    shorter = replace(found.diffusion, steps=steps, warmup=warmup)
+    return replace(found, diffusion=shorter, few=few)
 
 
 def make(options: Options) -> None:

@@ -163,8 +163,17 @@ def test_rows_of_the_tables_and_their_text(tmp_path):
     assert {row.command.diffusion.steps for row in rows.values()} == {50}
     assert rows["time shift"].command.diffusion.time_shift == pytest.approx(8**-0.5)
     assert rows["time shift"].sampling["plain"].shift == pytest.approx(8**-0.5)
+    both = rows["blocks, head"].sampling
+    assert list(both) == [
+        "guided", "plain", "guidance 2.4", "internal 1.4", "guided, internal 1.4",
+        "guidance 2.4, internal 1.4",
+    ]  # fmt: skip
+    assert rows["blocks, head"].command.dit == preset("cifar10", form="modern").dit
+    assert [(how.guidance, how.internal_guidance) for how in both.values()] == [
+        (1.6, 1.0), (1.0, 1.0), (2.4, 1.0), (1.0, 1.4), (1.6, 1.4), (2.4, 1.4),
+    ]  # fmt: skip
     few = tables.few_rows(tables.FewSteps(steps=80), (8, 8, 8))
-    assert {row.command.diffusion.steps for row in few.values()} == {70}
+    assert {row.command.diffusion.steps for row in few.values()} == {75}
     for row in [*rows.values(), *few.values()]:
         for sampling in row.sampling.values():
             commands.check_options(row.command.config, sampling, row.command.compute)
