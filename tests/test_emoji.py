@@ -20,9 +20,10 @@ from eqxldm.data.download import PublishedFile, fetch
 from eqxldm.models import CaptionEncoder
 from experiments.train import captions
 from experiments.train.captions import CaptionTokens
+from experiments.train.classifier import Described
 from experiments.train.compare import VARIANTS, step_cost
-from experiments.train.evaluate import Comparison, Described, accuracy_of_parts
 from experiments.train.presets import preset
+from experiments.train.scores import Comparison, accuracy_of_parts
 
 
 def published(name, content):

@@ -12,9 +12,9 @@ from experiments.train import commands
 from experiments.train.__main__ import PRESETS, chosen_preset
 from experiments.train.commands import run_folder
 from experiments.train.conditions import Labels, Nothing
-from experiments.train.evaluate import EVALUATORS
 from experiments.train.options import range_of
 from experiments.train.presets import preset
+from experiments.train.scores import EVALUATORS
 from experiments.train.streams import STREAMS, stream_key, stream_seed
 
 from job_runs import (
@@ -118,7 +118,7 @@ def test_each_kind_of_run_has_its_folder():
 
 def test_evaluators_see_what_they_should():
     from experiments.train.classifier import Described
-    from experiments.train.evaluate import Comparison
+    from experiments.train.scores import Comparison
 
     rng = np.random.default_rng(0)
     features, classes = rng.normal(size=(40, 3)), np.arange(40) % 4

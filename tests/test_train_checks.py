@@ -23,10 +23,11 @@ from experiments.train.checks import check_out, check_readable, check_writable
 from experiments.train.commands import Evaluate, Sample, Train
 from experiments.train.conditions import Captions, Labels, Nothing
 from experiments.train.config import Config
-from experiments.train.evaluate import LEAST, Reference, summary, write_curves
+from experiments.train.evaluate import summary, write_curves
 from experiments.train.job import read_data
 from experiments.train.options import check, range_of, read_options
 from experiments.train.presets import preset
+from experiments.train.reference import LEAST, Reference
 from experiments.train.run import RunFolder, as_dict
 from experiments.train.telemetry import LogOptions, check_packages
 from experiments.train.terminal import UserError

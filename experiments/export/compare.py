@@ -29,13 +29,13 @@ from ..train.__main__ import parsed
 from ..train.classifier import train_classifier
 from ..train.commands import Which, run_folder
 from ..train.config import SamplingConfig
-from ..train.evaluate import Comparison, accuracy, frechet
 from ..train.finished import open_finished
 from ..train.job import Compute, Inputs
 from ..train.methods import DTYPES, Method, check_sampling, make_solver, make_times
 from ..train.options import Samples, check
 from ..train.processes import exit_with
 from ..train.sampling import Drawing, Sampler
+from ..train.scores import Comparison, accuracy, frechet
 from ..train.streams import stream_key
 from ..train.terminal import Signals, UserError, run_main, say
 from .states import BATCHES, median_seconds

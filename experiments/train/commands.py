@@ -35,7 +35,7 @@ from .config import (
 )
 from .data import open_source, open_test
 from .diffusion import load_start, train_diffusion
-from .evaluate import Measuring, Reference, describe, summary, write_curves
+from .evaluate import Measuring, describe, summary, write_curves
 from .few_steps import FEW_STEP
 from .figures import image_grid, read_png, save_png
 from .finished import open_finished
@@ -46,6 +46,7 @@ from .methods import check_sampling
 from .networks import Pixels
 from .options import Batch, Count, MaybeSteps, Range, Samples, Seed, check
 from .processes import Processes, all_succeed, join
+from .reference import Reference
 from .run import METRICS, RunFolder, as_dict, write_json
 from .sampling import Drawing, Sampler
 from .streams import stream_key

@@ -1,166 +1,38 @@
-"""Measuring: the real images that samples are compared with, the evaluators, and the pictures."""
+"""Measuring a run: its samples drawn and scored, its reconstructions, and the pictures."""
 
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
-from eqxldm.data import ImageSource
-from eqxldm.data.pixels import to_float, to_uint8
-from eqxldm.distributed import from_primary, is_primary, local_mesh, replicate
+from eqxldm.distributed import from_primary, is_primary, local_mesh
 from eqxldm.durable import replacing
-from eqxldm.metrics import frechet_distance, precision_recall, psnr, ssim
-from eqxldm.models import LPIPS
-from eqxldm.sharding import batch_sharding
+from eqxldm.metrics import frechet_distance
 
-from .classifier import VALUES, Described, Features, Images, map_images
-from .conditions import SHOWN, Captions, Condition, Labels, Wanted
+from .classifier import Described, Features, Images
+from .conditions import SHOWN, Labels, Wanted
 from .config import Config, SamplingConfig
-from .data import count_readable, decoded
 from .few_steps import variants
 from .figures import image_grid, save_curves, save_png
 from .job import Job
 from .methods import check_sampling
-from .networks import Autoencoder, lpips_of
+from .networks import Autoencoder
+from .reconstructions import lpips_score, pixel_scores, reconstruct
+from .reference import Reference
 from .run import METRICS, RunFolder, as_dict, versions
 from .sampling import Drawing, Sampler, Trained, forward_process, reverse_process
-from .streams import stream_key, stream_order
-from .terminal import UserError
+from .scores import EVALUATORS, Comparison, Evaluator
+from .streams import stream_key
 
 COLUMNS = 10  # of samples.png
 PAIRS = 16  # images in reconstructions.png
 RECONSTRUCTED = 1000  # images whose reconstructions are measured
 PART = 2048  # samples, or a batch, that an interruption costs at most
-LEAST = 5  # real images with which neighbours can be measured
-
-
-class Comparison(NamedTuple):
-    """Samples beside real images, as an evaluator sees them; the labels are those asked for."""
-
-    real: Described
-    samples: Described
-    labels: Int[np.ndarray, " n"] | None
-    class_names: tuple[str, ...] = ()
-
-
-def frechet(c: Comparison) -> dict[str, float]:
-    """The distance of Gaussians fitted to the features (Heusel et al. 2017)."""
-    return {"fd": frechet_distance(c.real.features, c.samples.features)}
-
-
-def manifold(c: Comparison) -> dict[str, float]:
-    """How many samples lie among real images, and the reverse (Kynkäänniemi et al. 2019)."""
-    precision, recall = precision_recall(c.real.features, c.samples.features)
-    return {"precision": precision, "recall": recall}
-
-
-def accuracy(c: Comparison) -> dict[str, float]:
-    """The share of samples whose class is found to be the one asked for."""
-    if c.labels is None or c.samples.classes is None:
-        return {}
-    return {"accuracy": float(np.mean(c.samples.classes == c.labels))}
-
-
-def accuracy_of_parts(c: Comparison) -> dict[str, float]:
-    """The same of each part of the classes' names, where all are pairs, such as "food, noto"."""
-    parts = [name.split(", ") for name in c.class_names]
-    if c.labels is None or c.samples.classes is None or {len(p) for p in parts} != {2}:
-        return {}
-    names = np.array(parts)
-    right = names[c.samples.classes] == names[c.labels]
-    return {f"accuracy_part_{i + 1}": float(np.mean(right[:, i])) for i in range(2)}
-
-
-# To add one, write a function from a Comparison to numbers by name.
-Evaluator = Callable[[Comparison], dict[str, float]]
-EVALUATORS: tuple[Evaluator, ...] = (frechet, manifold, accuracy, accuracy_of_parts)
-
-
-class Reference:
-    """Real images: those that samples are measured against, and as many others to compare with."""
-
-    def __init__(
-        self,
-        config: Config,
-        source: ImageSource,
-        test: ImageSource | None,
-        condition: Condition,
-        *,
-        strict: bool,
-    ):
-        self._config, self._strict = config, strict
-        order = stream_order(config.seed, "reference", len(source))
-        if test is None:
-            n = min(config.pictures.reference, len(source) // 2)
-            self._real, self._others = (source, order[:n]), (source, order[n:])
-        else:
-            chosen = stream_order(config.seed, "reference", len(test))
-            self._real = test, chosen[: min(config.pictures.reference, len(test))]
-            self._others = source, order
-        if len(self._real[1]) < LEAST or len(self._others[1]) < LEAST:
-            raise UserError(
-                f"{len(source)} images, {len(self._real[1])} of them to measure against: at least "
-                f"{LEAST} are needed there and {LEAST} others. Give more images, or --test-images."
-            )
-        for name, part in (("measured against", self._real), ("compared with", self._others)):
-            n = count_readable(*part, config, enough=LEAST, strict=strict)
-            if n < LEAST:
-                raise UserError(
-                    f"of the {len(part[1])} images that are to be {name} only {n} can be read: at "
-                    f"least {LEAST} are needed. Give more images, or --test-images."
-                )
-        if isinstance(condition, Captions) and not self.texts(1)[0]:
-            raise UserError(
-                "--test-images: they have no captions, for which samples are drawn. Put "
-                "captions.json or metadata.jsonl beside them, or give --condition label or none."
-            )
-
-    def first(self, n: int) -> Images:
-        """Some of the real images at full size, mixed over the classes."""
-        source, indices = self._real
-        parts = decoded(source, indices[:n], self._config, strict=self._strict)
-        return np.concatenate([images for images, _ in parts])
-
-    def texts(self, n: int, *, others: bool = False) -> tuple[tuple[str, ...], Any]:
-        """Captions of real images, or of the others, to draw images for, and their classes."""
-        source, indices = self._others if others else self._real
-        if not source.has_captions:
-            return (), None
-        records = [source[int(i)] for i in indices[:n]]
-        labels = np.array([r.label for r in records], np.int32) if source.class_names else None
-        return tuple(r.caption or "" for r in records), labels
-
-    @property
-    def held_out(self) -> bool:
-        """Whether the real images have captions that the others, of the training, have not."""
-        return self._real[0] is not self._others[0] and self._real[0].has_captions
-
-    def described(self, features: Features) -> tuple[Described, dict[str, float]]:
-        """What the features say of the real images, and how often the classes are right."""
-        found, labels = self._describe(self._real, len(self._real[1]), features)
-        if found.classes is None or labels is None:
-            return found, {}
-        return found, {"classifier_accuracy": float(np.mean(found.classes == labels))}
-
-    def others(self, features: Features, n: int) -> Described:
-        """The same of `n` other real images, or as many as there are."""
-        return self._describe(self._others, n, features)[0]
-
-    def _describe(self, part: tuple[ImageSource, Any], n: int, features: Features):
-        source, indices = part
-        found = decoded(source, np.sort(indices[:n]), self._config, strict=self._strict)
-        described, labels = zip(*((features(images), y) for images, y in found), strict=True)
-        values, classes = zip(*described, strict=True)
-        join = lambda parts: None if parts[0] is None else np.concatenate(parts)
-        return Described(np.concatenate(values), join(classes)), join(labels)
 
 
 class Measuring:
@@ -374,53 +246,6 @@ def samples_grid(images: Images, wanted: Wanted) -> Images:
     columns = min(COLUMNS, int(counts.min()))
     rows = [images[wanted.labels == label][:columns] for label in found[spread]]
     return image_grid(np.concatenate(rows), columns)
-
-
-def reconstruct(autoencoder: Autoencoder, images: Images, pad: int, batch: int = 64) -> Images:
-    """Decodes the posterior's mode of each image, on all devices of this process."""
-
-    @eqx.filter_jit
-    def through(autoencoder, images):
-        x = to_float(images, pad=pad)
-        return to_uint8(jax.vmap(lambda x: autoencoder.decode(autoencoder.encode(x)))(x), pad=pad)
-
-    return on_devices(through, autoencoder, images, batch)
-
-
-def on_devices(function: Callable[[Any, Any], Any], model: Any, images: Images, batch: int) -> Any:
-    """`map_images`, each batch divided over the devices of this process."""
-    mesh = local_mesh()
-    size = -(-min(batch, len(images)) // mesh.size) * mesh.size
-    put = lambda part: jax.device_put(part, batch_sharding(mesh))
-    return map_images(function, replicate(model, mesh), images, size, put)
-
-
-def pixel_scores(originals: Images, rebuilt: Images) -> dict[str, float]:
-    """The means of PSNR and SSIM."""
-    as_unit = lambda u: jnp.asarray(np.moveaxis(u, -1, 1), jnp.float32) / 255
-    size = max(1, 2 * VALUES // originals[0].size)
-    scores = []
-    for i in range(0, len(originals), size):
-        x, y = as_unit(originals[i : i + size]), as_unit(rebuilt[i : i + size])
-        scores.append((psnr(x, y), ssim(x, y)))
-    of_each = [jnp.concatenate(parts) for parts in zip(*scores, strict=True)]
-    return {"psnr_db": float(jnp.mean(of_each[0])), "ssim": float(jnp.mean(of_each[1]))}
-
-
-def lpips_score(
-    originals: Images, rebuilt: Images, lpips: LPIPS, batch: int = 64
-) -> dict[str, float]:
-    """The mean of LPIPS over pairs of images, grey ones as three equal channels."""
-
-    @eqx.filter_jit
-    def distances(distance, pairs):
-        x, y = (to_float(part) for part in jnp.split(pairs, 2, axis=-1))
-        return jax.vmap(distance)(x, y)
-
-    distance = lpips_of(lpips, originals.shape[-1])
-    pairs = np.concatenate([originals, rebuilt], axis=-1)
-    found = on_devices(distances, distance, pairs, batch)
-    return {"lpips": float(np.mean(found))}
 
 
 def write_curves(run: RunFolder) -> None:

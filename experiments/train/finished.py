@@ -10,10 +10,10 @@ from .conditions import Condition
 from .config import Config
 from .data import open_source, open_test
 from .diffusion import load_finished
-from .evaluate import Reference
 from .job import Compute, Inputs, Job, read_data
 from .methods import Method, make_method
 from .options import read_options
+from .reference import Reference
 from .run import RunFolder
 from .sampling import Trained
 from .terminal import Signals

@@ -29,11 +29,11 @@ from .autoencoder import obtain_autoencoder
 from .classifier import train_classifier
 from .commands import Autoencoder, Train, in_folder, prepare
 from .config import SamplingConfig
-from .evaluate import Comparison, accuracy, frechet
 from .few_steps import variants
 from .job import Compute
 from .options import MaybeSteps, Range, Samples, check
 from .presets import BLOCKS, HEAD, INTERNAL, changed, preset
+from .scores import Comparison, accuracy, frechet
 from .seeds import Built, Draw, build, posteriors, train
 from .streams import stream_key
 from .terminal import UserError, run_main, say
