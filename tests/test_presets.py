@@ -108,6 +108,8 @@ def test_each_kind_of_run_has_its_folder():
         for space in ("latent", "pixel")
         for denoiser in ("dit", "unet")
     }
+    for form, name in (("modern", "cifar10"), ("published", "cifar10-published")):
+        assert run_folder(commands.Sample("cifar10", form=form)).path.name == name
     assert names == {
         f"{preset}{space}{denoiser}"
         for preset in ("mnist", "smoke")

@@ -26,7 +26,7 @@ from .commands import (
     train,
     train_autoencoder,
 )
-from .config import FormName, ObjectiveName, PresetName
+from .config import FormName, ObjectiveName, PresetName, default_form
 from .data import open_folder
 from .presets import preset
 from .processes import exit_with
@@ -84,10 +84,12 @@ def chosen_preset(args: Sequence[str]) -> Train:
 
     name = one("--preset", PRESETS, "images")
     size = [int(n) for n in given(args, "--size", 2) if n.isdecimal() and 0 < int(n) <= 8192]
+    space = one("--space", ("latent", "pixel"), "latent")
+    denoiser = one("--denoiser", ("dit", "unet"), "dit")
     options: dict[str, Any] = {
-        "space": one("--space", ("latent", "pixel"), "latent"),
-        "denoiser": one("--denoiser", ("dit", "unet"), "dit"),
-        "form": one("--form", FORMS, "published"),
+        "space": space,
+        "denoiser": denoiser,
+        "form": one("--form", FORMS, default_form(name, space, denoiser)),
         "objective": one("--objective", OBJECTIVES, "denoising"),
         "started": bool(given(args, "--start-from")),
     }

@@ -32,6 +32,7 @@ from .config import (
     PresetName,
     SamplingConfig,
     SpaceName,
+    default_form,
 )
 from .data import open_source, open_test
 from .diffusion import load_start, train_diffusion
@@ -296,7 +297,8 @@ def run_folder(command: Train | Which, ending: str = "") -> RunFolder:
     """The folder named, or runs/ with the preset, and what is not the default."""
     names = [command.preset]
     names += ["pixel"] * (command.space == "pixel") + ["unet"] * (command.denoiser == "unet")
-    names += [command.form] * (command.form != "published")
+    default = default_form(command.preset, command.space, command.denoiser)
+    names += [command.form] * (command.form != default)
     names += [command.objective] * (command.objective != "denoising")
     path = command.run_dir or Path("runs") / ("-".join(names) + ending)
     return RunFolder(path, primary=is_primary())

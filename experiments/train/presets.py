@@ -5,7 +5,7 @@ from dataclasses import replace
 import tyro
 
 from .commands import Train
-from .config import DenoiserName, FormName, ObjectiveName, PresetName, SpaceName
+from .config import DenoiserName, FormName, ObjectiveName, PresetName, SpaceName, default_form
 from .few_steps import DIFFERENTIATED, FEW_STEP
 
 # Sizes that train in minutes on two CPU cores; the defaults of Train's options are DiT's recipe.
@@ -15,6 +15,7 @@ TWO_CORES = """
     --autoencoder.steps 1500 --autoencoder.learning-rate 3e-3 --autoencoder.channels 32 64
     --autoencoder.patch-size 2 --autoencoder.blocks 1 --autoencoder.groups 8
     --autoencoder.latent-channels 8 --autoencoder.no-attention --autoencoder.distance l2
+    --autoencoder.perceptual-weight 0.1
     --autoencoder.kl-weight 3e-3 --autoencoder.ema-decay 0.99 --autoencoder.gan-weight 0.25
     --autoencoder.gan-start 1000 --autoencoder.discriminator-channels 32
     --autoencoder.discriminator-layers 2 --autoencoder.discriminator-learning-rate 1e-3
@@ -166,12 +167,13 @@ def preset(
     count: int = 1000,
     objective: ObjectiveName = "denoising",
     started: bool = False,
-    form: FormName = "published",
+    form: FormName | None = None,
 ) -> Train:
-    """The options of a preset for a space, a denoiser, its form and an objective.
+    """The options of a preset for a space, a denoiser, a form (else its own) and an objective.
 
     `images` asks for size and count, too; `started`: the run begins as a finished one.
     """
+    form = default_form(name, space, denoiser) if form is None else form
     small = [TWO_CORES, PIXEL if space == "pixel" else LATENT]
     if name == "imagenet256":
         layers = [IMAGENET256]

@@ -146,7 +146,7 @@ def few_rows(options: Options, shape: Any) -> dict[str, Row]:
 
 
 def _base(options: Options, objective: Any) -> Train:
-    found = preset(options.preset, objective=objective)
+    found = preset(options.preset, objective=objective, form="published")
     if not options.steps:
         return found
     share = options.steps / preset(options.preset).diffusion.steps
