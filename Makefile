@@ -67,13 +67,17 @@ COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference 
 EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 RUNS = --preset $(or $(PRESET),mnist) $(if $(RUN),--run-dir "$(RUN)") $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
-RUN_OF_SOUND = $(if $(SMOKE),runs/sound-smoke,runs/sound)
+RUN_OF_SOUND = $(or $(RUN),$(if $(SMOKE),runs/sound-smoke,runs/sound))
+RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(if $(RUN),--run-dir "$(RUN)"))
+# Files that PyAV reads or writes.
+OF_VIDEO = $(filter %.mp4 %.m4v %.mov %.webm %.mkv %.avi,$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
-SOUNDING = --sound --run-dir $(RUN_OF_SOUND) $(if $(SMOKE),,--diffusion.steps 2400)
-OF_CLIPS = $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),$(SOUNDING)) $(if $(SIZE),--size $(SIZE)) \
+SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 2400)
+OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),$(SOUNDING)) \
+	$(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
 	$(if $(FPS),--fps $(FPS)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
-OF_SAMPLES = $(if $(SOUND)$(CLIP)$(WAV),--run-dir $(RUN_OF_SOUND)) $(if $(CLIP),--clip "$(CLIP)") \
+OF_SAMPLES = $(RUN_OF_CLIPS) $(if $(CLIP),--clip "$(CLIP)") \
 	$(if $(WAV),--wav "$(WAV)") $(if $(PROMPT),--prompt "$$PROMPT") $(if $(FIRST),--first "$(FIRST)") \
 	$(if $(FRAMES),--frames $(FRAMES)) $(HOW) $(if $(SEED),--seed $(SEED)) \
 	$(if $(OUT),--out "$(OUT)") $(ARGS)
@@ -171,10 +175,10 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
 
-train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8; SOUND=1; SMOKE=1
+train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8 RUN=runs/clips; SOUND=1; SMOKE=1
 	$(CLIPS) train $(OF_CLIPS)
 
-sample-video: $(WITH_TEXT) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
+sample-video: $(WITH_TEXT) $(if $(OF_VIDEO),$(VIDEO)) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
 	$(CLIPS) sample $(OF_SAMPLES)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)

@@ -191,6 +191,20 @@ def test_each_clip_is_read_once_whatever_links_there_are(tmp_path, caplog):
     assert caplog.text.count("passed over") == 7
 
 
+def test_a_folder_of_images_that_move_is_a_class_and_one_of_still_ones_a_clip(tmp_path):
+    for name in ("cat", "dog", "emu/still"):
+        (tmp_path / name).mkdir(parents=True)
+    for k in range(4):
+        save(tmp_path / "cat" / f"{k}.gif", 3)
+        save(tmp_path / "dog" / f"{k}.webp", 3, lossless=True)
+        pictures(1)[0].save(tmp_path / "emu/still" / f"{k}.webp", lossless=True)
+    found = list_clips(tmp_path)
+    assert [caption for path, caption in found if path.is_file()] == 4 * ["cat"] + 4 * ["dog"]
+    assert [path.name for path, _ in found if path.is_dir()] == ["still"]
+    save(tmp_path / "emu/still" / "5.gif", 3)  # beside what moves, still ones are too short
+    assert len(list_clips(tmp_path)) == 13
+
+
 def test_what_would_be_missing_without_a_word_is_refused(tmp_path, monkeypatch):
     save(tmp_path / "a.gif", 3)
     (tmp_path / "b.gif").symlink_to("gone.gif")

@@ -192,9 +192,9 @@ def list_clips(folder: str | Path) -> list[tuple[Path, str | None]]:
     """Every file or folder of frames below a folder that may be a clip, and its caption.
 
     Captions are those of `captions.json`, `{file: caption}`, beside the files, or the names of the
-    folders that the files lie in, classes. A folder that holds three images or more and no video is
-    one clip, its frames. Links are followed, and what is read anyway is passed over, with a line in
-    this module's log.
+    folders that the files lie in, classes. A folder that holds three images or more, and no video
+    and no image that moves, is one clip, its frames. Links are followed, and what is read anyway is
+    passed over, with a line in this module's log.
 
     **Raises** `DataError` if there is no such folder, nothing in it, or captions for some alone;
     for a folder that cannot be listed, a link to nothing, or what is named like a clip and is none.
@@ -253,7 +253,8 @@ class _Walk:
         files = [path for path, _, kind in entries if kind == "file"]
         videos = [path for path in files if _ends(path.name, VIDEO_ENDINGS + ANIMATION_ENDINGS)]
         frames = [path for path in files if _ends(path.name, IMAGE_ENDINGS)]
-        if not top and len(frames) > 2 and not set(videos) - set(frames):
+        moves = lambda path: not _ends(path.name, IMAGE_ENDINGS) or _is_animated(path)
+        if not top and len(frames) > 2 and not any(map(moves, videos)):
             self.found.append(folder)
             return
         for path, entry, kind in entries:
@@ -282,6 +283,17 @@ class _Walk:
             return True
         leads = "the folder around it" if first is None else first
         _logger.warning("%s: passed over: it leads to %s, which is read.", path, leads)
+        return False
+
+
+def _is_animated(path: Path) -> bool:
+    """Whether a GIF or WebP file has several frames; one that cannot be read has not."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("GIF", "WEBP")) as picture:
+            return getattr(picture, "is_animated", False)
+    except Exception:  # each format's reader has its own ways to fail
         return False
 
 

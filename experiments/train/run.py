@@ -21,6 +21,7 @@ from eqxldm.durable import is_temporary, read_file, replacing
 from .terminal import UserError, say
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "tensorstore", "numpy")
+CONTENT = "content"  # of a configuration, where it says what the data are
 CONFIG, MANIFEST, METRICS, LOG = "config.json", "manifest.json", "metrics.json", "log.jsonl"
 
 
@@ -284,7 +285,11 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
             for key in dict.fromkeys([*new, *old])
             for line in _differences(old.get(key), new.get(key), below(key))
         ]
-    return [] if old == new else [f"--{name.replace('_', '-')}: the folder has {old}, now {new}"]
+    if old == new:
+        return []
+    if name == CONTENT:
+        return ["the data are not those that it was made of"]
+    return [f"--{name.replace('_', '-')}: the folder has {old}, now {new}"]
 
 
 def as_dict(options: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def main(args: Sequence[str] | None = None) -> None:
     default = Train()
     if args[:1] == ["--smoke"]:
         args, default = args[1:], smoke(default)
-    if "--videos" in args:  # of which most have colour
+    if any(arg.partition("=")[0] == "--videos" for arg in args):  # of which most have colour
         default = replace(default, clips=replace(default.clips, channels=3))
     drawn = Sample(run_dir=default.run_dir, sampling=default.sampling)
     command: Any = (

@@ -15,7 +15,6 @@ from eqxldm.data import (
     ANIMATION_ENDINGS,
     VIDEO_ENDINGS,
     DataError,
-    Wanted,
     decode_and_crop,
     no_condition,
 )
@@ -28,12 +27,12 @@ from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 from ..train.checks import check_writable
 from ..train.methods import DTYPES
 from ..train.options import check, read_options
-from ..train.run import CONFIG, METRICS, RunFolder, as_dict, read_json, write_json
+from ..train.run import CONFIG, CONTENT, METRICS, RunFolder, as_dict, read_json, write_json
 from ..train.streams import stream_key
 from ..train.telemetry import check_packages
 from ..train.terminal import Signals, UserError, say
 from .classifier import ClipClassifier, halved
-from .config import FPS, Config, Sample, SamplingOptions, Train, check_clips, earlier
+from .config import Config, Sample, SamplingOptions, Train, check_clips, earlier
 from .data import (
     Clips,
     WithSound,
@@ -86,7 +85,7 @@ def train(command: Train) -> None:
         mesh = make_mesh(parse_mesh(command.mesh))
         for options in parts_of(command):
             check_batch(options.batch_size, mesh)
-        if command.diffusion.image_steps and not command.clips.sound:
+        if command.config.pictures_first:
             check_batch(command.diffusion.image_batch_size, mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -97,7 +96,7 @@ def train(command: Train) -> None:
     with run.locked():
         new = not (run.path / CONFIG).exists() or command.overwrite
         # Other clips are another run; the folder says which it is about.
-        about = {**as_dict(command.config), "content": content}
+        about = {**as_dict(command.config), CONTENT: content}
         run.open(about, overwrite=command.overwrite, defaults=as_dict(earlier()))
         found = run.metrics()
         if found is not None:
@@ -227,8 +226,8 @@ def finish(job: Job, trained: Trained, measure: Measure) -> None:
     write_json(run.file(METRICS), metrics)
     with open(run.file("samples.npz"), "wb") as file:
         np.savez_compressed(file, clips=samples, texts=np.array(texts_of))
-    save_pictures(run, "samples", samples[:SHOWN], command.clips.fps or FPS)
-    save_pictures(run, "real", real[:SHOWN], command.clips.fps or FPS)
+    save_pictures(run, "samples", samples[:SHOWN], command.clips.rate)
+    save_pictures(run, "real", real[:SHOWN], command.clips.rate)
     say(summary(metrics))
     if job.captioned:
         say("samples, row by row: " + "; ".join(texts_of[:SHOWN]))
@@ -316,7 +315,7 @@ def summary(metrics: dict[str, Any]) -> str:
 def load_trained(folder: Path) -> tuple[Trained, list[str]]:
     """The networks of a finished run, and the captions of its test clips."""
     run = RunFolder(folder)
-    config = read_options(Config, run, "content", earlier=earlier)
+    config = read_options(Config, run, CONTENT, earlier=earlier)
     if not (folder / DENOISER).exists() or not (folder / TEXTS).exists():
         raise UserError(f"the run in {folder} is not finished: run the train command again.")
     repair = "Train again with --overwrite."
@@ -348,8 +347,9 @@ def sample(command: Sample) -> None:
         raise UserError(f"--prompt: the run in {command.run_dir} knows no captions.")
     if command.prompt is not None:  # what cuts it may have to be fetched first
         captions_of(trained.config).say_cut(command.prompt)
-    windows = not clips.sound  # of which longer clips are made
-    if windows and ((command.overlap - 1) % 4 or command.overlap >= clips.frames):
+    frames = command.frames or clips.frames
+    longer = frames > clips.frames and command.overlap >= clips.frames
+    if not clips.sound and ((command.overlap - 1) % 4 or longer):
         raise UserError(
             f"--overlap {command.overlap}: must be 4 k + 1 and less than the {clips.frames} frames "
             "of a window."
@@ -366,13 +366,12 @@ def sample(command: Sample) -> None:
     first = None if command.first is None else read_first(command, trained.config)
     drawing = make_drawing(trained, command.sampling, min(command.sampling_batch, command.n))
     key = stream_key(command.seed, "samples")
-    frames = command.frames or clips.frames
     path = out or run.file("sample.png")
     if isinstance(drawing, SoundDrawing):
         found = sample_sound(command, drawing, wanted, key, first, path)
     else:
         found = drawing.long(wanted, key, frames, overlap=command.overlap, first=first)
-    save_animation(path, grid_frames(found, min(4, command.n)), clips.fps or FPS)
+    save_animation(path, grid_frames(found, min(4, command.n)), clips.rate)
     save_filmstrip(strip_of(path), found)
     if trained.captioned and command.prompt is None:
         say("row by row: " + "; ".join(wanted))
@@ -397,8 +396,7 @@ def read_first(command: Sample, config: Config) -> Any:
     try:
         check_is_file(path)
         if is_clip:
-            frames = read_clips(path, Wanted(count, clips.size, clips.channels, clips.fps), most=1)
-            first = frames[0]
+            first = read_clips(path, clips.wanted(count), most=1)[0]
         elif count > 1:
             raise UserError(f"--first {path}: is one picture; --first-frames {count} need a clip.")
         else:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from eqxldm.data import Wanted
 from eqxldm.text import MERGES
 
 from ..train.options import (
@@ -38,7 +39,7 @@ class ClipOptions:
 
     frames: FramesCount = 17  # Frames of a clip, 4 k + 1.
     size: tuple[Side, Side] = (64, 64)  # Height and width, multiples of 16.
-    channels: Annotated[int, Range(1, 3)] = 1  # 1 for grey, 3 for colour.
+    channels: Literal[1, 3] = 1  # 1 for grey, 3 for colour.
     # Frames a second; frames of files are taken as they come, unless it is given.
     fps: Annotated[float, Range(0, 1000, "(]")] | None = None
     # The network is told the caption, or nothing; auto: the caption if the clips have any.
@@ -47,6 +48,15 @@ class ClipOptions:
     sound: bool = False  # Digits sound when they bounce, and clips are made with their sound.
     count: Samples = 4096  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
+
+    @property
+    def rate(self) -> float:
+        """Frames a second at which clips are made and played."""
+        return self.fps or FPS
+
+    def wanted(self, frames: int) -> Wanted:
+        """So many frames of a file; with sound, which goes by the clock, they have the rate."""
+        return Wanted(frames, self.size, self.channels, self.rate if self.sound else self.fps)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ class DiffusionOptions:
 
     steps: Steps = 4000  # Training steps.
     batch_size: Batch = 16  # Clips in a step.
-    # Steps before these of the first frames alone, which are pictures; 0: none, as with `--sound`.
+    # Steps before these of the first frames alone, which are pictures; 0: none, as with `--sound`
+    # and where a token is of several latent frames.
     image_steps: MaybeSteps = 2400
     image_batch_size: Batch = 48  # Pictures in such a step.
     optimizer: OptimizerName = "adamw"
@@ -152,6 +163,12 @@ class Config:
     # (`--sound` itself, which is true or false, is of the clips.)
     sound: SoundOptions = field(default_factory=SoundOptions)
     seed: Seed = 0  # Of everything that is random.
+
+    @property
+    def pictures_first(self) -> bool:
+        """Whether there is a stage of first frames alone. These must be tokens of their own."""
+        possible = self.clips.frames > 1 and self.diffusion.patch_size[0] == 1
+        return self.diffusion.image_steps > 0 and possible and not self.clips.sound
 
 
 def earlier() -> Config:
@@ -233,7 +250,7 @@ def check_clips(clips: ClipOptions) -> str | None:
     if any(side % 16 for side in clips.size):
         h, w = clips.size
         return f"--size {h} {w}: both must be multiples of 16: 8 pixels of the latent's, twice."
-    fps = clips.fps or FPS
+    fps = clips.rate
     if clips.sound and (1000 / fps != round(1000 / fps) or not 4 <= fps <= 100):
         return (
             f"--fps {fps:g}: with sound it must lie in [4, 100] and divide 1000, such as 8 or 10."

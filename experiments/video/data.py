@@ -1,5 +1,6 @@
 """The clips of a run: made of MNIST or read from a folder, and what the networks are told."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from eqxldm.data import (
     ImageRecord,
     ImageSource,
     MovingDigits,
-    Wanted,
     clips_digest,
     no_condition,
     open_mnist,
@@ -24,7 +24,7 @@ from eqxldm.data import (
 from ..train.conditions import Captions
 from ..train.run import RunFolder
 from ..train.terminal import UserError, say
-from .config import FPS, ClipOptions, Config, Train
+from .config import ClipOptions, Config, Train
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 LEAST = 10  # clips to measure against
@@ -82,9 +82,9 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
         return moving_digits(command)
     if clips.sound:
         raise UserError("--sound: is of moving digits, whose bounces are known; not of --videos.")
-    wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
     say(f"clips: those of {command.videos} are decoded once")
-    found = write_clips(command.videos, run.file("clips"), wanted, strict=command.strict)
+    wanted, out = clips.wanted(clips.frames), run.file("clips")
+    found = write_clips(command.videos, out, wanted, strict=command.strict)
     if found.skipped:
         say(
             f"clips: {len(found.skipped)} files are left out, listed in clips/clips.json; the "
@@ -96,8 +96,24 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
             f"{2 * LEAST}, of which {LEAST} measure. Give more or longer files, or fewer --frames."
         )
     n = min(clips.test, max(len(found) // 10, LEAST))
-    order = np.random.default_rng(seed % 2**32).permutation(len(found)).tolist()
+    order = by_file(found.about["ids"], np.random.default_rng(seed % 2**32))
     return Clips(Part(found, tuple(sorted(order[n:]))), Part(found, tuple(sorted(order[:n]))))
+
+
+def by_file(ids: list[str], rng: np.random.Generator) -> list[int]:
+    """The clips' numbers, files in a random order and the clips of one together.
+
+    Cut in two, the parts have at most one file in common, which they divide at one moment: the
+    clips of a file follow each other at once, and what measures must not be next to what teaches.
+
+    >>> by_file(["a.mp4#0", "a.mp4#1", "b.mp4", "c.mp4#0", "c.mp4#1"], np.random.default_rng(0))
+    [3, 4, 0, 1, 2]
+    """
+    files: dict[str, list[int]] = {}
+    for k, name in enumerate(ids):
+        files.setdefault(re.sub(r"#\d+$", "", name), []).append(k)
+    together = list(files.values())
+    return [k for i in rng.permutation(len(together)) for k in together[i]]
 
 
 def moving_digits(command: Train) -> Clips:
@@ -110,7 +126,7 @@ def moving_digits(command: Train) -> Clips:
         digits = open_mnist("mnist", command.mnist, split=split, log=say)
         assert digits.labels is not None
         options: dict[str, Any] = dict(frames=clips.frames, size=clips.size[0], seed=seed % 2**32)
-        options |= dict(count=clips.digits, fps=clips.fps or FPS)
+        options |= dict(count=clips.digits, fps=clips.rate)
         options |= dict(tones=Tones(MEL_RATE)) if clips.sound else {}
         return MovingDigits(digits.images[..., 0], digits.labels, count, **options), digits
 
@@ -165,7 +181,7 @@ class WithSound:
 
 def spectrogram_of(clips: ClipOptions) -> MelSpectrogram:
     """Of the sounds of a run: eight frames go with each frame of a clip."""
-    return MelSpectrogram(MEL_RATE, hop=round(MEL_RATE / (clips.fps or FPS) / MEL_FRAMES))
+    return MelSpectrogram(MEL_RATE, hop=round(MEL_RATE / clips.rate / MEL_FRAMES))
 
 
 def strip_size(clips: ClipOptions) -> tuple[int, int]:

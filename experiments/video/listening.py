@@ -17,7 +17,6 @@ from eqxldm.audio import (
     wav_bytes,
 )
 from eqxldm.data import MovingDigits, read_clips
-from eqxldm.data.clips import Wanted
 from eqxldm.data.errors import DataError
 from eqxldm.durable import check_is_file, replacing
 from eqxldm.metrics import motions, track
@@ -25,7 +24,7 @@ from eqxldm.metrics import motions, track
 from ..train.figures import save_png
 from ..train.streams import stream_key
 from ..train.terminal import UserError, say, user_errors
-from .config import FPS, Config, Sample
+from .config import Config, Sample
 from .data import MEL_FRAMES, spectrogram_of
 from .drawing import Drawn, Frames
 from .measuring import SIDE
@@ -43,7 +42,7 @@ class Ears:
 
     def __init__(self, config: Config):
         self.mel: MelSpectrogram = spectrogram_of(config.clips)
-        self.fps, self.digits = config.clips.fps or FPS, config.clips.digits
+        self.fps, self.digits = config.clips.rate, config.clips.digits
 
     def waves(self, mels: Float[np.ndarray, "n m bands"]) -> list[np.ndarray]:
         return [self.mel.wave(mel) for mel in mels]
@@ -251,8 +250,7 @@ def sample_sound(
     with user_errors(DataError, OSError, ValueError, what="--clip, --wav"):
         if command.clip is not None:
             check_is_file(command.clip)
-            wanted = Wanted(clips.frames, clips.size, clips.channels, clips.fps)
-            found = read_clips(command.clip, wanted, most=1)[0]
+            found = read_clips(command.clip, clips.wanted(clips.frames), most=1)[0]
             given = dict(what="sound", frames=np.repeat(found[None], command.n, 0))
         if command.wav is not None:
             check_is_file(command.wav)

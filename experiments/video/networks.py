@@ -24,7 +24,7 @@ from eqxldm.text import vocabulary_size
 from eqxldm.training import in_dtype
 
 from ..train.methods import DTYPES, PREDICTIONS
-from .config import FPS, Config
+from .config import Config
 from .data import FOLD, MEL_FRAMES
 
 LEAST_TIME = 1e-3  # below it what is said of a known frame is that at this time
@@ -163,7 +163,7 @@ def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key
     """The transformer of clips and sounds, both told when each of their tokens is."""
     options, clips = config.diffusion, config.clips
     key, text_key = jax.random.split(key)
-    fps = clips.fps or FPS
+    fps = clips.rate
     # A latent frame is at the middle of the frames that it stands for: 0, then 1 to 4, 5 to 8, ...
     frames = np.array([0.0, *(4 * np.arange(1, latent[1]) - 1.5)]) / fps
     seconds = frames.reshape(-1, options.patch_size[0]).mean(1)

@@ -320,7 +320,7 @@ def train_diffusion(
         return job.stages.average(name, build, optimizer, loss, batches, length, ema_decay=decay)
 
     build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
-    if options.image_steps and sound is None and shape[1] > 1:
+    if config.pictures_first:
         enough = options.image_batch_size <= len(job.clips.train)
         size = options.image_batch_size if enough else options.batch_size
         pictures = Pictures(options.image_steps, size)

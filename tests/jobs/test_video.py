@@ -122,12 +122,14 @@ def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
     ask = lambda **options: sample(Sample(run_dir=run, **options))
     with pytest.raises(UserError, match=r"--overlap 2: must be 4 k \+ 1"):
         ask(overlap=2)
+    with pytest.raises(UserError, match=r"--overlap 5: .* less than the 5 frames of a window"):
+        ask(frames=9)
     with pytest.raises(UserError, match=r"an animation ends with \.png"):
-        ask(out=tmp_path / "a.txt", overlap=1)
+        ask(out=tmp_path / "a.txt")
     with pytest.raises(UserError, match="No such file"):
-        ask(first=tmp_path / "none.png", overlap=1)
+        ask(first=tmp_path / "none.png")
     with pytest.raises(UserError, match=r"--first-frames 3: must be 4 k \+ 1"):
-        ask(first=tmp_path / "none.png", first_frames=3, overlap=1)
+        ask(first=tmp_path / "none.png", first_frames=3)
     with pytest.raises(UserError, match="no run in"):
         sample(Sample(run_dir=tmp_path / "none"))
     train = Train()
@@ -144,10 +146,10 @@ def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
         path = tmp_path / name
         (tmp_path / "a.png").write_text("")
         with pytest.raises(UserError, match="--out"):
-            ask(out=path, overlap=1)
+            ask(out=path)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="pipe"):
-        ask(first=tmp_path / "pipe.png", overlap=1)
+        ask(first=tmp_path / "pipe.png")
 
 
 def test_what_the_end_would_refuse_is_refused_at_the_start(mnist, tmp_path, capsys):
@@ -171,6 +173,26 @@ def test_what_the_end_would_refuse_is_refused_at_the_start(mnist, tmp_path, caps
     assert ask("--videos", str(clips), "--channels", "1") == 2
     assert "3 clips of 5 frames; needed are 20" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_options_that_follow_from_others(monkeypatch):
+    """Files have colour, sound goes by the clock; pictures need tokens of their own."""
+    seen = []
+    monkeypatch.setattr("experiments.video.__main__.train", seen.append)
+    for args in (["--videos", "a"], ["--videos=a"], ["--videos=a", "--channels", "1"], []):
+        main(["train", *args])
+    assert [command.clips.channels for command in seen] == [3, 3, 1, 1]
+    clips = Train().clips
+    assert clips.wanted(5).fps is None and replace(clips, sound=True).wanted(5).fps == clips.rate
+    config = Config()
+    assert config.pictures_first
+    for other in (
+        replace(config, diffusion=replace(config.diffusion, image_steps=0)),
+        replace(config, diffusion=replace(config.diffusion, patch_size=(2, 2, 2))),
+        replace(config, clips=replace(clips, sound=True)),
+        replace(config, clips=replace(clips, frames=1)),
+    ):
+        assert not other.pictures_first
 
 
 def test_networks_and_captions_of_a_run_that_are_not_what_was_written(run, tmp_path):
@@ -226,6 +248,14 @@ def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measu
     assert re.search(
         r"[1-9] of 10 are longer than .* 16, .* the first: a square of", capsys.readouterr().out
     )
+    # Of longer files, none but the one that is cut in two both teaches and measures.
+    short = replace(command, clips=replace(clips, frames=1, test=12))
+    found = open_clips_of(short, RunFolder(tmp_path / "short"))
+    files = [
+        {part[i].id.partition("#")[0] for i in range(len(part))}
+        for part in (found.train, found.test)
+    ]
+    assert len(found.test) == 12 and len(files[1]) == 3 and len(files[0] & files[1]) == 1
     with pytest.raises(UserError, match=r"\d+ clips of 5 frames; needed are 20"):
         for file in sorted(folder.iterdir())[6:]:
             file.unlink()
