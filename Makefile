@@ -39,17 +39,19 @@ CLIPS = .venv/bin/python -m experiments.video $(if $(SMOKE),--smoke)
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
+# A run folder of its own: RUN=runs/another.
+FOLDER = $(if $(RUN),--run-dir "$(RUN)")
 WHICH = $(if $(SPACE),--space $(SPACE)) $(if $(DENOISER),--denoiser $(DENOISER)) \
 	$(if $(MODERN),--form modern) $(if $(FORM),--form $(FORM)) $(if $(OBJECTIVE),--objective $(OBJECTIVE))
 PICTURES = $(if $(IMAGES),--images "$(IMAGES)") $(if $(TEST_IMAGES),--test-images "$(TEST_IMAGES)")
 ON = $(if $(SIZE),--size $(SIZE)) $(if $(CHANNELS),--channels $(CHANNELS)) \
 	$(if $(MESH),--mesh $(MESH)) $(if $(LPIPS),--lpips "$(LPIPS)")
-WITH = $(WHICH) $(PICTURES) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
+WITH = $(FOLDER) $(WHICH) $(PICTURES) $(ON) $(if $(VAE),--vae "$(VAE)") $(if $(MODEL),--dit.model $(MODEL)) \
 	$(if $(EVAL_EVERY),--eval-every $(EVAL_EVERY)) $(if $(FROM),--start-from "$(FROM)") \
 	$(if $(TEXT_ENCODER),--text.tokens frozen --text-encoder "$(TEXT_ENCODER)") $(ARGS)
 HOW = $(if $(N),--n $(N)) $(if $(STEPS),--steps $(STEPS)) $(if $(GUIDANCE),--guidance $(GUIDANCE)) \
 	$(if $(SOLVER),--solver $(SOLVER))
-SAMPLE = $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
+SAMPLE = $(FOLDER) $(WHICH) $(if $(LABEL),--label $(LABEL)) $(if $(PROMPT),--prompt "$$PROMPT") $(HOW) \
 	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 GENERATE = $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
 	$(if $(NEGATIVE),--negative "$$NEGATIVE") $(if $(LABEL),--label "$(LABEL)") $(HOW) \
@@ -64,11 +66,11 @@ COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference 
 	$(if $(FEATURES),--features $(FEATURES)) $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	$(if $(RESIZING),--resizing $(RESIZING)) $(if $(SIZE),--size $(SIZE)) $(if $(N),--n $(N)) \
 	$(if $(OUT),--out "$(OUT)") $(ARGS)
-EVALUATE = $(WHICH) $(PICTURES) $(HOW) $(ARGS)
-RUNS = --preset $(or $(PRESET),mnist) $(if $(RUN),--run-dir "$(RUN)") $(WHICH) $(HOW) $(ARGS)
+EVALUATE = $(FOLDER) $(WHICH) $(PICTURES) $(HOW) $(ARGS)
+RUNS = --preset $(or $(PRESET),mnist) $(FOLDER) $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 RUN_OF_SOUND = $(or $(RUN),$(if $(SMOKE),runs/sound-smoke,runs/sound))
-RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(if $(RUN),--run-dir "$(RUN)"))
+RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(FOLDER))
 # Files that PyAV reads or writes.
 OF_VIDEO = $(filter %.mp4 %.m4v %.mov %.webm %.mkv %.avi,$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
@@ -100,6 +102,7 @@ help: ## list the targets
 	@echo
 	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
 	@echo "  $(JOB) train --help lists them."
+	@echo "  RUN=runs/another trains, samples and measures in a folder of its own."
 	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
 
 train: $(RUNTIME) ## on your own pictures: IMAGES=folder SIZE="64 96" CHANNELS=1 EVAL_EVERY=500
@@ -158,7 +161,8 @@ evaluate-imagenet: $(RUNTIME) ## measure N samples of the run; SMOKE=1
 	$(JOB) evaluate $(IMAGENET) $(EVALUATE)
 
 train-autoencoder: $(RUNTIME) ## an autoencoder alone: IMAGES=folder LPIPS=folder PRESET=cifar10; SMOKE=1
-	$(JOB) autoencoder $(if $(PRESET),--preset $(PRESET),$(IMAGENET)) $(PICTURES) $(ON) $(ARGS)
+	$(JOB) autoencoder $(if $(PRESET),--preset $(PRESET),$(IMAGENET)) $(FOLDER) $(PICTURES) \
+		$(ON) $(ARGS)
 
 generate: $(WITH_TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE= STEPS= GUIDANCE= SOLVER= INIT=a.png STRENGTH=0.6 MASK=b.png FRAMES=33 LORA=file QUANTIZE=int8; FROM=made.png
 	.venv/bin/python -m experiments.generate $(GENERATE)
@@ -186,7 +190,7 @@ compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (
 
 compare-guidance: $(RUNTIME) ## a fixed guidance scale beside three that change over time, of RUN=runs/fashion-mnist
 	for schedule in fixed linear cosine bounded; do echo "$$schedule:"; \
-		$(JOB) evaluate --preset fashion-mnist $(if $(RUN),--run-dir "$(RUN)") \
+		$(JOB) evaluate --preset fashion-mnist \
 		--guidance-schedule $$schedule $(EVALUATE) || exit; done
 
 compare-text: $(WITH_TEXT) ## captions as joint tokens, by cross-attention and (TEXT_ENCODER=folder) by a frozen encoder

@@ -20,7 +20,7 @@ from eqxldm.objectives import (
     update_moments,
 )
 from eqxldm.objectives.flow_map import two_times
-from eqxldm.training import make_loss
+from eqxldm.training import in_dtype, make_loss
 
 from few_step_truths import (
     FLOW,
@@ -102,6 +102,32 @@ def test_losses_of_average_velocities_have_their_minimum_at_the_truth(name, x64)
     times = {"t": 0.6, "h": 0.0, "first": 0.0}
     (slope, error), (away, _) = slopes(TWO_TIMES[name], gaussian_average, times, 2000)
     assert abs(slope) < max(4 * error, 1e-6) and away > max(10 * error, 0.01)
+
+
+@pytest.mark.parametrize(("t", "scale"), [(0.5, 3.0), (0.9, 1.0)])
+def test_the_shortest_of_shortcuts_steps_are_guided_within_the_interval(t, scale, key):
+    """By a network that says 1 of a condition and 0 of none: guided velocities are the scale."""
+    network = lambda z, t, cond, *, key=None, h: jnp.full_like(z, cond)
+    objective = ex.Shortcut(steps=4, clip=None, guidance=3.0, null=0.0, interval=(0.1, 0.6))
+    error = lambda h: objective.loss(
+        network, grid(), dict(t=jnp.array(t), h=jnp.array(h)), 1.0, key=key
+    )[0]
+    np.testing.assert_allclose(error(0.25 * 2), (1 - scale) ** 2, rtol=1e-6)
+    assert error(1.0) == 0  # longer steps take the network's own
+
+
+def test_shortcuts_do_with_bfloat16(key):
+    sizes = dict(patch_size=2, depth=1, width=16, num_heads=2, num_classes=3)
+    dit = DiT((2, 4, 4), **sizes, step_embedding=nn.Sinusoid(scale=1.0, offset=0.0), key=key)
+    noisy = lambda a: a + 0.1 * jax.random.normal(key, a.shape) if eqx.is_inexact_array(a) else a
+    dit, x0 = jax.tree.map(noisy, dit), jax.random.normal(key, (2, 4, 4))
+    times = dict(t=jnp.array(0.75), h=jnp.array(0.5))
+    error = lambda dit, dtype: ex.Shortcut(steps=4).loss(
+        in_dtype(dit, dtype), x0, times, jnp.array(1), key=key
+    )[0]
+    found = eqx.filter_value_and_grad(lambda dit: error(dit, jnp.bfloat16))(dit)
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves(found))
+    np.testing.assert_allclose(found[0], error(dit, jnp.float32), rtol=0.03)
 
 
 def test_the_two_tangents():
@@ -293,6 +319,7 @@ WRONG_ARGUMENTS = [
     (lambda: ex.Shortcut(flow_share=2.0), "flow_share must lie in"),
     (lambda: ex.Shortcut(steps=6), "power of two, got 6"),
     (lambda: ex.Shortcut(guidance=1.5), "guidance needs null"),
+    (lambda: ex.Shortcut(interval=(0.5, 1.5)), "interval within"),
     (lambda: ex.FixedGuidance(None, mix=1.0), "mix in .0, 1."),
     (lambda: ex.ConditionedGuidance(None, largest=1.0), "largest must exceed 1"),
     (lambda: ex.guided_condition(None, 0.5), "at least 1"),

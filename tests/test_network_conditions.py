@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -129,18 +130,20 @@ def test_a_time_embedding_may_be_a_module_of_ones_own():
     assert dit.config.time_embedding == nn.Sinusoid(scale=5.0, offset=0.0)
 
 
-@pytest.mark.parametrize("case", ["joint", "cross", "modern", "unet"])
+@pytest.mark.parametrize("case", ["joint", "cross", "modern", "unet", "mmdit"])
 def test_forward_mode_agrees_with_differences_and_with_reverse_mode(case):
     """In float64, `d out / d (x, t, h)` along a direction."""
     with jax.enable_x64(True):
         times = dict(time_embedding=UNSCALED, step_embedding=UNSCALED)
         text = dict(embed_cond=models.ByteTextConfig(16, 1, 2, 8), qk_norm=nn.RMSNorm)
+        tokens, shape = noise((6, 16)).astype(jnp.float64), (2, 4, 4)
+        cond: Any = nn.Conditioning(tokens=tokens, mask=jnp.arange(6) < 4)
         if case == "unet":
             sizes = dict(channels=(8, 8), blocks=1, attention_levels=(False, True), groups=4)
-            net, shape = UNet(2, **sizes, context_size=16, **times, key=KEY), (2, 4, 4)
-            cond = nn.Conditioning(
-                tokens=noise((6, 16)).astype(jnp.float64), mask=jnp.arange(6) < 4
-            )
+            net: Any = UNet(2, **sizes, context_size=16, **times, key=KEY)
+        elif case == "mmdit":
+            sizes = dict(depth=2, dual_depth=1, width=16, num_heads=2, max_grid=4, base_grid=2)
+            net = models.MMDiT(2, **sizes, context_size=16, qk_norm=nn.RMSNorm, **times, key=KEY)
         else:
             block = CrossAttentionDiTBlock if case == "cross" else models.DiTBlock
             rope = nn.RoPE((4, 4))

@@ -38,7 +38,8 @@ class ImageSource(Protocol):
 
     `source[i]` reads one `ImageRecord`, `0 <= i < len(source)`. `class_names` is `()` if the images
     have no labels; `has_captions` says whether every image has a caption. `digest()` is a SHA-256
-    over names, sizes, labels and captions, and not over the pixels of files.
+    over names, sizes, labels and captions, and not over the pixels of files. Those whose labels are
+    known without reading the images have them as `labels`, int32 `(n,)` or None, too.
     """
 
     @property

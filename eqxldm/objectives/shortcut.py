@@ -69,8 +69,10 @@ class Shortcut(AbstractObjective):
       for latents of unit variance); None for neither.
     - `guidance`, `null`: classifier-free guidance of the velocities that the shortest step is made
       of; longer steps inherit it. 1 for none.
+    - `interval`: of the times `t` with guidance.
 
-    **Raises** `ValueError` for steps that are no power of two, and for guidance without `null`.
+    **Raises** `ValueError` for steps that are no power of two, guidance without `null`, and an
+    interval outside of [0, 1].
 
     (Frans et al. 2025, "One step diffusion via shortcut models")
 
@@ -85,6 +87,7 @@ class Shortcut(AbstractObjective):
     clip: float | None = eqx.field(static=True, default=4.0)
     guidance: float = eqx.field(static=True, default=1.0)
     null: PyTree = None
+    interval: tuple[float, float] = eqx.field(static=True, default=(0.0, 1.0))
 
     def __check_init__(self):
         if self.steps < 2 or self.steps & (self.steps - 1):
@@ -93,6 +96,8 @@ class Shortcut(AbstractObjective):
             raise ValueError(f"Shortcut: flow_share must lie in [0, 1], got {self.flow_share}.")
         if self.guidance != 1 and self.null is None:
             raise ValueError("Shortcut: guidance needs null, the condition that means 'none'.")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"Shortcut: need an interval within [0, 1], got {self.interval}.")
 
     def times(self, key: Key[Array, ""], n: int) -> dict[str, Float[Array, " n"]]:
         k1, k2, k3, k4, k5 = jax.random.split(key, 5)
@@ -121,7 +126,7 @@ class Shortcut(AbstractObjective):
         step = half, told
         teacher = _teacher(denoiser, context)
         if self.guidance != 1:
-            teacher = _guided_velocity(teacher, self.null, self.guidance)
+            teacher = _guided_velocity(teacher, self.null, self.guidance, self.interval)
         target = lambda z: _two_steps(teacher, z, times["t"], step, step, cond, self.clip)
         return _loss(denoiser, x0, times, cond, target, key)
 
@@ -186,12 +191,16 @@ def _teacher(denoiser: Any, context: Context | None) -> Any:
     return context.ema[0] if context is not None and context.ema else denoiser
 
 
-def _guided_velocity(teacher: Any, null: PyTree, scale: float) -> Any:
-    """The teacher with guidance where it is asked for a velocity, `h = 0`."""
+def _guided_velocity(
+    teacher: Any, null: PyTree, scale: float, interval: tuple[float, float]
+) -> Any:
+    """The teacher with guidance where it is asked for a velocity, `h = 0`, within the interval."""
+    low, high = interval
 
     def guided(z, t, cond, *, key, h):
         u = teacher(z, t, cond, key=key, h=h)
         without = teacher(z, t, null, key=key, h=h)
-        return jnp.where(h > 0, u, without + scale * (u - without))
+        plain = (h > 0) | (t < low) | (t > high)
+        return jnp.where(plain, u, without + scale * (u - without))
 
     return guided

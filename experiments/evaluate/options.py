@@ -63,6 +63,11 @@ def check(options: Evaluate) -> None:
             f"--weights: there is no {options.weights}. For {options.features} it is "
             f"{WEIGHTS[options.features]}."
         )
+    if options.save_reference is not None and options.features != "inception":
+        raise UserError(
+            f"--save-reference: ADM's file is of Inception's moments, not of {options.features}'s; "
+            "the features themselves stay in --cache."
+        )
     if options.resizing != "tf1" and options.features != "inception":
         raise UserError("--resizing is for --features inception.")
     if options.side is not None and options.features in ("inception", "own"):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from eqxldm.data import DataError, ImageSource, center_crop, decode_image, open_images
+from eqxldm.data.image_source import sample_digest
 from eqxldm.data.npz_images import NpzImages
 
 from ..train.terminal import UserError
@@ -49,7 +51,8 @@ class SourcePictures:
 
     @property
     def labels(self) -> Int64[np.ndarray, " n"] | None:
-        return None
+        found = getattr(self._source, "labels", None)
+        return None if found is None else found.astype(np.int64)
 
     def batches(self, size: int, *, start: int = 0) -> Iterator[Any]:
         shape: tuple[int, ...] | None = None
@@ -67,8 +70,12 @@ class SourcePictures:
                 yield np.stack([image for _, image in found])
 
     def digest(self) -> str:
-        """Over names and sizes of files, and `--size`."""
-        return f"{self._source.digest()} {self._size}"
+        """Over names and sizes of files, what is in some of them, and `--size`."""
+        return f"{self._source.digest()} {self._content} {self._size}"
+
+    @cached_property
+    def _content(self) -> str:
+        return sample_digest(self._source)
 
     def _read(self, index: int) -> tuple[str, UInt8[np.ndarray, "h w 3"]]:
         record = self._source[index]
@@ -81,15 +88,17 @@ def as_colour(images: UInt8[np.ndarray, "b h w c"]) -> Batch:
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
-def label_balance(labels: Int64[np.ndarray, " n"] | None) -> dict[str, int] | None:
-    """How many classes there are, and the fewest and the most images of one.
+def label_balance(
+    labels: Int64[np.ndarray, " n"] | None, count: int | None = None
+) -> dict[str, int] | None:
+    """How many classes the first `count` images have, and the fewest and the most of one.
 
     >>> label_balance(np.array([0, 0, 3]))
     {'classes': 2, 'fewest': 1, 'most': 2}
     """
     if labels is None:
         return None
-    counts = np.unique(labels, return_counts=True)[1]
+    counts = np.unique(labels[:count], return_counts=True)[1]
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 

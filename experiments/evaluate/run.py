@@ -56,19 +56,25 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     found, notes = scores(ours, theirs, options)
     if options.save_reference is not None:
         _save_reference(options.save_reference, theirs)
-    about = lambda path, pictures, n: {
+    file = lambda path, pictures: {
         "path": str(path),
         "digest": None if pictures is None else pictures.digest(),
-        "images": n,
-        "labels": None if pictures is None else label_balance(pictures.labels),
     }
-    given = moments is not None and moments.pooled is not None
+    counted = lambda pictures, n: {
+        "images": n,
+        "labels": None if pictures is None else label_balance(pictures.labels, n),
+    }
+    given = {"moments": moments is not None and moments.pooled is not None}
+    sides = {
+        "samples": counted(samples, count),
+        "reference": counted(reference, theirs.count) | given,
+    }
     result = {
         "scores": found,
         "notes": notes,
-        "protocol": protocol(options, extractor.about),
-        "samples": about(options.samples, samples, count),
-        "reference": about(options.reference, reference, theirs.count) | {"moments": given},
+        "protocol": protocol(options, extractor.about) | sides,
+        "samples": file(options.samples, samples),
+        "reference": file(options.reference, reference),
         "versions": versions(),
         "seconds": time.monotonic() - begin,
     }

@@ -89,6 +89,7 @@ def few_step_objective(
         objective: AbstractObjective = ex.SCM(teacher, times, warmup=few.warmup)
     elif name == "shortcut":
         options: dict[str, Any] = dict(clip=None, guidance=guidance, null=null)
+        options |= dict(interval=few.guidance_interval)
         objective = ex.Shortcut(SHORTCUT_STEPS, few.flow_share, times, **options)
     else:
         target: ex.AbstractVelocityTarget = ex.DataVelocity()

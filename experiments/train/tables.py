@@ -274,8 +274,9 @@ def _lines(found: dict[str, Any], name: str) -> list[str]:
         for n, row in found.items():
             for how, scores in row["sampled"].items():
                 shown = f"{cell(scores)} | {cell(scores, 'accuracy', 3)}"
-                # A guided step calls the network twice; the others have the guidance in them.
-                steps = f"{how}, guided" if n == "flow" else how
+                # A guided step calls the network twice; the others have the guidance in them, if any.
+                guided = scores["guidance"] != 1
+                steps = f"{how}, guided" if guided else how
                 rate = np.mean(scores["images_per_second"])
                 lines.append(f"| {n} | {steps} | {shown} | {rate:.0f} |")
         return lines

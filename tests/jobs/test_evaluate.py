@@ -98,7 +98,8 @@ def test_all_scores_are_those_of_the_features_and_the_protocol_is_written(files,
     assert found["notes"] == []
     written = json.loads((files / "samples.metrics.json").read_text())
     assert written["scores"] == found["scores"]
-    assert written["samples"]["labels"] == {"classes": 3, "fewest": 13, "most": 14}
+    counted = {"images": 41, "labels": {"classes": 3, "fewest": 13, "most": 14}}
+    assert written["protocol"]["samples"] == counted
     assert written["protocol"]["weights"] == "projection" and written["protocol"]["batch"] == 8
 
 
@@ -146,7 +147,8 @@ def test_adms_files_are_written_and_read(files, network):
         np.savez(files / "both.npz", REAL[:30], **moments)
     both = evaluating.evaluate(options(files, reference=files / "both.npz"))
     assert both["scores"]["fid"] == pytest.approx(whole["fid"], rel=1e-9)
-    assert both["reference"]["images"] == 30 and both["reference"]["moments"]
+    said = both["protocol"]["reference"]
+    assert said["images"] == 30 and said["moments"]
     with pytest.raises(UserError, match="its moments are Inception's"):
         evaluating.evaluate(options(files, reference=path, features="dinov2"))
 
@@ -170,6 +172,17 @@ def test_folders_of_images(tmp_path):
     Image.fromarray(REAL[0][:8]).save(tmp_path / "9.png")
     with pytest.raises(UserError, match=r"9.png is 8 x 7, others are 9 x 7.*--size 256"):
         list(pictures_of(tmp_path).batches(3))
+
+
+def test_folders_whose_files_have_equal_names_and_sizes_are_told_apart(tmp_path):
+    for folder, images in (("one", SAMPLES), ("other", REAL)):
+        for i in range(5):
+            (tmp_path / folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(tmp_path / folder / str(i % 2) / f"{i}.bmp")
+    one, other = pictures_of(tmp_path / "one"), pictures_of(tmp_path / "other")
+    assert one.digest() != other.digest() == pictures_of(tmp_path / "other").digest()
+    assert label_balance(one.labels) == {"classes": 2, "fewest": 2, "most": 3}
+    assert label_balance(one.labels, 4) == {"classes": 2, "fewest": 1, "most": 3}
 
 
 def pictures_of(folder):
@@ -211,6 +224,10 @@ def test_an_npz_that_is_cut_is_named(tmp_path):
         (dict(n=1), "--n must lie in"),
         (dict(side=64), "--side: inception has a side of its own"),
         (dict(features="dinov2", resizing="clean-fid"), "--resizing is for --features inception"),
+        (
+            dict(features="own", save_reference=Path("a.npz")),
+            "ADM's file is of Inception's moments",
+        ),
         (dict(size=64), "the images of an npz stay as they are"),
     ],
 )
@@ -282,7 +299,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(files, network, 
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match="No space left"):
             evaluating.evaluate(options(files))
-    assert evaluating.evaluate(options(files))["samples"]["images"] == len(SAMPLES)
+    assert evaluating.evaluate(options(files))["protocol"]["samples"]["images"] == len(SAMPLES)
 
 
 def test_an_npz_of_odd_kinds_is_named(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ class ImageFolder:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self._listing = self._listed()
-        self.class_names = self._listing.class_names
+        self.class_names, self.labels = self._listing.class_names, self._listing.labels
         self.has_captions = self._listing.captions is not None
 
     def _listed(self) -> Listing:

@@ -74,7 +74,7 @@ class ImageParquet:
         self._starts = np.cumsum([0, *rows])
         self._captions = Strings.of(captions) if captions else None
         self.has_captions = self._captions is not None
-        self._labels: np.ndarray | None = None
+        self.labels: np.ndarray | None = None
         self.class_names: tuple[str, ...] = ()
         if labels:
             self._set_labels(np.concatenate(labels), names)
@@ -93,7 +93,7 @@ class ImageParquet:
         class_names = tuple(names or map(str, range(count)))
         check_classes(str(self.path), class_names, counts)
         if count > 1:
-            self._labels, self.class_names = labels.astype(np.int32), class_names
+            self.labels, self.class_names = labels.astype(np.int32), class_names
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -112,14 +112,14 @@ class ImageParquet:
                 f"{id}: expected the bytes of an image, got "
                 + ("only a path. Save the dataset with its images embedded." if image else "null.")
             )
-        label = None if self._labels is None else int(self._labels[i])
+        label = None if self.labels is None else int(self.labels[i])
         return ImageRecord(content, id, label, self._captions[i] if self._captions else None)
 
     def digest(self) -> str:
         """Over the shards' names and sizes, labels and captions: sizes would need all images."""
         shards = [(file.name, file.stat().st_size) for file in self._files]
         sha = hashlib.sha256(repr((self.class_names, shards)).encode())
-        sha.update(b"" if self._labels is None else self._labels.tobytes())
+        sha.update(b"" if self.labels is None else self.labels.tobytes())
         if self._captions is not None:
             sha.update(self._captions.ends.tobytes() + self._captions.joined)
         return sha.hexdigest()

@@ -66,6 +66,7 @@ class ImageTars:
         class_names = tuple(index["class_names"].tolist())
         self._listing = Listing(class_names, names, index["labels"] if class_names else None, None)
         self.class_names, self.has_captions = class_names, False
+        self.labels = self._listing.labels
         self._file, self._offset, self._size = (index[n] for n in ("tar", "offset", "size"))
 
     def __len__(self) -> int:
