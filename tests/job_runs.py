@@ -1,5 +1,6 @@
 """Runs of the job for tests: the options that make one small, and the program in this process."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,15 @@ def final_bytes(run: Path) -> str:
     arrays = final_arrays(run)
     lists = {name: arrays[name] for name in ("network", "samples", "latents", "statistics")}
     return digest(lists) + arrays["autoencoder"]
+
+
+def interrupt(monkeypatch: Any, owner: Any, name: str, call_number: int) -> None:
+    """The process gets SIGTERM within call number `call_number` of a function."""
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call_number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)

@@ -1,9 +1,7 @@
 """A run that is stopped, killed or handed on ends with the bytes of one left alone."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,19 +13,7 @@ from experiments.train import autoencoder as ae, sampling
 from experiments.train.shapes import EACH, SHAPES
 
 from children import ROOT, free_port, run_together
-from job_runs import POSTHOC, SMALL, final_arrays, final_bytes, train
-
-
-def interrupt(monkeypatch, owner, name: str, call_number: int) -> None:
-    """The process gets SIGTERM within call number `call_number` of a function."""
-    original, calls = getattr(owner, name), iter(range(1, 10**9))
-
-    def counting(*args, **kwargs):
-        if next(calls) == call_number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counting)
+from job_runs import POSTHOC, SMALL, final_arrays, final_bytes, interrupt, train
 
 
 def test_interrupted_in_each_stage_ends_with_the_same_bytes(finished, copied, monkeypatch):

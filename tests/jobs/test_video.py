@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import eqxldm as ex
-from eqxldm.data import MovingDigits, center_crop, read_clips
+from eqxldm.data import MovingDigits, center_crop, loader, read_clips
 from eqxldm.data.clips import Wanted
 from eqxldm.text import vocabulary_size
+from experiments.train.autoencoder import Encoder
 from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
@@ -31,9 +32,12 @@ from experiments.video.data import (
     say_long_captions,
     some_clips,
 )
+from experiments.video.drawing import Drawing
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
+
+from job_runs import interrupt
 
 RNG = np.random.default_rng(0)
 TINY = """--frames 5 --size 32 32 --count 10 --test 10 --classifier.steps 2
@@ -116,6 +120,29 @@ def test_a_finished_run_goes_on_from_a_picture_and_makes_long_clips(run, tmp_pat
     with Image.open(tmp_path / "a.png") as picture:
         first = center_crop(np.asarray(picture)[..., None], (32, 32))[..., 0]
     assert np.abs(first.astype(int) - given).mean() < 1  # the given frame stays as it is
+
+
+def test_stopped_in_each_stage_it_ends_with_the_same_bytes(run, mnist, tmp_path, monkeypatch):
+    again = tmp_path / "run"
+    ask = lambda: call(["train", "--mnist", str(mnist), "--run-dir", str(again), *TINY])
+    moments = {
+        "judges": (loader._ReadImages, "__call__", 5),
+        "autoencoder": (loader._ReadImages, "__call__", 12),
+        "latents": (Encoder, "__call__", 2),
+        "pictures": (loader._ReadLatents, "__call__", 2),
+        "clips": (loader._ReadLatents, "__call__", 8),
+        "samples": (Drawing, "draw", 1),
+    }
+    for name, moment in moments.items():
+        with monkeypatch.context() as patch:
+            interrupt(patch, *moment)
+            assert ask() == 143, name
+        assert not (again / "metrics.json").exists()
+    assert ask() == 0
+    for name in ("autoencoder.safetensors", "denoiser.safetensors", "samples.png"):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+    scores = lambda folder: json.loads((folder / "metrics.json").read_text())["diffusion"]
+    assert json.dumps(scores(again)) == json.dumps(scores(run))
 
 
 def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
