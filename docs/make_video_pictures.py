@@ -1,6 +1,6 @@
 """Makes the diagrams of the page on video: no training.
 
-.venv/bin/python docs/make_video_pictures.py   # writes docs/images/video-{causal,clock,seconds}.png
+.venv/bin/python docs/make_video_pictures.py  # docs/images/video-{patches,causal,clock,seconds}.png
 """
 
 from pathlib import Path
@@ -17,10 +17,61 @@ from matplotlib.patches import Rectangle
 import eqxldm as ex
 from eqxldm.data import MovingDigits, open_mnist
 from eqxldm.models import CausalVideoAutoencoder
+from experiments.video.config import DiffusionOptions
 
 IMAGES = Path(__file__).parent / "images"
 INK, FIRST, LATER = "#7d8590", "#d98a3d", "#6690ea"  # read on white and on black
 FRAMES, LATENT = 17, 5
+
+
+def patches() -> None:
+    """A clip's frames, four to a latent frame; the boxes that are tokens, and the sequence."""
+    source = open_mnist("mnist", split="test")
+    assert source.labels is not None
+    clip = MovingDigits(source.images[..., 0], source.labels, 30).clip(8).frames[..., 0]
+    rows, columns = (8 // side for side in DiffusionOptions().patch_size[1:])
+    figure, axis = plt.subplots(figsize=(9, 3.4))
+    gap, lift, row, column, strip = 1.75, 0.11, rows // 2, columns // 4, (0.0, 8.6)
+    chosen = (0, 2, 4)  # latent frames of which a token is shown
+    for k in range(LATENT):
+        x = k * gap
+        group = clip[:1] if k == 0 else clip[4 * k - 3 : 4 * k + 1]
+        for f in reversed(range(len(group))):  # the first in front
+            left, low = x + lift * f, lift * f
+            place = (left, left + 1, low, low + 1)
+            axis.imshow(group[f], cmap="gray", extent=place, zorder=10 - f, aspect="auto")
+            axis.add_patch(Rectangle((left, low), 1, 1, fc="none", ec=INK, lw=0.7, zorder=10 - f))
+            if k in chosen:
+                corner = left + column / columns, low + 1 - (row + 1) / rows
+                box = Rectangle(corner, 1 / columns, 1 / rows, color=FIRST, zorder=10 - f)
+                box.set(alpha=0.75, lw=0)
+                axis.add_patch(box)
+        for i in range(1, rows):
+            axis.plot((x, x + 1), (i / rows,) * 2, color=INK, lw=0.4, zorder=10)
+        for j in range(1, columns):
+            axis.plot((x + j / columns,) * 2, (0, 1), color=INK, lw=0.4, zorder=10)
+        name = "frame 0" if k == 0 else f"frames {4 * k - 3} to {4 * k}"
+        axis.text(x + 0.5, 1.5, name, ha="center", color=INK, fontsize=9)
+    count = LATENT * rows * columns
+    width = (strip[1] - strip[0]) / count
+    for n in range(count):
+        k, i, j = n // (rows * columns), n // columns % rows, n % columns
+        told = k in chosen and (i, j) == (row, column)
+        at = strip[0] + n * width
+        colour = FIRST if told else LATER
+        axis.add_patch(
+            Rectangle((at, -0.95), 0.8 * width, 0.2, color=colour, alpha=1 if told else 0.55, lw=0)
+        )
+        if told:
+            start = k * gap + (column + 0.5) / columns, 1 - (row + 1) / rows
+            axis.plot(
+                *zip(start, (at + 0.4 * width, -0.72), strict=True), color=FIRST, lw=1.2, zorder=11
+            )
+            label = f"({k}, {i}, {j})"
+            axis.text(at, -1.2, label, ha="center", color=INK, fontsize=9)
+    axis.set(xlim=(-0.1, 8.7), ylim=(-1.35, 1.75))
+    axis.axis("off")
+    _save(figure, "video-patches.png")
 
 
 def reach() -> np.ndarray:
@@ -141,6 +192,7 @@ def _save(figure, name: str) -> None:
 
 
 if __name__ == "__main__":
+    patches()
     causal()
     clock()
     seconds()
