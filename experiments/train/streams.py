@@ -12,7 +12,7 @@ STREAMS = frozenset(
     autoencoder/model autoencoder/step autoencoder/data autoencoder/statistics discriminator/model
     diffusion/model diffusion/step diffusion/data images/step images/data
     sound/model sound/step sound/data sound/drawn
-    digits/model digits/step digits/data clips/model clips/step clips/data prediction
+    digits/model digits/step digits/data clips/model clips/step clips/data prediction longer
     masked/model masked/step masked/data twin/model twin/step twin/data
     samples samples/known evaluation reference pictures/forward pictures/reverse""".split()
 )

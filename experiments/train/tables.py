@@ -274,7 +274,7 @@ def _lines(found: dict[str, Any], name: str) -> list[str]:
         for n, row in found.items():
             for how, scores in row["sampled"].items():
                 shown = f"{cell(scores)} | {cell(scores, 'accuracy', 3)}"
-                # A guided step calls the network twice; the others have the guidance in them, if any.
+                # A guided step calls the network twice; others have the guidance in them, if any.
                 guided = scores["guidance"] != 1
                 steps = f"{how}, guided" if guided else how
                 rate = np.mean(scores["images_per_second"])

@@ -23,7 +23,7 @@ from experiments.train.autoencoder import Encoder
 from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
-from experiments.video.commands import check_network, load_trained, sample, summary
+from experiments.video.commands import check_network, load_trained, sample
 from experiments.video.config import Config, Sample, Train, check_clips, smoke
 from experiments.video.data import (
     captions_of,
@@ -35,6 +35,7 @@ from experiments.video.data import (
 from experiments.video.drawing import Drawing
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
+from experiments.video.outcome import summary
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
 
 from job_runs import interrupt
@@ -87,6 +88,7 @@ def test_a_run_leaves_numbers_animations_and_filmstrips(run, mnist, capsys):
     assert len(metrics["autoencoder"]["psnr_by_frame"]) == 5
     assert {"frechet_distance", "frechet_distance_real", "tracked"} <= metrics["diffusion"].keys()
     assert len(metrics["prediction"]["after_1"]["psnr_by_frame"]) == 4
+    assert metrics["longer"]["frames"] == 9 and "seen" in metrics["longer"]["tracked"]
     assert "autoencoder: PSNR" in summary(metrics)
     with Image.open(run / "samples.png") as animation:
         animation.seek(4)
@@ -95,6 +97,7 @@ def test_a_run_leaves_numbers_animations_and_filmstrips(run, mnist, capsys):
         "samples-strip.png",
         "real-strip.png",
         "after-1-strip.png",
+        "longer-strip.png",
         "denoiser.safetensors",
     ):
         assert (run / name).exists()

@@ -18,12 +18,13 @@ from eqxldm.models import SoundAutoencoder
 from experiments.train.run import RunFolder, as_dict, write_json
 from experiments.train.terminal import UserError
 from experiments.video.__main__ import main
-from experiments.video.commands import check_network, load_trained, summary
+from experiments.video.commands import check_network, load_trained
 from experiments.video.config import Sample, Train, check_clips
 from experiments.video.data import WithSound, captions_of, open_clips_of, spectrogram_of
 from experiments.video.drawing import Drawn
 from experiments.video.listening import Ears, check_sound, measured_sound, sounding
 from experiments.video.networks import SoundingClips, make_autoencoder, make_denoiser, sound_shape
+from experiments.video.outcome import summary
 from experiments.video.pictures import save_animation
 from experiments.video.training import Job, make_prepare
 
