@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {
     "two_moons": "--steps 20 --samples 50 --calls 4",
     "own_loss": "--steps 20",
+    "one_call": "--steps 4 --samples 50",
     "mnist_ddpm": "--steps 2 --batch-size 4 --width 8 --sampling-steps 2 --columns 1 --data .",
     "mnist_latent": "--autoencoder-steps 1 --steps 2 --channels 8 --width 16 --images 40 --data .",
     "mnist_tokens": "--steps 2 --batch-size 2 --width 8 --depth 1 --calls 2 --columns 1 --data .",
