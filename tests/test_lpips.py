@@ -443,7 +443,9 @@ def test_the_packages_weights_are_the_published_ones():
     """
     folder = Path(os.environ["LPIPS_PACKAGE"])
     alex, vgg = (pretrained.load_lpips_package(folder, net) for net in ("alex", "vgg"))
-    # VGG16's mean absolute first kernel, and that heads are not negative.
+    # Mean absolute first kernels of the package's files, and that heads are not negative.
+    for kernel, mean in ((alex.convs[0].weight, 0.07755), (vgg.blocks[0][0].weight, 0.18310)):
+        assert float(jnp.mean(jnp.abs(kernel))) == pytest.approx(mean, abs=1e-5)
     for lpips in (alex, vgg):
         assert all(bool(jnp.all(head >= 0)) for head in lpips.heads)
     pictures = [folder / f"ex_{name}.png" for name in ("ref", "p0", "p1")]
