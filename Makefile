@@ -75,7 +75,7 @@ RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(FOLDER))
 OF_VIDEO = $(filter %.mp4 %.m4v %.mov %.webm %.mkv %.avi,$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
 SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 2400)
-OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SOUND),$(SOUNDING)) \
+OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(SOUND),$(SOUNDING)) \
 	$(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
 	$(if $(FPS),--fps $(FPS)) $(if $(MESH),--mesh $(MESH)) $(ARGS)
@@ -179,7 +179,7 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
 
-train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder FRAMES=17 SIZE="64 64" FPS=8 RUN=runs/clips; SOUND=1; SMOKE=1
+train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder IMAGES=folder FRAMES=17 SIZE="64 64" FPS=8 RUN=runs/clips; SOUND=1; SMOKE=1
 	$(CLIPS) train $(OF_CLIPS)
 
 sample-video: $(WITH_TEXT) $(if $(OF_VIDEO),$(VIDEO)) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1

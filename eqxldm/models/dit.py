@@ -122,8 +122,8 @@ class DiT(eqx.Module):
       own, stand before the patches (in-context conditioning: Li & He 2025, JiT, has 32).
       `time_tokens`: the same of the time (Geng et al. 2025b). From block `tokens_start` on.
     - `early_depth`: after so many blocks `outputs` gives the tokens of the patches, for losses on
-      them (`Denoising(dispersive=, alignment=)`). With `early_head` a second last layer reads them there:
-      it learns the same, less well, for `internal_guide` (Zhou et al. 2025).
+      them (`Denoising(dispersive=, alignment=)`). With `early_head` a second last layer reads them
+      there: it learns the same, less well, for `internal_guide` (Zhou et al. 2025).
     - `patch_bottleneck`: a patch goes through so few numbers before it is a token (Li & He 2025).
 
     Blocks are stacked on a leading axis and scanned. Every inexact array leaf is trainable; the

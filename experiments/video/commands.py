@@ -60,6 +60,7 @@ from .sound import train_sound
 from .sound_drawing import SoundDrawing, make_drawing
 from .training import (
     Job,
+    cache_images,
     cache_latents,
     train_autoencoder,
     train_clip_classifier,
@@ -76,6 +77,10 @@ def train(command: Train) -> None:
     problem = check_clips(command.clips)
     if problem is not None:
         raise UserError(problem)
+    if command.images is not None and command.diffusion.patch_size[0] != 1:
+        raise UserError(
+            "--images: one frame must be tokens of its own: --diffusion.patch-size 1 2 2."
+        )
     try:
         mesh = make_mesh(parse_mesh(command.mesh))
         for options in parts_of(command):
@@ -127,6 +132,9 @@ def check_batches(command: Train, clips: Clips) -> None:
                 f"a batch of {options.batch_size} is more than the {len(clips.train)} clips to "
                 "learn from. Give smaller batches or more clips."
             )
+    images, size = clips.images, command.diffusion.batch_size
+    if images is not None and size > len(images):
+        raise UserError(f"--images: a batch of {size} is more than the {len(images)} images.")
 
 
 def check_shapes(config: Config, sampling: SamplingOptions) -> None:
@@ -189,8 +197,9 @@ def train_all(job: Job) -> tuple[Trained, Measure]:
     begin = time.monotonic()
     latents = cache_latents(job, autoencoder)
     job.stages.timings["latents"] = {"seconds": time.monotonic() - begin}
+    images = cache_images(job, autoencoder)
     sound = train_sound(job) if job.command.clips.sound else None
-    denoiser = train_diffusion(job, autoencoder, latents, sound)
+    denoiser = train_diffusion(job, autoencoder, latents, sound, images)
     return Trained(autoencoder, denoiser, job.command.config, job.captioned, sound), measure
 
 

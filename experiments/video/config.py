@@ -101,6 +101,7 @@ class DiffusionOptions:
     # and where a token is of several latent frames.
     image_steps: MaybeSteps = 2400
     image_batch_size: Batch = 48  # Pictures in such a step.
+    image_weight: Weight = 0.25  # Of the loss of `--images` beside that of as many clips.
     optimizer: OptimizerName = "adamw"
     learning_rate: Rate = 4e-3  # The peak, after the warm-up; then a cosine to 0.
     warmup: MaybeSteps = 100  # Steps in which the rate rises from 0.
@@ -202,6 +203,9 @@ class Train(Config):
     # A folder of clips (mp4, webm, gif, webp, folders of frames), with captions.json or in folders
     # by class; by default moving digits, made of MNIST.
     videos: Path | None = None
+    # Images that are learned before the clips, in place of first frames, and then beside them: as
+    # for training on images, with captions, or in folders by class. With `--videos`.
+    images: Path | None = None
     mnist: Path | None = None  # A folder with MNIST's four files, which are fetched otherwise.
     run_dir: Path = Path("runs/video")  # The run folder.
     samples: Samples = 100  # Clips that are drawn and measured at the end.

@@ -25,6 +25,7 @@ from ..train.conditions import Captions
 from ..train.run import RunFolder
 from ..train.terminal import UserError, say
 from .config import ClipOptions, Config, Train
+from .images import open_captioned
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 LEAST = 10  # clips to measure against
@@ -35,11 +36,13 @@ FOLD = 4  # of which so many are one step of the sound's latent
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips to learn from and those to measure against; `digits` where they are MNIST's."""
+    """The clips to learn from and those to measure against; `digits` where they are MNIST's;
+    `images` that are learned beside them."""
 
     train: ImageSource
     test: ImageSource
     digits: ImageArrays | None = None
+    images: ImageSource | None = None
 
     @property
     def captioned(self) -> bool:
@@ -72,13 +75,16 @@ def identity(command: Train) -> str:
     """What the clips are, known before any is decoded."""
     if command.videos is None:
         return moving_digits(command).train.digest()
-    return clips_digest(command.videos)
+    found = clips_digest(command.videos)
+    return found if command.images is None else f"{found} {open_captioned(command.images).digest()}"
 
 
 def open_clips_of(command: Train, run: RunFolder) -> Clips:
     """The clips of a run. Those of a folder are decoded once, into the run folder."""
     clips, seed = command.clips, command.seed
     if command.videos is None:
+        if command.images is not None:
+            raise UserError("--images: are learned beside the clips of --videos.")
         return moving_digits(command)
     if clips.sound:
         raise UserError("--sound: is of moving digits, whose bounces are known; not of --videos.")
@@ -97,7 +103,9 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
         )
     n = min(clips.test, max(len(found) // 10, LEAST))
     order = by_file(found.about["ids"], np.random.default_rng(seed % 2**32))
-    return Clips(Part(found, tuple(sorted(order[n:]))), Part(found, tuple(sorted(order[:n]))))
+    train, test = (Part(found, tuple(sorted(part))) for part in (order[n:], order[:n]))
+    images = None if command.images is None else open_captioned(command.images)
+    return Clips(train, test, images=images)
 
 
 def by_file(ids: list[str], rng: np.random.Generator) -> list[int]:

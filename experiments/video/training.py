@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -40,6 +41,7 @@ from ..train.terminal import Signals, StageBar
 from .classifier import ClipClassifier, halved, turned_clips
 from .config import Train
 from .data import Clips, Said, frames_of, strip_size
+from .images import both_batches, both_loss
 from .networks import make_autoencoder, make_denoiser, make_diffusion, to_clips
 
 PARTS = ("video", "sound")
@@ -218,12 +220,29 @@ def latent_shape(job: Job, autoencoder: CausalVideoAutoencoder) -> tuple[int, in
 
 def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
     """The posteriors of all clips to learn from, written once."""
-    source, clips, folder = job.clips.train, job.command.clips, job.run.file("latents")
+    clips = job.command.clips
+    shape = latent_shape(job, autoencoder)
+    return _cached(job, autoencoder, job.clips.train, strip_size(clips), shape, "latents", "clip")
+
+
+def cache_images(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents | None:
+    """Those of the images beside the clips, as clips of one frame."""
+    source, size = job.clips.images, job.command.clips.size
+    if source is None:
+        return None
+    shape = autoencoder.latent_shape(1, *size)
+    return _cached(job, autoencoder, source, size, shape, "image-latents", "image")
+
+
+def _cached(
+    job: Job, autoencoder: Any, source: Any, size: Any, shape: Any, name: str, unit: str
+) -> Latents:
+    clips, folder = job.command.clips, job.run.file(name)
     header = latent_header(
         source,
-        size=strip_size(clips),
+        size=size,
         channels=clips.channels,
-        shape=latent_shape(job, autoencoder),
+        shape=shape,
         autoencoder=digest(eqx.filter(autoencoder, eqx.is_array)),
         shift=autoencoder.shift,
         scale=autoencoder.scale,
@@ -231,7 +250,7 @@ def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
         mirrored=False,
     )
     encode = clip_encoder(job, autoencoder)
-    with StageBar("latents", len(source) // jax.process_count(), "clip") as bar:
+    with StageBar(name, len(source) // jax.process_count(), unit) as bar:
         write_latents(
             source,
             encode,
@@ -243,7 +262,7 @@ def cache_latents(job: Job, autoencoder: CausalVideoAutoencoder) -> Latents:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-    barrier("latents")
+    barrier(name)
     return open_latents(folder, header)
 
 
@@ -290,11 +309,13 @@ def train_diffusion(
     autoencoder: CausalVideoAutoencoder,
     latents: Latents,
     sound: SoundAutoencoder | None = None,
+    images: Latents | None = None,
 ) -> Any:
     """The averaged denoiser: flow matching at logit-normal times, shifted to the noisy end.
 
     At first of pictures, the clips' first frames, which are a fraction of a clip's tokens: of what
-    digits look like, and which words mean them, four times as many a second are seen there.
+    digits look like, and which words mean them, four times as many a second are seen there. With
+    `images` of these, which are then learned beside the clips, too.
     """
     config, options = job.command.config, job.command.diffusion
     shape = latent_shape(job, autoencoder)
@@ -308,25 +329,32 @@ def train_diffusion(
         shares = {name: getattr(config.sound, name) for name in ("given", "alone", "apart")}
         objective = JointDenoising(diffusion, PARTS, times, **shares, weight=weight)
 
-    def stage(name: str, build: Any, length: Any, frames: int | None) -> Any:
+    def loss_of(frames: int | None) -> Any:
+        return make_loss(objective, prepare=make_prepare(job, autoencoder, sound, frames))
+
+    def stage(name: str, build: Any, length: Any, loss: Any, batches: Any) -> Any:
         warmup = min(options.warmup, length.steps - 1)
         rate = warmup_cosine(options.learning_rate, length.steps, warmup)
         make = OPTIMIZERS[options.optimizer]
         optimizer = make(rate, b2=0.99, weight_decay=options.weight_decay, clip_norm=1.0)
-        loss = make_loss(objective, prepare=make_prepare(job, autoencoder, sound, frames))
-        order = job.stages.order(name, length.batch_size)
-        batches = latent_batches(latents, length.batch_size, flip=False, **order)
+        batches = batches(length.batch_size, **job.stages.order(name, length.batch_size))
         decay = options.ema_decay
         return job.stages.average(name, build, optimizer, loss, batches, length, ema_decay=decay)
 
     build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
     if config.pictures_first:
-        enough = options.image_batch_size <= len(job.clips.train)
+        stills = latents if images is None else images
+        enough = options.image_batch_size <= len(stills)
         size = options.image_batch_size if enough else options.batch_size
         pictures = Pictures(options.image_steps, size)
-        image = stage("images", lambda: build().with_frames(1), pictures, 1)
+        first = partial(latent_batches, stills, flip=False)
+        image = stage("images", lambda: build().with_frames(1), pictures, loss_of(1), first)
         build = lambda: image.with_frames(shape[1])
-    return stage("diffusion", build, options, None)
+    if images is None or not options.image_weight:
+        order = partial(latent_batches, latents, flip=False)
+        return stage("diffusion", build, options, loss_of(None), order)
+    loss = both_loss(loss_of(None), loss_of(1), options.image_weight)
+    return stage("diffusion", build, options, loss, partial(both_batches, latents, images))
 
 
 class Pictures(NamedTuple):

@@ -33,6 +33,7 @@ from experiments.video.data import (
     some_clips,
 )
 from experiments.video.drawing import Drawing
+from experiments.video.images import ReadBoth, both_batches, open_captioned
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.outcome import summary
@@ -290,6 +291,64 @@ def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measu
         for file in sorted(folder.iterdir())[6:]:
             file.unlink()
         open_clips_of(command, RunFolder(tmp_path))
+
+
+def test_images_are_learned_with_the_clips(tmp_path, capsys, monkeypatch):
+    """With captions of their own or of their class; each step has as many as clips."""
+    videos, images = tmp_path / "videos", tmp_path / "images"
+    videos.mkdir()
+    pixels = lambda *size: RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+    for k in range(22):
+        frames = [Image.fromarray(pixels(32, 32)) for _ in range(5)]
+        frames[0].save(videos / f"{k}.webp", save_all=True, append_images=frames[1:])
+    captions = {f"{k}.webp": "noise" for k in range(22)}
+    (videos / "captions.json").write_text(json.dumps(captions))
+    for k in range(6):
+        (images / ("a_cat", "dog")[k % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(40, 50)).save(images / ("a_cat", "dog")[k % 2] / f"{k}.png")
+    found = open_captioned(images)
+    assert [found[i].caption for i in (0, 5)] == ["a cat", "dog"] and found.has_captions
+    run, given = tmp_path / "run", ["--videos", str(videos), "--images", str(images)]
+    ask = lambda *more: call(["train", "--run-dir", str(run), *TINY, *given, *more])
+    for more, message in (
+        (["--diffusion.patch-size", "2", "2", "2", "--frames", "13"], "tokens of its own"),
+        (["--diffusion.batch-size", "8"], "a batch of 8 is more than the 6 images"),
+    ):
+        assert ask(*more) == 2 and message in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        interrupt(patch, ReadBoth, "__call__", 2)
+        assert ask() == 143
+    assert ask() == 0
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["stage"] == "diffusion"][-1]
+    assert last["images"] > 0 and last["loss"] > last["images"] / 4
+    Image.fromarray(pixels(40, 50)).save(images / "dog" / "new.png")
+    assert ask() == 2 and "the data are not those that it was made of" in capsys.readouterr().err
+
+
+def test_the_image_beside_a_clip_depends_on_seed_epoch_and_clip_alone():
+    class Numbers:
+        def __init__(self, n):
+            self.n = n
+
+        def __len__(self):
+            return self.n
+
+        def read(self, indices, flipped):
+            return indices
+
+    draw = lambda seed, epochs: ReadBoth(Numbers(50), Numbers(7), seed)(  # type: ignore[arg-type]
+        np.arange(50), np.full(50, epochs)
+    )[0]["images"]
+    assert set(draw(0, 0)) == set(range(7))
+    assert (draw(0, 1) == draw(0, 1)).all()
+    assert (draw(0, 0) != draw(0, 1)).any() and (draw(0, 0) != draw(2**63, 0)).any()
+    numbers: Any = Numbers(10), Numbers(3)
+    first, second = (both_batches(*numbers, 4, seed=1) for _ in range(2))
+    kept = [next(first) for _ in range(3)][2]
+    second.set_state({**second.get_state(), "batches": 2})
+    again = next(second)
+    assert all((kept[name] == again[name]).all() for name in ("clips", "images"))
 
 
 class Guess:
