@@ -71,8 +71,9 @@ RUNS = --preset $(or $(PRESET),mnist) $(FOLDER) $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
 RUN_OF_SOUND = $(or $(RUN),$(if $(SMOKE),runs/sound-smoke,runs/sound))
 RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(FOLDER))
-# Files that PyAV reads or writes.
-OF_VIDEO = $(filter %.mp4 %.m4v %.mov %.webm %.mkv %.avi,$(FIRST) $(CLIP) $(OUT))
+# Files that PyAV reads or writes (VIDEO_ENDINGS of eqxldm/data/clips.py), also as cameras name them.
+ENDINGS := mp4 m4v mov webm mkv avi MP4 M4V MOV WEBM MKV AVI
+OF_VIDEO = $(filter $(addprefix %.,$(ENDINGS)),$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
 SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 2400)
 OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(SOUND),$(SOUNDING)) \
@@ -102,7 +103,7 @@ help: ## list the targets
 	@echo
 	@echo "  ARGS=\"...\" adds options: make train-mnist ARGS=\"--seed 1 --run-dir runs/one\""
 	@echo "  $(JOB) train --help lists them."
-	@echo "  RUN=runs/another trains, samples and measures in a folder of its own."
+	@echo "  RUN=runs/another: targets that train, sample and measure take another folder."
 	@echo "  ACCELERATOR=cpu|cuda|tpu overrides the build of JAX (here: $(ACCELERATOR))"
 
 train: $(RUNTIME) ## on your own pictures: IMAGES=folder SIZE="64 96" CHANNELS=1 EVAL_EVERY=500
@@ -168,10 +169,10 @@ generate: $(WITH_TEXT) ## published weights: MODEL=folder PROMPT="..." NEGATIVE=
 	.venv/bin/python -m experiments.generate $(GENERATE)
 
 train-text-diffusion: $(RUNTIME) ## words: a masked diffusion model beside an autoregressive twin: TEXT=file
-	$(WORDS) train $(if $(TEXT),--text "$(TEXT)") $(if $(MESH),--mesh $(MESH)) $(ARGS)
+	$(WORDS) train $(FOLDER) $(if $(TEXT),--text "$(TEXT)") $(if $(MESH),--mesh $(MESH)) $(ARGS)
 
 generate-text: $(RUNTIME) ## write with that run, or a folder of LLaDA: MODEL=folder PROMPT="in the" OUT=a.html
-	$(WORDS) generate $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$$PROMPT") \
+	$(WORDS) generate $(if $(MODEL)$(RUN),--model "$(or $(MODEL),$(RUN))") $(if $(PROMPT),--prompt "$$PROMPT") \
 		$(if $(MESH),--mesh $(MESH)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODEL=folder; PORT=8000 HOST=127.0.0.1

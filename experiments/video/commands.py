@@ -77,6 +77,8 @@ def train(command: Train) -> None:
     problem = check_clips(command.clips)
     if problem is not None:
         raise UserError(problem)
+    if command.images is not None and command.videos is None:
+        raise UserError("--images: are learned beside the clips of --videos.")
     if command.images is not None and command.diffusion.patch_size[0] != 1:
         raise UserError(
             "--images: one frame must be tokens of its own: --diffusion.patch-size 1 2 2."

@@ -48,6 +48,8 @@ class ClipOptions:
     sound: bool = False  # Digits sound when they bounce, and clips are made with their sound.
     count: Samples = 4096  # Clips that are made to learn from, where no folder is given.
     test: Samples = 400  # Clips to measure against; of a folder at most a tenth of its clips.
+    # Of a folder: these are of files of their own, or any clips, also of files that teach.
+    test_by: Literal["files", "clips"] = "files"
 
     @property
     def rate(self) -> float:
@@ -176,6 +178,7 @@ def earlier() -> Config:
     """What options stand for that a run of an earlier version does not have."""
     autoencoder = AutoencoderOptions(optimizer="adamw", cell_map=False)
     return Config(
+        clips=ClipOptions(test_by="clips"),
         autoencoder=autoencoder,
         diffusion=DiffusionOptions(image_steps=0, prediction="velocity", tokens="bytes"),
     )

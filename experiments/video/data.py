@@ -83,8 +83,6 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
     """The clips of a run. Those of a folder are decoded once, into the run folder."""
     clips, seed = command.clips, command.seed
     if command.videos is None:
-        if command.images is not None:
-            raise UserError("--images: are learned beside the clips of --videos.")
         return moving_digits(command)
     if clips.sound:
         raise UserError("--sound: is of moving digits, whose bounces are known; not of --videos.")
@@ -102,7 +100,9 @@ def open_clips_of(command: Train, run: RunFolder) -> Clips:
             f"{2 * LEAST}, of which {LEAST} measure. Give more or longer files, or fewer --frames."
         )
     n = min(clips.test, max(len(found) // 10, LEAST))
-    order = by_file(found.about["ids"], np.random.default_rng(seed % 2**32))
+    rng, ids = np.random.default_rng(seed % 2**32), found.about["ids"]
+    by_clip = clips.test_by == "clips"
+    order = rng.permutation(len(ids)).tolist() if by_clip else by_file(ids, rng)
     train, test = (Part(found, tuple(sorted(part))) for part in (order[n:], order[:n]))
     images = None if command.images is None else open_captioned(command.images)
     return Clips(train, test, images=images)
@@ -150,6 +150,8 @@ def choose_condition(config: Config, clips: Clips) -> Any:
             "--condition text: the clips have no captions. Put captions.json ({file: caption}) "
             "beside them, or the clips into a folder for each class."
         )
+    if clips.images is not None and not clips.captioned:
+        say("captions: the clips have none, so those of --images are not read either.")
     if kind == "none" or not clips.captioned:
         return no_condition
     return captions_of(config).read

@@ -92,12 +92,16 @@ def measured_samples(
         "frechet_distance_real": measure.distance(real, others),
     }
     if measure.digits is not None:
-        found["tracked"] = measure.tracked(samples, texts_of)
+        found["tracked"] = tracked(job, measure, samples, texts_of)
         found["tracked_real"] = measure.tracked(real[:n], texts[:n])
-        if not job.captioned:  # the captions were told to nobody
-            for name in ("digits", "directions", "pairs"):
-                found["tracked"].pop(name, None)
     return found
+
+
+def tracked(job: Job, measure: Measure, drawn: Any, texts: list[str]) -> dict[str, float]:
+    """What is tracked in clips that were drawn; as in the caption only if it was told."""
+    found = measure.tracked(drawn, texts)
+    untold = () if job.captioned else ("digits", "directions", "pairs")
+    return {name: value for name, value in found.items() if name not in untold}
 
 
 def measured_prediction(job: Job, drawing: Drawing, real: Any, texts: Any) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def measured_longer(
     drawn = drawing.long(texts, key, frames, overlap=overlap)
     save_pictures(job.run, "longer", drawn[:SHOWN], clips.rate)
     found = {"clips": len(drawn), "frames": frames}
-    return found | ({"tracked": measure.tracked(drawn, texts)} if measure.digits else {})
+    return found | ({"tracked": tracked(job, measure, drawn, texts)} if measure.digits else {})
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from experiments.video.__main__ import main
 from experiments.video.commands import check_network, load_trained, sample
 from experiments.video.config import Config, Sample, Train, check_clips, smoke
 from experiments.video.data import (
+    Part,
     captions_of,
     open_clips_of,
     said_by,
@@ -33,7 +34,7 @@ from experiments.video.data import (
     some_clips,
 )
 from experiments.video.drawing import Drawing
-from experiments.video.images import ReadBoth, both_batches, open_captioned
+from experiments.video.images import ReadBoth, both_batches, both_loss, open_captioned
 from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.outcome import summary
@@ -282,6 +283,10 @@ def test_a_folder_of_clips_is_divided_into_those_that_teach_and_those_that_measu
     # Of longer files, none but the one that is cut in two both teaches and measures.
     short = replace(command, clips=replace(clips, frames=1, test=12))
     found = open_clips_of(short, RunFolder(tmp_path / "short"))
+    older = replace(short, clips=replace(short.clips, test_by="clips"))
+    kept = open_clips_of(older, RunFolder(tmp_path / "short")).test
+    expected = np.random.default_rng(0).permutation(120)[:12]  # as versions before drew it
+    assert isinstance(kept, Part) and kept.chosen == tuple(sorted(expected.tolist()))
     files = [
         {part[i].id.partition("#")[0] for i in range(len(part))}
         for part in (found.train, found.test)
@@ -321,9 +326,24 @@ def test_images_are_learned_with_the_clips(tmp_path, capsys, monkeypatch):
     assert ask() == 0
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["stage"] == "diffusion"][-1]
-    assert last["images"] > 0 and last["loss"] > last["images"] / 4
+    assert last["images"] > 0
     Image.fromarray(pixels(40, 50)).save(images / "dog" / "new.png")
+    videos_missing = [*TINY, "--run-dir", str(run), "--images", str(images)]
+    assert call(["train", *videos_missing]) == 2
+    assert "beside the clips of --videos" in capsys.readouterr().err
     assert ask() == 2 and "the data are not those that it was made of" in capsys.readouterr().err
+
+
+def test_the_loss_of_images_is_added_and_that_of_clips_keeps_its_numbers():
+    class Network:
+        def with_frames(self, count):
+            return count
+
+    of_clips = lambda model, batch, key, context: (jnp.array(2.0) * batch, {"clips": batch})
+    of_images = lambda frames, batch, key, context: (jnp.array(3.0) * batch * frames, {})
+    loss = both_loss(of_clips, of_images, 0.25)
+    error, aux = loss(Network(), {"clips": 10.0, "images": 100.0}, jax.random.key(0), None)
+    assert error == 2 * 10 + 0.25 * 300 and aux == {"clips": 10.0, "images": 300.0}
 
 
 def test_the_image_beside_a_clip_depends_on_seed_epoch_and_clip_alone():
