@@ -46,9 +46,13 @@ def off(network, theta):
     return moved
 
 
-def slopes(objective, network, times, n, thetas=(0.0, 0.3)):
-    """The slope of the loss in theta, a mean over `n` examples, and how sure: `(mean, error)`."""
-    x0 = MEAN + STD * jax.random.normal(jax.random.key(0), (n, 1))
+def slopes(objective, network, times, n, thetas=(0.0, 0.3), *, x0=None):
+    """The slope of the loss in theta, a mean over `n` examples, and how sure: `(mean, error)`.
+
+    Of the Gaussian, or of the data `x0`, `(n, 1)`.
+    """
+    if x0 is None:
+        x0 = MEAN + STD * jax.random.normal(jax.random.key(0), (n, 1))
     times = jax.tree.map(jnp.asarray, times)
 
     def one(theta, x0, key):

@@ -130,6 +130,15 @@ def test_shortcuts_do_with_bfloat16(key):
     np.testing.assert_allclose(found[0], error(dit, jnp.float32), rtol=0.03)
 
 
+@pytest.mark.parametrize("name", ["mean flow", "improved", "shortcut", "split"])
+def test_losses_have_their_minimum_at_the_average_velocity_of_a_mixture(name, x64):
+    x0 = jnp.asarray(MIXTURE.draw(5000, seed=0)).reshape(-1, 1)
+    times = {"t": 0.9, "h": 0.8, "first": 0.3}
+    u = MIXTURE.average_velocity(FLOW.path)
+    (slope, error), (away, _) = slopes(TWO_TIMES[name], u, times, len(x0), x0=x0)
+    assert abs(slope) < max(4 * error, 1e-6) and away > max(10 * error, 0.01)
+
+
 def test_the_two_tangents():
     found = ex.DataVelocity()(
         lambda z, t, cond, *, key, h: z + h, grid(), jnp.array(0.5), None, 0 * grid(), None
