@@ -54,6 +54,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     ours = side("samples", samples, count, None)
     theirs = side("reference", reference, 0 if reference is None else len(reference), moments)
     found, notes = scores(ours, theirs, options)
+    notes += missing_classes(samples, count)
     if options.save_reference is not None:
         _save_reference(options.save_reference, theirs)
     file = lambda path, pictures: {
@@ -85,6 +86,17 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         say(f"note: {note}")
     say(f"{out} has them with the protocol.")
     return result
+
+
+def missing_classes(samples: Pictures, count: int) -> list[str]:
+    """What is to be said where the first samples lack classes, as those of class folders do."""
+    part, whole = (label_balance(samples.labels, n) for n in (count, None))
+    if part is None or whole is None or part["classes"] == whole["classes"]:
+        return []
+    return [
+        f"--n {count}: the first samples are of {part['classes']} of {whole['classes']} classes: "
+        "give them all, or samples in mixed order."
+    ]
 
 
 def beside(samples: Path) -> Path:

@@ -157,6 +157,9 @@ def test_too_few_samples_are_said(files, network):
     network(Counting())
     found = evaluating.evaluate(options(files, n=4))
     notes = " ".join(found["notes"])
+    assert "classes" not in notes  # LABELS are mixed
+    two = " ".join(evaluating.evaluate(options(files, n=2))["notes"])
+    assert "--n 2: the first samples are of 2 of 3 classes" in two
     assert "4 samples and 4 features: their covariance is singular" in notes
     assert "precision and coverage need 6" in notes and "--kid-subset takes fewer" in notes
     assert all(np.isfinite(v) for v in found["scores"].values())
