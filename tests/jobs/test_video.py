@@ -357,14 +357,16 @@ def test_the_image_beside_a_clip_depends_on_seed_epoch_and_clip_alone():
         def read(self, indices, flipped):
             return indices
 
-    draw = lambda seed, epochs: ReadBoth(Numbers(50), Numbers(7), seed)(  # type: ignore[arg-type]
-        np.arange(50), np.full(50, epochs)
-    )[0]["images"]
+    clips: Any = Numbers(50)
+    images: Any = Numbers(7)
+
+    def draw(seed, epoch):
+        return ReadBoth(clips, images, seed)(np.arange(50), np.full(50, epoch))[0]["images"]
+
     assert set(draw(0, 0)) == set(range(7))
     assert (draw(0, 1) == draw(0, 1)).all()
     assert (draw(0, 0) != draw(0, 1)).any() and (draw(0, 0) != draw(2**63, 0)).any()
-    numbers: Any = Numbers(10), Numbers(3)
-    first, second = (both_batches(*numbers, 4, seed=1) for _ in range(2))
+    first, second = (both_batches(clips, images, 4, seed=1) for _ in range(2))
     kept = [next(first) for _ in range(3)][2]
     second.set_state({**second.get_state(), "batches": 2})
     again = next(second)
