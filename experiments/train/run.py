@@ -278,8 +278,8 @@ def _with_defaults(found: Any, defaults: Any, name: str = "") -> tuple[dict[str,
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        # As on the command line, where the options of the pictures have no group's name.
-        below = lambda key: key if name in ("", "pictures") else f"{name}.{key}"
+        # As on the command line, where the options of the data have no group's name.
+        below = lambda key: key if name in ("", "pictures", "clips") else f"{name}.{key}"
         return [
             line
             for key in dict.fromkeys([*new, *old])

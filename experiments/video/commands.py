@@ -99,7 +99,8 @@ def train(command: Train) -> None:
         new = not (run.path / CONFIG).exists() or command.overwrite
         # Other clips are another run; the folder says which it is about.
         about = {**as_dict(command.config), CONTENT: content}
-        run.open(about, overwrite=command.overwrite, defaults=as_dict(earlier()))
+        before = earlier(files=command.videos is not None)
+        run.open(about, overwrite=command.overwrite, defaults=as_dict(before))
         found = run.metrics()
         if found is not None:
             say(f"{run.path} is finished; --overwrite starts anew.\n{summary(found)}")

@@ -174,11 +174,12 @@ class Config:
         return self.diffusion.image_steps > 0 and possible and not self.clips.sound
 
 
-def earlier() -> Config:
-    """What options stand for that a run of an earlier version does not have."""
+def earlier(*, files: bool = False) -> Config:
+    """What options stand for that a run of an earlier version does not have; `files`: one over
+    `--videos`, which was divided by clips."""
     autoencoder = AutoencoderOptions(optimizer="adamw", cell_map=False)
     return Config(
-        clips=ClipOptions(test_by="clips"),
+        clips=ClipOptions(test_by="clips" if files else "files"),
         autoencoder=autoencoder,
         diffusion=DiffusionOptions(image_steps=0, prediction="velocity", tokens="bytes"),
     )

@@ -244,6 +244,23 @@ def test_networks_and_captions_of_a_run_that_are_not_what_was_written(run, tmp_p
         shutil.rmtree(copy)
 
 
+def test_a_run_of_made_clips_is_of_no_division(run, mnist, tmp_path, capsys):
+    """That of an earlier version says nothing of it, and is the same run; one over files is not."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["clips"]["test_by"]
+    (copy / "config.json").write_text(json.dumps(config))
+    main(["train", "--mnist", str(mnist), "--run-dir", str(copy), *TINY])
+    assert "is finished" in capsys.readouterr().out
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    frames = [Image.new("L", (32, 32), 9 * k) for k in range(5)]
+    frames[0].save(videos / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="--test-by: the folder has clips, now files"):
+        main(["train", "--videos", str(videos), "--run-dir", str(copy), *TINY, "--channels", "1"])
+
+
 def test_a_run_of_an_earlier_version_predicts_what_it_learned(run, tmp_path):
     assert load_trained(run)[0].denoiser.diffusion.prediction is ex.predict_v
     copy = tmp_path / "copy"
