@@ -184,9 +184,12 @@ def test_rows_of_the_tables_and_their_text(tmp_path):
     assert lines[2] == "| all | 2.00 M | 30.0 M | 1.50 ± 0.71 | 1.50 ± 0.71 | 0.600 ± 0.141 |"
     assert lines[3] == "| all: internal 1.4 | | |  | 1.50 ± 0.71 | |"
     assert lines[4] == "| all: guidance 2.4 | | | 1.50 ± 0.71 | | 0.600 ± 0.141 |"
-    found["sampled"] = {"1": scores}
+    found["sampled"] = {"1": scores | {"guidance": 1.6}, "50": scores | {"guidance": 1.0}}
     lines = tables._lines({"flow": found}, "few-steps")
-    assert lines[2] == "| flow | 1, guided | 1.50 ± 0.71 | 0.600 ± 0.141 | 20 |"
+    assert lines[2:] == [
+        "| flow | 1, guided | 1.50 ± 0.71 | 0.600 ± 0.141 | 20 |",
+        "| flow | 50 | 1.50 ± 0.71 | 0.600 ± 0.141 | 20 |",
+    ]
     path = tmp_path / "all.json"
     path.write_text(json.dumps(found))
     assert tables._finished(path, {"seeds": 2}) == found
