@@ -75,7 +75,7 @@ RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(FOLDER))
 ENDINGS := mp4 m4v mov webm mkv avi MP4 M4V MOV WEBM MKV AVI
 OF_VIDEO = $(filter $(addprefix %.,$(ENDINGS)),$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
-SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 2400)
+SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 3700)
 OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(SOUND),$(SOUNDING)) \
 	$(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \

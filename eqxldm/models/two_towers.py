@@ -165,6 +165,7 @@ class TwoTowersConfig:
     width: int
     num_heads: int
     embed_cond: Any = None
+    cross_attention: bool = True
     mlp_ratio: float = 4.0
     swiglu: bool = False
     clock_rate: float = 16.0
@@ -202,7 +203,7 @@ class TwoTowers(eqx.Module):
     `options`, the other fields of `TwoTowersConfig`:
 
     - `embed_cond`: as of a `DiT`; tokens that it gives are cross-attended by both towers, its
-      vector is added to both times.
+      vector is added to both times. `cross_attention=False` for one that gives a vector alone.
     - `clock_rate`: radians a second of the fastest pair of features. About one radian between two
       steps of the sound can tell them apart.
     - `mlp_ratio`, `swiglu`, `time_embedding`, `attention`, `remat`, `unroll`: as of a `DiT`.
@@ -250,7 +251,7 @@ class TwoTowers(eqx.Module):
         _check(config, self.video.grid)
         self.embed_cond = build_part(options.get("embed_cond", config.embed_cond), key=k3)
         kind: dict[str, Any] = dict(attention=config.attention, swiglu=config.swiglu)
-        kind["text"] = self.embed_cond is not None
+        kind["text"] = self.embed_cond is not None and config.cross_attention
         make = lambda key: TowersBlock(width, num_heads, config.mlp_ratio, **kind, key=key)
         self.blocks = Stack(make, depth, remat=config.remat, unroll=config.unroll, key=k4)
         self.config = config

@@ -46,6 +46,7 @@ from .embeddings import (
     Labels as Labels,
     Sinusoid as Sinusoid,
     TimeEmbedding as TimeEmbedding,
+    Vector as Vector,
     VectorEmbedding as VectorEmbedding,
     check_label as check_label,
     sincos_features as sincos_features,

@@ -167,10 +167,26 @@ class TimeEmbedding(eqx.Module):
         return self.linear2(jax.nn.silu(self.linear1(self.config(t))))
 
 
+@dataclass(frozen=True)
+class Vector:
+    """How a `VectorEmbedding` was made: its sizes.
+
+    >>> Vector(4, 16).build(key=jax.random.key(0)).linear1.weight.shape
+    (16, 4)
+    """
+
+    in_size: int
+    width: int
+
+    def build(self, *, key) -> "VectorEmbedding":
+        """The embedding, with random weights."""
+        return VectorEmbedding(self.in_size, self.width, key=key)
+
+
 class VectorEmbedding(eqx.Module):
     """`W2 silu(W1 x + b1) + b2` of a vector that joins the time: a text's pooled vector, say.
 
-    In the dtype of `x`. `init` is of both weights.
+    In the dtype of `x`. `init` is of both weights. `config` is its `Vector`.
 
     >>> VectorEmbedding(4, 16, key=jax.random.key(0))(jnp.ones(4)).shape
     (16,)
@@ -178,9 +194,11 @@ class VectorEmbedding(eqx.Module):
 
     linear1: Linear
     linear2: Linear
+    config: Vector = eqx.field(static=True)
 
     def __init__(self, in_size: int, width: int, *, init: Initializer = SMALL_NORMAL, key):
         k1, k2 = jax.random.split(key)
+        self.config = Vector(in_size, width)
         self.linear1 = Linear(in_size, width, init=init, key=k1)
         self.linear2 = Linear(width, width, init=init, key=k2)
 

@@ -39,6 +39,7 @@ CONFIGS: dict[str, type] = {
         nn.Labels,
         nn.RoPE,
         nn.Sinusoid,
+        nn.Vector,
     )
 }
 

@@ -21,8 +21,11 @@ def main(args: Sequence[str] | None = None) -> None:
     default = Train()
     if args[:1] == ["--smoke"]:
         args, default = args[1:], smoke(default)
-    if any(arg.partition("=")[0] == "--videos" for arg in args):  # of which most have colour
-        default = replace(default, clips=replace(default.clips, channels=3))
+    if any(arg.partition("=")[0] == "--videos" for arg in args):
+        # Most files have colour, and captions of their own.
+        clips = replace(default.clips, channels=3)
+        diffusion = replace(default.diffusion, tokens="clip")
+        default = replace(default, clips=clips, diffusion=diffusion)
     drawn = Sample(run_dir=default.run_dir, sampling=default.sampling)
     command: Any = (
         Annotated[Train, tyro.conf.subcommand("train", default=default)]

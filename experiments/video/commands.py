@@ -34,6 +34,7 @@ from ..train.terminal import Signals, UserError, say
 from .classifier import ClipClassifier, halved
 from .config import Config, Sample, SamplingOptions, Train, check_clips, earlier
 from .data import (
+    NAMED,
     Clips,
     WithSound,
     captions_of,
@@ -155,7 +156,9 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         z = denoiser.diffusion.sample_prior(shape, key=key)
         cond = {"known": z, "mask": jnp.zeros(shape[1])}
         # Any ids: those of captions may need a list that is fetched, for clips that have none.
-        cond |= {"text": jnp.zeros(config.diffusion.max_length, int)} if captioned else {}
+        ids = jnp.zeros(config.diffusion.max_length, int)
+        text = jnp.zeros(NAMED) if config.diffusion.tokens == "digits" else ids
+        cond |= {"text": text} if captioned else {}
         crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
         frames = min(config.autoencoder.crop_frames, config.clips.frames)
         part = jnp.zeros((config.clips.channels, frames, *crop))

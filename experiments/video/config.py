@@ -97,11 +97,11 @@ class AutoencoderOptions:
 class DiffusionOptions:
     """The spacetime transformer and how it learns."""
 
-    steps: Steps = 4000  # Training steps.
+    steps: Steps = 7000  # Training steps.
     batch_size: Batch = 16  # Clips in a step.
     # Steps before these of the first frames alone, which are pictures; 0: none, as with `--sound`
     # and where a token is of several latent frames.
-    image_steps: MaybeSteps = 2400
+    image_steps: MaybeSteps = 4000
     image_batch_size: Batch = 48  # Pictures in such a step.
     image_weight: Weight = 0.25  # Of the loss of `--images` beside that of as many clips.
     optimizer: OptimizerName = "adamw"
@@ -119,9 +119,10 @@ class DiffusionOptions:
     num_heads: Width = 6  # Heads of the attention.
     swiglu: bool = False  # MLPs with a gate, of as many parameters.
     patch_size: tuple[Few, Few, Few] = (1, 2, 2)  # Latent frames, rows and columns in a token.
-    text_depth: Depth = 1  # Blocks of the encoder of captions.
-    # What a caption is cut into: byte pairs as CLIP does (the extra "text"), or its bytes.
-    tokens: Literal["clip", "bytes"] = "clip"
+    text_depth: Depth = 1  # Blocks of the encoder of captions' tokens.
+    # What is read of a caption: the digits and directions that it names, of clips that are made; or
+    # its tokens: byte pairs as CLIP does (the extra "text"), the default of --videos, or its bytes.
+    tokens: Literal["digits", "clip", "bytes"] = "digits"
     # Of CLIP's list of byte pairs, the commonest first: fewer cut rare words into more tokens.
     merges: Annotated[int, Range(0, MERGES)] = 4096
     # Tokens of a caption that are read, with those of start and end.
@@ -152,7 +153,7 @@ class SamplingOptions:
 
     solver: Literal["euler", "heun", "dpmsolver++", "unipc"] = "dpmsolver++"
     steps: Annotated[int, Range(1, 10_000)] = 20  # Of the solver.
-    guidance: Annotated[float, Range(0, 100)] = 2.0  # By the caption; 1 is none.
+    guidance: Annotated[float, Range(0, 100)] = 4.0  # By the caption; 1 is none.
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .images import open_captioned
 
 Frames = UInt8[np.ndarray, "n f h w c"]
 LEAST = 10  # clips to measure against
+NAMED = 10 + 4 + 10 * 4  # digits, directions, and both together
 MEL_RATE = 8000  # samples a second
 MEL_FRAMES = 8  # frames of a spectrogram that go with a frame of a clip
 FOLD = 4  # of which so many are one step of the sound's latent
@@ -154,6 +155,11 @@ def choose_condition(config: Config, clips: Clips) -> Any:
         say("captions: the clips have none, so those of --images are not read either.")
     if kind == "none" or not clips.captioned:
         return no_condition
+    if config.diffusion.tokens == "digits" and clips.digits is None:
+        raise UserError(
+            "--diffusion.tokens digits: is of moving digits; captions of --videos are read as clip "
+            "or bytes."
+        )
     return captions_of(config).read
 
 
@@ -169,9 +175,56 @@ def say_long_captions(config: Config, clips: Clips) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Named:
+    """A condition: how often a caption names each digit, each direction, and each of both together,
+    `(54,)`; nothing for a caption that names none."""
+
+    def __call__(self, record: ImageRecord) -> Float[np.ndarray, " 54"]:
+        return self.tokens(record.caption or "")
+
+    def tokens(self, text: str) -> Float[np.ndarray, " 54"]:
+        """
+        >>> Named().tokens("a 3 moving up and a 3 moving right")[[3, 10, 13]]
+        array([2., 1., 1.], dtype=float32)
+        """
+        found = np.zeros(NAMED, np.float32)
+        for digit, name in read_caption(text):
+            direction = DIRECTIONS.index(name)
+            found[[digit, 10 + direction, 14 + 4 * digit + direction]] += 1
+        return found
+
+    def cut(self, text: str) -> str:
+        """What finds no room: nothing."""
+        return ""
+
+
+@dataclass(frozen=True)
+class NamedDigits(Captions):
+    """What captions of moving digits name."""
+
+    digits: int = 2
+
+    @property
+    def read(self) -> Named:
+        return Named()
+
+    def say_cut(self, prompt: str) -> None:
+        """Refuses a prompt that does not say what so many digits do."""
+        if len(read_caption(prompt)) != self.digits:
+            several = ("a 3 moving up", "a 7 moving left") * self.digits
+            example = " and ".join(several[: self.digits])
+            raise UserError(
+                f"--prompt {prompt!r}: this run knows {self.digits} digits and where they move "
+                f"({', '.join(DIRECTIONS)}), such as: {example}"
+            )
+
+
 def captions_of(config: Config) -> Captions:
-    """How captions become tokens."""
+    """How captions are read."""
     options = config.diffusion
+    if options.tokens == "digits":
+        return NamedDigits(options.max_length, digits=config.clips.digits)
     merges = options.merges if options.tokens == "clip" else None
     return Captions(options.max_length, merges)
 

@@ -25,7 +25,7 @@ from eqxldm.training import in_dtype
 
 from ..train.methods import DTYPES, PREDICTIONS
 from .config import Config
-from .data import FOLD, MEL_FRAMES
+from .data import FOLD, MEL_FRAMES, NAMED
 
 LEAST_TIME = 1e-3  # below it what is said of a known frame is that at this time
 
@@ -123,9 +123,13 @@ def _with_known(
     return jnp.where(cond["mask"][None, :, None, None] > 0, exact, out[: len(x_t)])
 
 
-def make_text_encoder(config: Config, *, key: Any) -> ByteTextEncoder | CaptionEncoder:
-    """The transformer of captions, which is trained along."""
+def make_text_encoder(
+    config: Config, *, key: Any
+) -> ByteTextEncoder | CaptionEncoder | nn.VectorEmbedding:
+    """The transformer of captions, or what embeds the digits that they name; trained along."""
     options = config.diffusion
+    if options.tokens == "digits":
+        return nn.VectorEmbedding(NAMED, options.width, key=key)
     size = options.width, options.text_depth, options.num_heads, options.max_length
     if options.tokens == "bytes":
         return ByteTextEncoder(*size, key=key)
@@ -134,7 +138,8 @@ def make_text_encoder(config: Config, *, key: Any) -> ByteTextEncoder | CaptionE
 
 def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> DiT:
     """The spacetime transformer: patches of all frames at once, 3-D rotary positions, captions by
-    cross-attention. Its shape has one channel more than the latent, which says what is known."""
+    cross-attention, or digits beside the time. Its shape has one channel more than the latent,
+    which says what is known."""
     options = config.diffusion
     key, text_key = jax.random.split(key)
     size = options.width // options.num_heads
@@ -143,7 +148,8 @@ def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: A
     given: dict[str, Any] = {}
     if captioned:
         given["embed_cond"] = make_text_encoder(config, key=text_key)
-        given["block"] = CrossAttentionDiTBlock
+        if options.tokens != "digits":
+            given["block"] = CrossAttentionDiTBlock
     return DiT(
         (latent[0] + 1, *latent[1:]),
         patch_size=options.patch_size,
@@ -153,7 +159,6 @@ def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: A
         swiglu=options.swiglu,
         qk_norm=nn.RMSNorm,
         rope=nn.RoPE((size - size % 2 - 2 * third, third, third)),
-        remat=None,
         key=key,
         **given,
     )
@@ -179,8 +184,8 @@ def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key
         num_heads=options.num_heads,
         swiglu=options.swiglu,
         embed_cond=make_text_encoder(config, key=text_key) if captioned else None,
+        cross_attention=options.tokens != "digits",
         clock_rate=1 / step,
-        remat=None,
         key=key,
     )
 
