@@ -214,8 +214,9 @@ class NamedDigits(Captions):
         if len(read_caption(prompt)) != self.digits:
             several = ("a 3 moving up", "a 7 moving left") * self.digits
             example = " and ".join(several[: self.digits])
+            digits = "1 digit" if self.digits == 1 else f"{self.digits} digits"
             raise UserError(
-                f"--prompt {prompt!r}: this run knows {self.digits} digits and where they move "
+                f"--prompt {prompt!r}: this run knows {digits} and directions "
                 f"({', '.join(DIRECTIONS)}), such as: {example}"
             )
 

@@ -1,0 +1,88 @@
+"""What a network is told of moving digits: which there are, and where they move."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqxldm import nn, pretrained
+from eqxldm.models import CrossAttentionDiTBlock, DiTBlock
+from experiments.train.terminal import UserError
+from experiments.video import __main__ as program
+from experiments.video.commands import check_shapes
+from experiments.video.config import Config, SamplingOptions, Train, earlier
+from experiments.video.data import NAMED, Clips, Named, captions_of, choose_condition
+from experiments.video.networks import make_denoiser
+
+CONFIG = Train().config
+SMALL: Any = dict(depth=1, width=24, num_heads=2)
+TINY = replace(CONFIG, diffusion=replace(CONFIG.diffusion, **SMALL))
+SOUNDING = replace(TINY, clips=replace(TINY.clips, sound=True))
+
+
+def test_a_caption_is_what_it_names_in_any_order():
+    read = captions_of(TINY).read
+    both = read.tokens("a 3 moving up and a 7 moving left")
+    assert both.shape == (NAMED,) and both.sum() == 6
+    assert (both == read.tokens("a 7 moving left and a 3 moving up")).all()
+    # Not which digit moves where alone: who goes where is told apart.
+    other = read.tokens("a 7 moving up and a 3 moving left")
+    assert (both[:14] == other[:14]).all() and not (both == other).all()
+    assert not captions_of(TINY).null.any() and read.cut("anything") == ""
+
+
+@pytest.mark.parametrize("config", [TINY, SOUNDING], ids=["clips", "sound"])
+def test_a_network_is_told_digits_beside_the_time_and_can_be_saved(config, tmp_path):
+    check_shapes(config, SamplingOptions())
+    latent = (2, 5, 4, 4)
+    denoiser = make_denoiser(config, latent, captioned=True, key=jax.random.key(0))
+    network = denoiser.network
+    assert isinstance(network.embed_cond, nn.VectorEmbedding)
+    blocks = network.blocks.stacked
+    assert isinstance(blocks.video if config.clips.sound else blocks, DiTBlock)
+    # Weights that start at zero would give zero.
+    network = jax.tree.map(lambda a: a + 0.1 if isinstance(a, jax.Array) else a, network)
+    pretrained.save(network, tmp_path / "network.safetensors")
+    again = pretrained.load(tmp_path / "network.safetensors")
+    x: Any = jax.random.normal(jax.random.key(1), (3, *latent[1:]))
+    t: Any = jnp.array(0.5)
+    if config.clips.sound:
+        x = {"video": x, "sound": jnp.ones(network.sound.shape)}
+        t = {"video": t, "sound": t}
+    told = lambda network, text: jnp.concatenate(
+        [out.reshape(-1) for out in jax.tree.leaves(network(x, t, jnp.asarray(text)))]
+    )
+    up, left = (Named().tokens(f"a 3 moving {way}") for way in ("up", "left"))
+    assert (told(network, up) == told(again, up)).all()
+    assert not np.allclose(told(network, up), told(network, left), rtol=1e-4)
+
+
+def test_captions_of_files_are_read_as_text(monkeypatch):
+    asked: list[Train] = []
+    monkeypatch.setattr(program, "train", asked.append)
+    program.main(["train"])
+    program.main(["train", "--videos", "clips"])
+    assert [command.diffusion.tokens for command in asked] == ["digits", "clip"]
+    assert earlier().diffusion.tokens == "bytes"
+    captioned = make_denoiser(asked[1].config, (2, 1, 4, 4), captioned=True, key=jax.random.key(0))
+    assert isinstance(captioned.dit.blocks.stacked, CrossAttentionDiTBlock)
+
+    class Captioned(list):
+        has_captions = True
+
+    with pytest.raises(UserError, match="of --videos are read as clip or bytes"):
+        choose_condition(TINY, Clips(Captioned(), Captioned()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["a fox", "a 3 moving up", "", "a 3 moving up and a 3 flying"])
+def test_a_prompt_must_say_what_the_digits_do(prompt):
+    captions = captions_of(TINY)
+    captions.say_cut("a 3 moving up and a 7 moving left")
+    with pytest.raises(UserError, match=r"2 digits .* such as: a 3 moving up and a 7 moving left"):
+        captions.say_cut(prompt)
+    one = captions_of(Config(clips=replace(TINY.clips, digits=1)))
+    with pytest.raises(UserError, match=r"1 digit .* such as: a 3 moving up$"):
+        one.say_cut("a fox")
