@@ -73,8 +73,9 @@ def test_captions_of_files_are_read_as_text(monkeypatch):
     class Captioned(list):
         has_captions = True
 
+    files: Any = Captioned()
     with pytest.raises(UserError, match="of --videos are read as clip or bytes"):
-        choose_condition(TINY, Clips(Captioned(), Captioned()))  # type: ignore[arg-type]
+        choose_condition(TINY, Clips(files, files))
 
 
 @pytest.mark.parametrize("prompt", ["a fox", "a 3 moving up", "", "a 3 moving up and a 3 flying"])
