@@ -35,7 +35,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 JOB = .venv/bin/python -m experiments.train
 TABLES = .venv/bin/python -m experiments.train.tables
 WORDS = .venv/bin/python -m experiments.words
-CLIPS = .venv/bin/python -m experiments.video $(if $(SMOKE),--smoke)
+CLIPS = .venv/bin/python -m experiments.video $(if $(SMOKE),--smoke,$(if $(LARGE),--large))
 # Options as make variables. The prompt goes by the environment, as it can hold any character.
 export PROMPT
 export NEGATIVE
@@ -69,13 +69,13 @@ COMPARE = $(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(REFERENCE),--reference 
 EVALUATE = $(FOLDER) $(WHICH) $(PICTURES) $(HOW) $(ARGS)
 RUNS = --preset $(or $(PRESET),mnist) $(FOLDER) $(WHICH) $(HOW) $(ARGS)
 IMAGENET = --preset $(if $(SMOKE),smoke,imagenet256)
-RUN_OF_SOUND = $(or $(RUN),$(if $(SMOKE),runs/sound-smoke,runs/sound))
+RUN_OF_SOUND = $(or $(RUN),runs/sound$(if $(SMOKE),-smoke,$(if $(LARGE),-large)))
 RUN_OF_CLIPS = $(if $(SOUND)$(CLIP)$(WAV),--run-dir "$(RUN_OF_SOUND)",$(FOLDER))
 # Files that PyAV reads or writes (VIDEO_ENDINGS of eqxldm/data/clips.py), also as cameras name them.
 ENDINGS := mp4 m4v mov webm mkv avi MP4 M4V MOV WEBM MKV AVI
 OF_VIDEO = $(filter $(addprefix %.,$(ENDINGS)),$(FIRST) $(CLIP) $(OUT))
 # A step of both towers costs twice that of clips alone.
-SOUNDING = --sound $(if $(SMOKE),,--diffusion.steps 3700)
+SOUNDING = --sound $(if $(SMOKE)$(LARGE),,--diffusion.steps 3700)
 OF_CLIPS = $(RUN_OF_CLIPS) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(SOUND),$(SOUNDING)) \
 	$(if $(SIZE),--size $(SIZE)) \
 	$(if $(CHANNELS),--channels $(CHANNELS)) $(if $(FRAMES),--frames $(FRAMES)) \
@@ -180,10 +180,10 @@ serve: $(SERVE) ## over HTTP, with a page: RUN=runs/mnist or runs/words, or MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size $(SIZE)) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) $(ARGS)
 
-train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder IMAGES=folder FRAMES=17 SIZE="64 64" FPS=8 RUN=runs/clips; SOUND=1; SMOKE=1
+train-video: $(WITH_TEXT) $(if $(VIDEOS),$(VIDEO)) ## clips of digits that bounce, from their captions; or VIDEOS=folder IMAGES=folder FRAMES=17 SIZE="64 64" FPS=8 RUN=runs/clips; SOUND=1; LARGE=1 on a GPU or TPU; SMOKE=1
 	$(CLIPS) train $(OF_CLIPS)
 
-sample-video: $(WITH_TEXT) $(if $(OF_VIDEO),$(VIDEO)) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; SMOKE=1
+sample-video: $(WITH_TEXT) $(if $(OF_VIDEO),$(VIDEO)) ## PROMPT="a 3 moving up and a 7 moving left" FIRST=a.png FRAMES=41 N=8 STEPS=20 OUT=a.gif; SOUND=1 CLIP=a.mp4 or WAV=a.wav; LARGE=1; SMOKE=1
 	$(CLIPS) sample $(OF_SAMPLES)
 
 compare-mnist: $(RUNTIME) ## the comparison behind the defaults of MNIST's DiT (20 minutes)

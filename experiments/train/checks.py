@@ -84,18 +84,23 @@ def check_options(
         raise UserError(
             f"--diffusion.warmup {options.warmup} must be below --diffusion.steps {options.steps}."
         )
-    here = jax.default_backend(), options.dtype
-    if compute.attention == "cudnn" and here != ("gpu", "bfloat16"):
-        raise UserError(
-            "--attention cudnn: needs a GPU and --diffusion.dtype bfloat16; here are "
-            f"{' and '.join(here)}."
-        )
-    if compute.attention == "flash" and here[0] != "tpu":
-        raise UserError(f"--attention flash: needs a TPU; here is {here[0]}.")
+    check_attention(compute.attention, options.dtype)
     crop = config.autoencoder.crop_from
     if crop is not None and crop < min(config.size):
         h, w = config.size
         raise UserError(f"--autoencoder.crop-from {crop} is less than --size {h} {w}.")
+
+
+def check_attention(attention: AttentionName, dtype: str) -> None:
+    """Refuses a kernel that this machine, or a network of this type, does not have."""
+    here = jax.default_backend(), dtype
+    if attention == "cudnn" and here != ("gpu", "bfloat16"):
+        raise UserError(
+            "--attention cudnn: needs a GPU and --diffusion.dtype bfloat16; here are "
+            f"{' and '.join(here)}."
+        )
+    if attention == "flash" and here[0] != "tpu":
+        raise UserError(f"--attention flash: needs a TPU; here is {here[0]}.")
 
 
 def _check_form(config: Config) -> None:

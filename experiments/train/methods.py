@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import eqxldm as ex
+from eqxldm import nn
 from eqxldm.objectives import AbstractObjective, Denoising, Hybrid
 from eqxldm.solvers import Variance
 from eqxldm.training import adamw, constant, exponential, in_dtype, muon, power_function
@@ -35,6 +36,11 @@ PREDICTIONS: dict[str, ex.Prediction] = {
 }
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 OPTIMIZERS = {"adamw": adamw, "muon": muon}  # by OptimizerName
+ATTENTIONS: dict[str, nn.Attention] = {
+    "xla": nn.attend,
+    "cudnn": nn.cudnn_attend,
+    "flash": nn.flash_attend,
+}
 
 
 class Method(NamedTuple):

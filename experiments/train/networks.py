@@ -15,6 +15,7 @@ from eqxldm.text import vocabulary_size
 from .conditions import Captions, Condition, FrozenCaptions, Labels
 from .config import AttentionName, Config, RematName
 from .few_steps import TWO_TIMES, UNSCALED
+from .methods import ATTENTIONS
 from .streams import stream_key
 
 Shape = tuple[int, int, int]
@@ -129,7 +130,7 @@ def make_denoiser(
 ) -> DiT | UNet:
     """The denoiser for latents or images of this shape, with what the condition needs."""
     key, text_key = jax.random.split(stream_key(config.seed, "diffusion/model"))
-    attend = {"xla": nn.attend, "cudnn": nn.cudnn_attend, "flash": nn.flash_attend}[attention]
+    attend = ATTENTIONS[attention]
     policy = {
         "everything": jax.checkpoint_policies.nothing_saveable,
         "narrow": models.save_narrow,

@@ -24,7 +24,7 @@ from eqxldm.durable import check_is_file, read_file
 from eqxldm.models import CausalVideoAutoencoder, DiT, SoundAutoencoder, TwoTowers
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
-from ..train.checks import check_writable
+from ..train.checks import check_attention, check_writable
 from ..train.methods import DTYPES
 from ..train.options import check, read_options
 from ..train.run import CONFIG, CONTENT, RunFolder, as_dict, read_json
@@ -75,6 +75,7 @@ def train(command: Train) -> None:
     signals = Signals()
     check(command)
     check_packages(command.log)
+    check_attention(command.attention, command.diffusion.dtype)
     problem = check_clips(command.clips)
     if problem is not None:
         raise UserError(problem)
@@ -160,7 +161,7 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         text = jnp.zeros(NAMED) if config.diffusion.tokens == "digits" else ids
         cond |= {"text": text} if captioned else {}
         crop = [min(config.autoencoder.crop, side) for side in config.clips.size]
-        frames = min(config.autoencoder.crop_frames, config.clips.frames)
+        frames = min(config.autoencoder.crop_frames or config.clips.frames, config.clips.frames)
         part = jnp.zeros((config.clips.channels, frames, *crop))
         again = autoencoder.decode(autoencoder.encode(part))
         if not config.clips.sound:
@@ -183,10 +184,12 @@ def check_network(config: Config) -> None:
             f"--diffusion.width {width}: must be a multiple of 6, for the three axes, and divide "
             f"into {heads} heads of an even size."
         )
-    if (config.autoencoder.crop_frames - 1) % 4 or config.autoencoder.crop % 8:
+    crop, crop_frames = config.autoencoder.crop, config.autoencoder.crop_frames
+    if crop % 8 or (crop_frames is not None and (crop_frames - 1) % 4):
+        frames = "" if crop_frames is None else f" and {crop_frames}"
         raise UserError(
             "--autoencoder.crop must be a multiple of 8 and --autoencoder.crop-frames 4 k + 1, got "
-            f"{config.autoencoder.crop} and {config.autoencoder.crop_frames}."
+            f"{crop}{frames}."
         )
     shares = config.sound.given, config.sound.alone, config.sound.apart
     if sum(shares) > 1:

@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes
 from eqxldm.data import Wanted
 from eqxldm.text import MERGES
 
+from ..train.config import AttentionName
 from ..train.options import (
     Batch,
     Count,
@@ -77,9 +78,10 @@ class AutoencoderOptions:
     """The causal autoencoder, 4 x 8 x 8: a latent pixel is 8 x 8 pixels of four frames."""
 
     steps: Steps = 2000  # Training steps.
-    batch_size: Batch = 8  # Crops in a step.
+    batch_size: Batch = 4  # Crops in a step.
     crop: Annotated[int, Range(16, 8192)] = 32  # The crops' height and width.
-    crop_frames: FramesCount = 9  # The crops' frames, 4 k + 1.
+    # The crops' frames, 4 k + 1; by default all of a clip: later ones would be worse.
+    crop_frames: FramesCount | None = None
     optimizer: OptimizerName = "muon"
     learning_rate: Rate = 1e-2  # The peak, after 50 steps; then a cosine to 0.
     channels: tuple[Width, Width, Width] = (16, 32, 64)  # Of the levels, of half the side each.
@@ -198,6 +200,16 @@ SMOKE = """
 """
 
 
+LARGE = """
+    --count 40000 --autoencoder.steps 3000 --autoencoder.batch-size 16
+    --diffusion.steps 17000 --diffusion.batch-size 64 --diffusion.image-steps 2500
+    --diffusion.image-batch-size 256 --diffusion.learning-rate 1e-3 --diffusion.warmup 500
+    --diffusion.ema-decay 0.999 --diffusion.depth 8 --diffusion.width 384
+    --diffusion.patch-size 1 1 1 --diffusion.dtype bfloat16 --checkpoint-every 2000
+    --run-dir runs/video-large
+"""
+
+
 @dataclass(frozen=True)
 class Train(Config):
     """Train everything on clips, draw some and measure them.
@@ -219,6 +231,9 @@ class Train(Config):
     mesh: str = ""  # How devices share the work: data=2,fsdp=4. By default all are on data.
     checkpoint_every: Steps = 400  # Steps between checkpoints.
     sampling_batch: Batch = 20  # Clips drawn or encoded at once.
+    # Of the transformer in training: cudnn is for bfloat16 on a GPU, flash for a thousand tokens
+    # and more on a TPU.
+    attention: AttentionName = "xla"
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     log: LogOptions = field(default_factory=LogOptions)
 
@@ -267,8 +282,12 @@ def check_clips(clips: ClipOptions) -> str | None:
     return None
 
 
-def smoke(train: Train) -> Any:
-    """The options with everything tiny: all stages in about a minute."""
+# By the option that comes before all else.
+PRESETS = {"--smoke": SMOKE, "--large": LARGE}
+
+
+def preset(name: str, train: Train) -> Any:
+    """The options with those of `PRESETS[name]`."""
     import tyro
 
-    return tyro.cli(Train, args=SMOKE.split(), default=train)
+    return tyro.cli(Train, args=PRESETS[name].split(), default=train)

@@ -23,7 +23,8 @@ from eqxldm.nn.fields import with_fields
 from eqxldm.text import vocabulary_size
 from eqxldm.training import in_dtype
 
-from ..train.methods import DTYPES, PREDICTIONS
+from ..train.config import AttentionName
+from ..train.methods import ATTENTIONS, DTYPES, PREDICTIONS
 from .config import Config
 from .data import FOLD, MEL_FRAMES, NAMED
 
@@ -136,7 +137,14 @@ def make_text_encoder(
     return CaptionEncoder(*size, vocabulary_size(options.merges), key=key)
 
 
-def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> DiT:
+def make_dit(
+    config: Config,
+    latent: tuple[int, ...],
+    *,
+    captioned: bool,
+    attention: nn.Attention = nn.attend,
+    key: Any,
+) -> DiT:
     """The spacetime transformer: patches of all frames at once, 3-D rotary positions, captions by
     cross-attention, or digits beside the time. Its shape has one channel more than the latent,
     which says what is known."""
@@ -159,12 +167,20 @@ def make_dit(config: Config, latent: tuple[int, ...], *, captioned: bool, key: A
         swiglu=options.swiglu,
         qk_norm=nn.RMSNorm,
         rope=nn.RoPE((size - size % 2 - 2 * third, third, third)),
+        attention=attention,
         key=key,
         **given,
     )
 
 
-def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> TwoTowers:
+def make_towers(
+    config: Config,
+    latent: tuple[int, ...],
+    *,
+    captioned: bool,
+    attention: nn.Attention = nn.attend,
+    key: Any,
+) -> TwoTowers:
     """The transformer of clips and sounds, both told when each of their tokens is."""
     options, clips = config.diffusion, config.clips
     key, text_key = jax.random.split(key)
@@ -186,6 +202,7 @@ def make_towers(config: Config, latent: tuple[int, ...], *, captioned: bool, key
         embed_cond=make_text_encoder(config, key=text_key) if captioned else None,
         cross_attention=options.tokens != "digits",
         clock_rate=1 / step,
+        attention=attention,
         key=key,
     )
 
@@ -195,11 +212,19 @@ def sound_shape(config: Config) -> tuple[int, int]:
     return config.sound.latent_channels, config.clips.frames * MEL_FRAMES // FOLD
 
 
-def make_denoiser(config: Config, latent: tuple[int, ...], *, captioned: bool, key: Any) -> Any:
+def make_denoiser(
+    config: Config,
+    latent: tuple[int, ...],
+    *,
+    captioned: bool,
+    attention: AttentionName = "xla",
+    key: Any,
+) -> Any:
     """`make_dit` as a `KnownFrames`, or `make_towers` as `SoundingClips`."""
     sound, dtype = config.clips.sound, DTYPES[config.diffusion.dtype]
     make, told = (make_towers, SoundingClips) if sound else (make_dit, KnownFrames)
-    network: Any = make(config, latent, captioned=captioned, key=key)
+    attend = ATTENTIONS[attention]
+    network: Any = make(config, latent, captioned=captioned, attention=attend, key=key)
     return told(network, make_diffusion(config), dtype)
 
 

@@ -184,7 +184,7 @@ def train_autoencoder(job: Job) -> CausalVideoAutoencoder:
 def cropped(frames: Any, options: Any, key: Any) -> Any:
     """A random part of each clip `(n, f, h, w, c)`, or the clip itself where it is no larger."""
     n, f, h, w, c = frames.shape
-    part = min(f, options.crop_frames), min(h, options.crop), min(w, options.crop)
+    part = min(f, options.crop_frames or f), min(h, options.crop), min(w, options.crop)
     room = jnp.array([f - part[0] + 1, h - part[1] + 1, w - part[2] + 1])
     corners = jax.random.randint(key, (n, 3), 0, room)
     cut = lambda x, at: jax.lax.dynamic_slice(x, (*at, 0), (*part, c))
@@ -341,7 +341,8 @@ def train_diffusion(
         decay = options.ema_decay
         return job.stages.average(name, build, optimizer, loss, batches, length, ema_decay=decay)
 
-    build = lambda: make_denoiser(config, shape, captioned=captioned, key=key)
+    network = partial(make_denoiser, config, shape, captioned=captioned, key=key)
+    build: Callable[[], Any] = lambda: network(attention=job.command.attention)
     if config.pictures_first:
         stills = latents if images is None else images
         enough = options.image_batch_size <= len(stills)
@@ -352,9 +353,18 @@ def train_diffusion(
         build = lambda: image.with_frames(shape[1])
     if images is None or not options.image_weight:
         order = partial(latent_batches, latents, flip=False)
-        return stage("diffusion", build, options, loss_of(None), order)
-    loss = both_loss(loss_of(None), loss_of(1), options.image_weight)
-    return stage("diffusion", build, options, loss, partial(both_batches, latents, images))
+        trained = stage("diffusion", build, options, loss_of(None), order)
+    else:
+        loss = both_loss(loss_of(None), loss_of(1), options.image_weight)
+        order = partial(both_batches, latents, images)
+        trained = stage("diffusion", build, options, loss, order)
+    # What draws, here and elsewhere, has the attention that every device has.
+    return like(eqx.filter_eval_shape(network), trained)
+
+
+def like(form: Any, network: Any) -> Any:
+    """The arrays of a network in another form, which has as many in the same order."""
+    return jax.tree.unflatten(jax.tree.structure(form), jax.tree.leaves(network))
 
 
 class Pictures(NamedTuple):

@@ -24,7 +24,7 @@ from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
 from experiments.video.commands import check_network, load_trained, sample
-from experiments.video.config import Config, Sample, Train, check_clips, smoke
+from experiments.video.config import Config, Sample, Train, check_clips, preset
 from experiments.video.data import (
     Part,
     captions_of,
@@ -39,6 +39,7 @@ from experiments.video.measuring import Measure, psnr_by_frame
 from experiments.video.networks import KnownFrames, make_denoiser, to_clips, to_frames
 from experiments.video.outcome import summary
 from experiments.video.pictures import filmstrip, grid_frames, save_animation
+from experiments.video.training import cropped
 
 from job_runs import interrupt
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_drawn_or_trained_is_said_at_once(run, tmp_path):
     train = Train()
     assert "such as 13" in (check_clips(replace(train.clips, frames=16)) or "")
     assert "multiples of 16" in (check_clips(replace(train.clips, size=(24, 64))) or "")
-    assert check_clips(smoke(train).clips) is None
+    assert check_clips(preset("--smoke", train).clips) is None
     with pytest.raises(UserError, match="multiple of 6"):
         check_network(replace(train.config, diffusion=replace(train.diffusion, width=64)))
     with pytest.raises(UserError, match="crop must be"):
@@ -349,6 +350,14 @@ def test_images_are_learned_with_the_clips(tmp_path, capsys, monkeypatch):
     assert call(["train", *videos_missing]) == 2
     assert "beside the clips of --videos" in capsys.readouterr().err
     assert ask() == 2 and "the data are not those that it was made of" in capsys.readouterr().err
+
+
+def test_the_autoencoder_learns_from_all_frames_of_a_clip():
+    """What sees nine frames at most decodes the ones after worse."""
+    options, clips = Train().autoencoder, jnp.zeros((2, 17, 64, 48, 1))
+    assert cropped(clips, options, jax.random.key(0)).shape == (2, 17, 32, 32, 1)
+    some = replace(options, crop=64, crop_frames=9)
+    assert cropped(clips, some, jax.random.key(0)).shape == (2, 9, 64, 48, 1)
 
 
 def test_the_loss_of_images_is_added_and_that_of_clips_keeps_its_numbers():

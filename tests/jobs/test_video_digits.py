@@ -12,10 +12,11 @@ from eqxldm import nn, pretrained
 from eqxldm.models import CrossAttentionDiTBlock, DiTBlock
 from experiments.train.terminal import UserError
 from experiments.video import __main__ as program
-from experiments.video.commands import check_shapes
+from experiments.video.commands import check_network, check_shapes, train as train_clips
 from experiments.video.config import Config, SamplingOptions, Train, earlier
 from experiments.video.data import NAMED, Clips, Named, captions_of, choose_condition
 from experiments.video.networks import make_denoiser
+from experiments.video.training import like
 
 CONFIG = Train().config
 SMALL: Any = dict(depth=1, width=24, num_heads=2)
@@ -58,6 +59,41 @@ def test_a_network_is_told_digits_beside_the_time_and_can_be_saved(config, tmp_p
     up, left = (Named().tokens(f"a 3 moving {way}") for way in ("up", "left"))
     assert (told(network, up) == told(again, up)).all()
     assert not np.allclose(told(network, up), told(network, left), rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [TINY, SOUNDING], ids=["clips", "sound"])
+def test_what_a_gpu_trained_draws_on_every_device(config):
+    make = lambda **options: make_denoiser(
+        config, (2, 5, 4, 4), captioned=True, key=jax.random.key(0), **options
+    )
+    trained, plain = make(attention="cudnn"), make()
+    assert jax.tree.structure(trained) != jax.tree.structure(plain)
+    drawn = like(jax.eval_shape(make), trained)
+    assert jax.tree.structure(drawn) == jax.tree.structure(plain)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), drawn, plain))
+
+
+def test_an_attention_that_is_not_there_is_refused_and_leaves_nothing(tmp_path):
+    command = replace(Train(), run_dir=tmp_path / "run", attention="cudnn")
+    with pytest.raises(
+        UserError, match=r"needs a GPU and --diffusion.dtype bfloat16; here are cpu"
+    ):
+        train_clips(command)
+    assert not command.run_dir.exists()
+
+
+def test_the_large_form_is_one_that_can_be_trained(monkeypatch):
+    asked: list[Train] = []
+    monkeypatch.setattr(program, "train", asked.append)
+    program.main(["--large", "train"])
+    program.main(["--large", "train", "--sound", "--diffusion.steps", "5"])
+    program.main(["--large", "train", "--videos", "clips"])
+    for command in asked:
+        assert command.run_dir.name == "video-large" and command.diffusion.width == 384
+        check_network(command.config)
+        check_shapes(command.config, command.sampling)
+    assert [command.diffusion.steps for command in asked] == [17_000, 5, 17_000]
+    assert asked[2].clips.channels == 3 and asked[2].diffusion.tokens == "clip"
 
 
 def test_captions_of_files_are_read_as_text(monkeypatch):
