@@ -200,14 +200,18 @@ class Named:
 
 
 @dataclass(frozen=True)
-class NamedDigits(Captions):
-    """What captions of moving digits name."""
+class NamedDigits:
+    """What captions of so many moving digits name; read as `Captions` are."""
 
-    digits: int = 2
+    digits: int
 
     @property
     def read(self) -> Named:
         return Named()
+
+    @property
+    def null(self) -> Float[np.ndarray, " 54"]:
+        return self.read.tokens("")
 
     def say_cut(self, prompt: str) -> None:
         """Refuses a prompt that does not say what so many digits do."""
@@ -221,11 +225,11 @@ class NamedDigits(Captions):
             )
 
 
-def captions_of(config: Config) -> Captions:
+def captions_of(config: Config) -> Captions | NamedDigits:
     """How captions are read."""
     options = config.diffusion
     if options.tokens == "digits":
-        return NamedDigits(options.max_length, digits=config.clips.digits)
+        return NamedDigits(config.clips.digits)
     merges = options.merges if options.tokens == "clip" else None
     return Captions(options.max_length, merges)
 

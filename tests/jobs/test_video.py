@@ -20,6 +20,7 @@ from eqxldm.data import MovingDigits, center_crop, loader, read_clips
 from eqxldm.data.clips import Wanted
 from eqxldm.text import vocabulary_size
 from experiments.train.autoencoder import Encoder
+from experiments.train.conditions import Captions
 from experiments.train.run import RunFolder
 from experiments.train.terminal import SIGNALS, UserError, run_main
 from experiments.video.__main__ import main
@@ -434,7 +435,8 @@ def test_captions_are_byte_pairs_or_bytes(tokens, last):
     assert jnp.isfinite(read(jnp.array([last, 1, 2])).tokens).all()
     assert jnp.isnan(read(jnp.array([last + 1, 1, 2])).tokens).any()  # no such token
     assert make(captioned=False).dit.embed_cond is None
-    assert captions_of(config).merges == (8 if tokens == "clip" else None)
+    captions = captions_of(config)
+    assert isinstance(captions, Captions) and captions.merges == (8 if tokens == "clip" else None)
 
 
 def test_clips_become_floats_and_bytes_again():
