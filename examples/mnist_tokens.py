@@ -43,7 +43,6 @@ def train(tokens, *, width, depth, steps, batch_size, seed=0):
         width=width,
         num_heads=4,
         max_length=SIDE * SIDE,
-        remat=None,
         key=key,
     )
     optimizer = adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, max(steps, 51)))

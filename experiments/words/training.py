@@ -4,6 +4,7 @@ from typing import Any
 
 from eqxldm.discrete import BlockDiffusion, MaskedCount, MaskedDiffusion, Masking, NextToken
 from eqxldm.models import TokenTransformer
+from eqxldm.nn import save_narrow
 from eqxldm.training import adamw, make_loss
 
 from ..train.methods import warmup_cosine
@@ -23,7 +24,7 @@ def make_network(config: Config, vocabulary: int, stage: str, *, key: Any) -> To
         num_heads=config.num_heads,
         max_length=config.length,
         causal=stage == "twin",
-        remat=None,  # so small a network keeps what its backward pass needs
+        remat=save_narrow,
         key=key,
     )
 
