@@ -25,6 +25,7 @@ from eqxldm.models import CausalVideoAutoencoder, DiT, SoundAutoencoder, TwoTowe
 from eqxldm.sharding import check_batch, make_mesh, parse_mesh
 
 from ..train.checks import check_attention, check_writable
+from ..train.config import AttentionName
 from ..train.methods import DTYPES
 from ..train.options import check, read_options
 from ..train.run import CONFIG, CONTENT, RunFolder, as_dict, read_json
@@ -94,7 +95,7 @@ def train(command: Train) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     check_network(command.config)
-    check_shapes(command.config, command.sampling)
+    check_shapes(command.config, command.sampling, command.attention)
     run = RunFolder(command.run_dir, primary=is_primary())
     content = identity(command)
     with run.locked():
@@ -142,8 +143,11 @@ def check_batches(command: Train, clips: Clips) -> None:
         raise UserError(f"--images: a batch of {size} is more than the {len(images)} images.")
 
 
-def check_shapes(config: Config, sampling: SamplingOptions) -> None:
-    """Refuses sizes that do not fit each other: the networks and the drawing, as shapes only."""
+def check_shapes(
+    config: Config, sampling: SamplingOptions, attention: AttentionName = "xla"
+) -> None:
+    """Refuses sizes that do not fit each other, or the attention: the networks and the drawing, as
+    shapes only."""
     key, options = jax.random.key(0), config.classifier
     captioned = config.clips.condition != "none"
 
@@ -153,7 +157,7 @@ def check_shapes(config: Config, sampling: SamplingOptions) -> None:
         seen = ClipClassifier(config.clips.channels, 8, **sizes, key=key)(halved(clip)[0])
         autoencoder = make_autoencoder(config, key=key)
         shape = autoencoder.latent_shape(config.clips.frames, *config.clips.size)
-        denoiser = make_denoiser(config, shape, captioned=captioned, key=key)
+        denoiser = make_denoiser(config, shape, captioned=captioned, attention=attention, key=key)
         z = denoiser.diffusion.sample_prior(shape, key=key)
         cond = {"known": z, "mask": jnp.zeros(shape[1])}
         # Any ids: those of captions may need a list that is fetched, for clips that have none.

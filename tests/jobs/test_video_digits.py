@@ -82,6 +82,15 @@ def test_an_attention_that_is_not_there_is_refused_and_leaves_nothing(tmp_path):
     assert not command.run_dir.exists()
 
 
+@pytest.mark.parametrize("sound", [False, True])
+def test_heads_that_an_attention_does_not_have_are_refused_before_training(sound):
+    half = replace(TINY.diffusion, dtype="bfloat16")  # two heads of 12
+    config = replace(TINY, diffusion=half, clips=replace(TINY.clips, sound=sound))
+    check_shapes(config, SamplingOptions())
+    with pytest.raises(UserError, match="needs a head size that is a multiple of 8, got 12"):
+        check_shapes(config, SamplingOptions(), "cudnn")
+
+
 def test_the_large_form_is_one_that_can_be_trained(monkeypatch):
     asked: list[Train] = []
     monkeypatch.setattr(program, "train", asked.append)
